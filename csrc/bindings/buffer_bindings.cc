@@ -1,0 +1,255 @@
+#include "bindings/buffer_bindings.h"
+
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <exception>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "epcomm/buffer.h"
+#include "epcomm/error.h"
+
+namespace py = pybind11;
+
+namespace epcomm {
+namespace {
+
+// A Bootstrap written in Python: an object with rank, size and all_gather(bytes) -> list of bytes.
+class PyBootstrap final : public Bootstrap {
+ public:
+  explicit PyBootstrap(py::object object)
+      : object_(std::move(object)),
+        rank_(object_.attr("rank").cast<int>()),
+        size_(object_.attr("size").cast<int>()) {}
+  ~PyBootstrap() override {
+    py::gil_scoped_acquire gil;
+    object_ = py::object();
+  }
+  int rank() const override { return rank_; }
+  int size() const override { return size_; }
+  void all_gather(const void* in, void* out, size_t bytes) override {
+    py::gil_scoped_acquire gil;
+    const auto all =
+        object_.attr("all_gather")(py::bytes(static_cast<const char*>(in), bytes)).cast<py::list>();
+    if (static_cast<int>(all.size()) != size_)
+      throw Error("bootstrap.all_gather returned " + std::to_string(all.size()) +
+                  " items; expected " + std::to_string(size_));
+    char* to = static_cast<char*>(out);
+    for (py::handle item : all) {
+      const auto piece = item.cast<std::string>();
+      if (piece.size() != bytes)
+        throw Error("bootstrap.all_gather returned an item of " + std::to_string(piece.size()) +
+                    " bytes; expected " + std::to_string(bytes));
+      std::memcpy(to, piece.data(), bytes);
+      to += bytes;
+    }
+  }
+
+ private:
+  py::object object_;
+  int rank_, size_;
+};
+
+// Exceptions are the classes of epcomm.errors, made with their fields.
+template <class... Args>
+void raise(const char* name, const std::string& text, Args&&... fields) {
+  const py::object type = py::module_::import("epcomm.errors").attr(name);
+  const py::object error = type(text, std::forward<Args>(fields)...);
+  PyErr_SetObject(type.ptr(), error.ptr());
+}
+
+void translate(std::exception_ptr p) {
+  try {
+    std::rethrow_exception(p);
+  } catch (const PeerLost& e) {
+    raise("PeerLost", e.what(), e.rank, operation_name(e.operation), e.epoch);
+  } catch (const Evicted& e) {
+    raise("Evicted", e.what(), e.by_rank, operation_name(e.operation), e.epoch);
+  } catch (const ConfigMismatch& e) {
+    raise("ConfigMismatch", e.what(), e.field, e.value_per_rank);
+  } catch (const WindowFull& e) {
+    raise("WindowFull", e.what(), e.rank, e.needed_bytes, e.free_bytes);
+  } catch (const BufferUnusable& e) {
+    raise("BufferUnusable", e.what());
+  } catch (const Error& e) {
+    raise("Error", e.what());
+  }
+}
+
+// Tensor addresses cross as integers; 0 is null.
+template <class Class, class Struct, class Pointer>
+void def_pointer(Class& cls, const char* name, Pointer Struct::* member) {
+  cls.def_property(
+      name, [member](const Struct& s) { return reinterpret_cast<uintptr_t>(s.*member); },
+      [member](Struct& s, uintptr_t p) { s.*member = reinterpret_cast<Pointer>(p); });
+}
+
+void bind_types(py::module_& m) {
+  py::enum_<Dtype>(m, "Dtype", py::module_local())
+      .value("bfloat16", Dtype::kBfloat16)
+      .value("float16", Dtype::kFloat16)
+      .value("float32", Dtype::kFloat32)
+      .value("float8_e4m3fn", Dtype::kFloat8E4M3)
+      .value("uint8", Dtype::kUint8);
+  py::enum_<Layout>(m, "Layout", py::module_local())
+      .value("token", Layout::kToken)
+      .value("expert", Layout::kExpert)
+      .value("padded", Layout::kPadded);
+  py::enum_<IndexType>(m, "IndexType", py::module_local())
+      .value("int32", IndexType::kInt32)
+      .value("int64", IndexType::kInt64);
+  py::class_<Caps>(m, "Caps", py::module_local())
+      .def_readonly("token_layout", &Caps::token_layout)
+      .def_readonly("expert_layout", &Caps::expert_layout)
+      .def_readonly("padded_layout", &Caps::padded_layout)
+      .def_readonly("symmetric_outputs", &Caps::symmetric_outputs)
+      .def_readonly("graph_capture", &Caps::graph_capture)
+      .def_readonly("cuda", &Caps::cuda);
+  py::class_<SendBlock>(m, "SendBlock", py::module_local())
+      .def_readonly("bytes", &SendBlock::bytes)
+      .def_readonly("expert_offset", &SendBlock::expert_offset)
+      .def_readonly("tokens_per_expert", &SendBlock::tokens_per_expert)
+      .def_readonly("num_recv", &SendBlock::num_recv);
+}
+
+void bind_args(py::module_& m) {
+  py::class_<RouteArgs> route(m, "RouteArgs", py::module_local());
+  route.def(py::init<>())
+      .def_readwrite("index_type", &RouteArgs::index_type)
+      .def_readwrite("num_tokens", &RouteArgs::num_tokens)
+      .def_readwrite("topk", &RouteArgs::topk)
+      .def_readwrite("layout", &RouteArgs::layout)
+      .def_readwrite("expert_alignment", &RouteArgs::expert_alignment)
+      .def_readwrite("host_sync", &RouteArgs::host_sync);
+  def_pointer(route, "topk_idx", &RouteArgs::topk_idx);
+  def_pointer(route, "stream", &RouteArgs::stream);
+
+  py::class_<DispatchArgs> dispatch(m, "DispatchArgs", py::module_local());
+  dispatch.def(py::init<>())
+      .def_readwrite("dtype", &DispatchArgs::dtype)
+      .def_readwrite("row_bytes", &DispatchArgs::row_bytes)
+      .def_readwrite("scale_bytes", &DispatchArgs::scale_bytes)
+      .def_readwrite("index_type", &DispatchArgs::index_type)
+      .def_readwrite("recv_capacity", &DispatchArgs::recv_capacity)
+      .def_readwrite("row_capacity", &DispatchArgs::row_capacity)
+      .def_readwrite("needed_bytes", &DispatchArgs::needed_bytes)
+      .def_readwrite("free_bytes", &DispatchArgs::free_bytes)
+      .def_readwrite("num_sms", &DispatchArgs::num_sms);
+  def_pointer(dispatch, "x", &DispatchArgs::x);
+  def_pointer(dispatch, "scales", &DispatchArgs::scales);
+  def_pointer(dispatch, "topk_weights", &DispatchArgs::topk_weights);
+  def_pointer(dispatch, "recv_x", &DispatchArgs::recv_x);
+  def_pointer(dispatch, "recv_scales", &DispatchArgs::recv_scales);
+  def_pointer(dispatch, "recv_topk_idx", &DispatchArgs::recv_topk_idx);
+  def_pointer(dispatch, "recv_topk_weights", &DispatchArgs::recv_topk_weights);
+  def_pointer(dispatch, "stream", &DispatchArgs::stream);
+
+  py::class_<CombineArgs> combine(m, "CombineArgs", py::module_local());
+  combine.def(py::init<>())
+      .def_readwrite("dtype", &CombineArgs::dtype)
+      .def_readwrite("hidden", &CombineArgs::hidden)
+      .def_readwrite("num_sms", &CombineArgs::num_sms);
+  def_pointer(combine, "x", &CombineArgs::x);
+  def_pointer(combine, "topk_weights", &CombineArgs::topk_weights);
+  def_pointer(combine, "bias", &CombineArgs::bias);
+  def_pointer(combine, "out", &CombineArgs::out);
+  def_pointer(combine, "stream", &CombineArgs::stream);
+}
+
+// A Plan is handed out immutable. Attaching a receive block makes a new one.
+void bind_plan(py::module_& m) {
+  py::class_<Plan>(m, "Plan", py::module_local())
+      .def_readonly("buffer_id", &Plan::buffer_id)
+      .def_readonly("layout", &Plan::layout)
+      .def_readonly("expert_alignment", &Plan::expert_alignment)
+      .def_readonly("num_tokens", &Plan::num_tokens)
+      .def_readonly("topk", &Plan::topk)
+      .def_readonly("host_sync", &Plan::host_sync)
+      .def_property_readonly("num_recv_tokens",
+                             [](const Plan& p) { return p.result.num_recv_tokens; })
+      .def_property_readonly("num_recv_rows", [](const Plan& p) { return p.result.num_recv_rows; })
+      .def_property_readonly("tokens_per_expert",
+                             [](const Plan& p) { return p.result.tokens_per_expert; })
+      .def("with_recv_block", [](const Plan& p, uintptr_t recv_meta) {
+        Plan attached = p;
+        attached.view.recv_meta = reinterpret_cast<void*>(recv_meta);
+        return attached;
+      });
+}
+
+BufferOptions make_options(const py::kwargs& kwargs) {
+  BufferOptions o;
+  o.config.num_experts = kwargs["num_experts"].cast<int32_t>();
+  o.config.hidden = kwargs["hidden"].cast<int32_t>();
+  o.config.topk = kwargs["topk"].cast<int32_t>();
+  o.config.max_tokens = kwargs["max_tokens"].cast<int32_t>();
+  o.config.dtype = kwargs["dtype"].cast<Dtype>();
+  o.expert_to_rank = kwargs["expert_to_rank"].cast<std::vector<int32_t>>();
+  o.transport = kwargs["transport"].cast<std::string>();
+  o.timeout_s = kwargs["timeout"].cast<double>();
+  o.window_bytes = kwargs["window_bytes"].cast<size_t>();
+  return o;
+}
+
+}  // namespace
+
+void bind_buffer(py::module_& m) {
+  py::register_local_exception_translator(&translate);
+  bind_types(m);
+  bind_args(m);
+  bind_plan(m);
+
+  // The buffer protocol lets torch.frombuffer make tensors that own their piece of the window.
+  py::class_<Allocation>(m, "Allocation", py::buffer_protocol(), py::module_local())
+      .def_property_readonly(
+          "address", [](const Allocation& a) { return reinterpret_cast<uintptr_t>(a.data); })
+      .def_property_readonly("bytes", [](const Allocation& a) { return a.bytes; })
+      .def_buffer([](Allocation& a) {
+        return py::buffer_info(a.data, 1, py::format_descriptor<uint8_t>::format(),
+                               static_cast<ssize_t>(a.bytes));
+      });
+
+  m.def("transports", &transport_names);
+
+  using gil = py::call_guard<py::gil_scoped_release>;
+  py::class_<Buffer>(m, "Buffer", py::module_local())
+      .def(py::init([](py::object bootstrap, const py::kwargs& kwargs) {
+        auto shared = std::make_shared<PyBootstrap>(std::move(bootstrap));
+        BufferOptions options = make_options(kwargs);
+        py::gil_scoped_release release;
+        return std::make_unique<Buffer>(std::move(shared), std::move(options));
+      }))
+      .def_property_readonly("rank", &Buffer::rank)
+      .def_property_readonly("num_ranks", &Buffer::num_ranks)
+      .def_property_readonly("id", &Buffer::id)
+      .def_property_readonly("caps", &Buffer::caps)
+      .def_property_readonly("transport", &Buffer::transport)
+      .def_property_readonly("local_experts", &Buffer::local_experts)
+      .def_property_readonly("max_recv_tokens", &Buffer::max_recv_tokens)
+      .def("check_usable", &Buffer::check_usable)
+      .def("max_recv_rows", &Buffer::max_recv_rows)
+      .def("send_block", &Buffer::send_block)
+      .def("recv_meta_bytes", &Buffer::recv_meta_bytes)
+      .def("allocate",
+           [](Buffer& b, size_t bytes) -> std::optional<Allocation> {
+             Allocation piece = b.allocate(bytes);
+             if (piece.data == nullptr) return std::nullopt;
+             return piece;
+           })
+      .def_property_readonly("free_bytes", &Buffer::free_bytes)
+      .def(
+          "route",
+          [](Buffer& b, RouteArgs args, uintptr_t send_block) {
+            args.plan =
+                b.view_send_block(reinterpret_cast<void*>(send_block), args.num_tokens, args.topk);
+            return b.route(args);
+          },
+          gil())
+      .def("dispatch", &Buffer::dispatch, gil())
+      .def("combine", &Buffer::combine, gil())
+      .def("destroy", &Buffer::destroy, gil());
+}
+
+}  // namespace epcomm

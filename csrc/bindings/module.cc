@@ -1,0 +1,9 @@
+// _core: the CPU part of epcomm for Python. Pointers and plain structs in, exceptions out.
+#include "bindings/buffer_bindings.h"
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "epcomm without CUDA: the core and the cpu transport.";
+  m.attr("version") = EPCOMM_VERSION;
+  m.attr("cuda_status") = EPCOMM_CUDA_STATUS;
+  epcomm::bind_buffer(m);
+}

@@ -1,0 +1,313 @@
+// What every transport shares: agreement between ranks when a Buffer is made, and the checks that
+// refuse a call before any peer can see it.
+#include "epcomm/buffer.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <vector>
+
+#include "core/expert_map.h"
+#include "kernels/token_layout.h"
+#include "transport/transport.h"
+
+#ifndef EPCOMM_VERSION
+#error "EPCOMM_VERSION is set by the build"
+#endif
+
+namespace epcomm {
+namespace {
+
+// What ranks tell each other about their options; plain bytes of one size.
+struct Agreement {
+  char version[32];
+  char transport[24];
+  int64_t num_experts, hidden, topk, max_tokens, dtype, expert_to_rank, window_bytes, timeout_ms;
+  char refusal[320];  // why this rank cannot take part; empty = it can
+};
+
+struct AgreementField {
+  const char* name;
+  std::string (*text)(const Agreement&);
+};
+
+constexpr AgreementField kAgreementFields[] = {
+    {"version", [](const Agreement& a) { return std::string(a.version); }},
+    {"transport", [](const Agreement& a) { return std::string(a.transport); }},
+    {"num_experts", [](const Agreement& a) { return std::to_string(a.num_experts); }},
+    {"hidden", [](const Agreement& a) { return std::to_string(a.hidden); }},
+    {"topk", [](const Agreement& a) { return std::to_string(a.topk); }},
+    {"max_tokens", [](const Agreement& a) { return std::to_string(a.max_tokens); }},
+    {"dtype",
+     [](const Agreement& a) -> std::string {
+       const char* names[] = {"none", "bfloat16", "float16", "float32"};
+       return a.dtype >= 0 && a.dtype < 4 ? names[a.dtype] : std::to_string(a.dtype);
+     }},
+    {"expert_to_rank",
+     [](const Agreement& a) { return "table #" + std::to_string(a.expert_to_rank); }},
+    {"window_bytes", [](const Agreement& a) { return std::to_string(a.window_bytes); }},
+    {"timeout (ms)", [](const Agreement& a) { return std::to_string(a.timeout_ms); }},
+};
+
+template <size_t N>
+void copy_text(char (&to)[N], const std::string& from) {
+  std::strncpy(to, from.c_str(), N - 1);
+}
+
+// FNV-1a, to compare tables without sending them (http://www.isthe.com/chongo/tech/comp/fnv).
+int64_t table_hash(const std::vector<int32_t>& table) {
+  uint64_t hash = 14695981039346656037u;
+  for (int32_t v : table) hash = (hash ^ static_cast<uint32_t>(v)) * 1099511628211u;
+  return static_cast<int64_t>(hash >> 40);
+}
+
+void check_options(const BufferOptions& o, int num_ranks) {
+  const Config& c = o.config;
+  auto expect = [](const char* name, int64_t value, const std::string& what) {
+    return std::string(name) + " is " + std::to_string(value) + "; expected " + what;
+  };
+  EPCOMM_CHECK(c.num_experts >= 1, expect("num_experts", c.num_experts, "at least 1"));
+  EPCOMM_CHECK(c.topk >= 1 && c.topk <= kMaxTopk,
+               expect("topk", c.topk, "1 to " + std::to_string(kMaxTopk)));
+  EPCOMM_CHECK(c.max_tokens >= 1, expect("max_tokens", c.max_tokens, "at least 1"));
+  EPCOMM_CHECK(
+      c.dtype == Dtype::kBfloat16 || c.dtype == Dtype::kFloat16 || c.dtype == Dtype::kFloat32,
+      "dtype is not a row type; expected bfloat16, float16 or float32");
+  const int64_t row_bytes = int64_t{c.hidden} * dtype_bytes(c.dtype);
+  EPCOMM_CHECK(
+      c.hidden >= 1 && row_bytes % kRowAlignment == 0 && row_bytes < (1 << 30),
+      expect("hidden", c.hidden,
+             "a row of hidden elements to be a multiple of 16 bytes, below 1 GiB; this one has " +
+                 std::to_string(row_bytes) + " bytes, pad hidden"));
+  EPCOMM_CHECK(int64_t{c.max_tokens} * num_ranks * kMaxTopk < INT32_MAX,
+               expect("max_tokens", c.max_tokens,
+                      "max_tokens * num_ranks * 32 below 2^31; dispatch in smaller batches"));
+  EPCOMM_CHECK(o.timeout_s > 0 && o.timeout_s < 1e6, "timeout is " + std::to_string(o.timeout_s) +
+                                                         " s; expected more than 0, less than 1e6");
+}
+
+TransportFactory find_transport(const std::string& name) {
+  for (const TransportEntry& entry : transports())
+    if (name == entry.name) return entry.make;
+  std::string known;
+  for (const std::string& n : transport_names()) known += (known.empty() ? "" : ", ") + n;
+  throw InvalidArgument("transport is '" + name + "'; this build has: " + known);
+}
+
+std::string value(const char* name, int64_t is, const char* what, int64_t expected) {
+  return std::string(name) + " is " + std::to_string(is) + "; expected " + what +
+         std::to_string(expected);
+}
+
+std::atomic<uint64_t> next_buffer_id{1};
+
+}  // namespace
+
+struct Buffer::State {
+  State(std::shared_ptr<Bootstrap> b, BufferOptions o, ExpertMap e)
+      : bootstrap(std::move(b)), options(std::move(o)), experts(std::move(e)) {}
+
+  std::shared_ptr<Bootstrap> bootstrap;
+  BufferOptions options;
+  ExpertMap experts;
+  uint64_t id = next_buffer_id++;
+  pid_t pid = ::getpid();
+  std::unique_ptr<Transport> transport;
+  Caps caps;
+
+  Transport& usable() const {
+    if (transport == nullptr) throw BufferUnusable("this Buffer was destroyed; make a new one");
+    if (::getpid() != pid)
+      throw BufferUnusable("this Buffer belongs to process " + std::to_string(pid) +
+                           "; a forked process (" + std::to_string(::getpid()) +
+                           ") cannot use it: make a Buffer in the process that uses it");
+    return *transport;
+  }
+  Transport& usable(const Plan& plan) const {
+    Transport& t = usable();
+    EPCOMM_CHECK(plan.buffer_id == id,
+                 "plan was made by another Buffer (id " + std::to_string(plan.buffer_id) +
+                     "); expected one made by this Buffer (id " + std::to_string(id) + ")");
+    return t;
+  }
+};
+
+namespace {
+
+// Collective: every rank tells its options, all compare. A rank that refuses its own options still
+// takes part, so that the others learn of it at once.
+void agree(Bootstrap& bootstrap, const BufferOptions& options, const std::string& refusal) {
+  Agreement mine{};
+  copy_text(mine.version, EPCOMM_VERSION);
+  copy_text(mine.transport, options.transport);
+  copy_text(mine.refusal, refusal);
+  const Config& c = options.config;
+  mine.num_experts = c.num_experts;
+  mine.hidden = c.hidden;
+  mine.topk = c.topk;
+  mine.max_tokens = c.max_tokens;
+  mine.dtype = static_cast<int64_t>(c.dtype);
+  mine.expert_to_rank = table_hash(options.expert_to_rank);
+  mine.window_bytes = static_cast<int64_t>(options.window_bytes);
+  mine.timeout_ms = static_cast<int64_t>(options.timeout_s * 1e3);
+  std::vector<Agreement> all(static_cast<size_t>(bootstrap.size()));
+  bootstrap.all_gather(&mine, all.data(), sizeof mine);
+
+  if (!refusal.empty()) throw InvalidArgument(refusal);
+  for (const AgreementField& field : kAgreementFields) {
+    std::vector<std::string> values;
+    for (const Agreement& a : all) values.push_back(field.text(a));
+    if (std::any_of(values.begin(), values.end(),
+                    [&](const std::string& v) { return v != values[0]; }))
+      throw ConfigMismatch(field.name, values);
+  }
+  for (size_t r = 0; r < all.size(); ++r)
+    if (all[r].refusal[0] != 0)
+      throw InvalidArgument("rank " + std::to_string(r) +
+                            " refused its options: " + all[r].refusal);
+}
+
+}  // namespace
+
+Buffer::Buffer(std::shared_ptr<Bootstrap> bootstrap, BufferOptions options) {
+  const int num_ranks = bootstrap->size();
+  std::string refusal;
+  TransportFactory make = nullptr;
+  try {
+    check_options(options, num_ranks);
+    ExpertMap(options.config.num_experts, num_ranks, options.expert_to_rank);
+    make = find_transport(options.transport);
+  } catch (const InvalidArgument& e) {
+    refusal = e.what();
+  }
+  agree(*bootstrap, options, refusal);
+  ExpertMap experts(options.config.num_experts, num_ranks, options.expert_to_rank);
+  state_ = std::make_unique<State>(std::move(bootstrap), std::move(options), std::move(experts));
+  state_->transport = make({*state_->bootstrap, state_->options, state_->experts});
+  state_->caps = state_->transport->caps();
+}
+
+std::vector<std::string> transport_names() {
+  std::vector<std::string> names;
+  for (const TransportEntry& entry : transports()) names.emplace_back(entry.name);
+  return names;
+}
+
+Buffer::~Buffer() = default;
+
+void Buffer::check_usable() const { state_->usable(); }
+
+int Buffer::rank() const { return state_->bootstrap->rank(); }
+int Buffer::num_ranks() const { return state_->bootstrap->size(); }
+uint64_t Buffer::id() const { return state_->id; }
+const Config& Buffer::config() const { return state_->options.config; }
+const Caps& Buffer::caps() const { return state_->caps; }
+const std::string& Buffer::transport() const { return state_->options.transport; }
+int Buffer::local_experts() const { return state_->experts.local_experts(rank()); }
+int Buffer::max_local_experts() const { return state_->experts.max_local_experts(); }
+
+SendBlock Buffer::send_block(int num_tokens, int topk) const {
+  const PlanSendLayout layout({num_ranks(), config().num_experts, local_experts(), topk},
+                              num_tokens);
+  return {layout.bytes, layout.expert_offset, layout.tokens_per_expert, layout.num_recv};
+}
+
+PlanView Buffer::view_send_block(void* block, int num_tokens, int topk) const {
+  PlanView view;
+  set_send_block(
+      view, block,
+      PlanSendLayout({num_ranks(), config().num_experts, local_experts(), topk}, num_tokens));
+  return view;
+}
+
+size_t Buffer::recv_meta_bytes(int topk, int num_recv) const {
+  return MetaLayout(topk).record_bytes * static_cast<size_t>(num_recv);
+}
+
+int64_t Buffer::max_recv_tokens() const { return int64_t{num_ranks()} * config().max_tokens; }
+
+int64_t Buffer::max_recv_rows(Layout layout, int topk, int expert_alignment) const {
+  const int64_t tokens = max_recv_tokens(), local = local_experts();
+  if (layout == Layout::kToken) return tokens;
+  if (layout == Layout::kPadded) return tokens * local;
+  const int64_t rows =
+      tokens * std::min<int64_t>(topk, local) + int64_t{expert_alignment - 1} * local;
+  return static_cast<int64_t>(
+      align_up(static_cast<size_t>(rows), static_cast<size_t>(expert_alignment)));
+}
+
+Allocation Buffer::allocate(size_t bytes) { return state_->usable().allocate(bytes); }
+size_t Buffer::free_bytes() const { return state_->usable().free_bytes(); }
+
+Plan Buffer::route(const RouteArgs& args) {
+  Transport& transport = state_->usable();
+  const Config& c = config();
+  EPCOMM_CHECK(state_->caps.takes(args.layout),
+               "layout is not offered by the " + this->transport() + " transport");
+  EPCOMM_CHECK(args.num_tokens >= 0 && args.num_tokens <= c.max_tokens,
+               value("num_tokens", args.num_tokens, "at most max_tokens = ", c.max_tokens) +
+                   "; make the Buffer with a larger max_tokens or dispatch in smaller batches");
+  EPCOMM_CHECK(args.topk >= 1 && args.topk <= c.topk,
+               value("topk", args.topk, "1 to the Buffer's topk = ", c.topk));
+  EPCOMM_CHECK(args.expert_alignment >= 1 && args.expert_alignment <= (1 << 20),
+               value("expert_alignment", args.expert_alignment, "1 to ", 1 << 20));
+  EPCOMM_CHECK(
+      max_recv_rows(args.layout, args.topk, args.expert_alignment) < INT32_MAX,
+      "the receive tensor of this layout would need 2^31 rows or more; use a smaller max_tokens");
+  if (!state_->caps.cuda) {  // device-side transports check ids where they are
+    for (int64_t i = 0; i < int64_t{args.num_tokens} * args.topk; ++i) {
+      const int64_t id = args.index_type == IndexType::kInt32
+                             ? static_cast<const int32_t*>(args.topk_idx)[i]
+                             : static_cast<const int64_t*>(args.topk_idx)[i];
+      EPCOMM_CHECK(
+          id >= -1 && id < c.num_experts,
+          "topk_idx[" + std::to_string(i / args.topk) + ", " + std::to_string(i % args.topk) +
+              "] on rank " + std::to_string(rank()) + " (token " + std::to_string(i / args.topk) +
+              ", slot " + std::to_string(i % args.topk) + ") is " + std::to_string(id) +
+              "; expected an expert in [0, " + std::to_string(c.num_experts) + ") or -1 for none");
+      args.plan.topk_idx[i] = static_cast<int32_t>(id);
+    }
+  }
+  Plan plan;
+  plan.buffer_id = state_->id;
+  plan.layout = args.layout;
+  plan.expert_alignment = args.expert_alignment;
+  plan.num_tokens = args.num_tokens;
+  plan.topk = args.topk;
+  plan.host_sync = args.host_sync;
+  plan.view = args.plan;
+  plan.result = transport.route(args);
+  return plan;
+}
+
+void Buffer::dispatch(const Plan& plan, const DispatchArgs& args) {
+  Transport& transport = state_->usable(plan);
+  EPCOMM_CHECK(args.row_bytes > 0 && args.row_bytes % kRowAlignment == 0,
+               value("row_bytes", args.row_bytes, "a positive multiple of ", kRowAlignment));
+  EPCOMM_CHECK(args.scale_bytes >= 0, value("scale_bytes", args.scale_bytes, "at least ", 0));
+  EPCOMM_CHECK((args.scale_bytes > 0) == (args.scales != nullptr) || plan.num_tokens == 0,
+               "scales and scale_bytes must be given together");
+  EPCOMM_CHECK(args.needed_bytes != 0 || plan.view.recv_meta != nullptr,
+               "plan has no receive block attached");
+  transport.dispatch(plan, args);
+}
+
+void Buffer::combine(const Plan& plan, const CombineArgs& args) {
+  Transport& transport = state_->usable(plan);
+  EPCOMM_CHECK(args.dtype == Dtype::kBfloat16 || args.dtype == Dtype::kFloat16 ||
+                   args.dtype == Dtype::kFloat32,
+               "dtype of combine must be bfloat16, float16 or float32");
+  EPCOMM_CHECK(args.hidden == config().hidden,
+               value("hidden", args.hidden, "the Buffer's hidden = ", config().hidden));
+  EPCOMM_CHECK(plan.view.recv_meta != nullptr,
+               "plan was routed but never dispatched; dispatch with it first");
+  transport.combine(plan, args);
+}
+
+void Buffer::destroy() {
+  if (::getpid() == state_->pid) state_->transport.reset();
+}
+
+}  // namespace epcomm

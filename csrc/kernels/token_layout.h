@@ -1,0 +1,131 @@
+// Every byte offset of the library: the control area of a window, the two blocks of a plan, and the
+// metadata that travels with a token. Used alike by sizing, transports, kernels and tests.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "epcomm/types.h"
+
+#ifdef __CUDACC__
+#define EPCOMM_HOST_DEVICE __host__ __device__
+#else
+#define EPCOMM_HOST_DEVICE
+#endif
+
+namespace epcomm {
+
+constexpr size_t kBlockAlignment = 128;  ///< bytes; every array of a block starts on one
+
+EPCOMM_HOST_DEVICE constexpr size_t align_up(size_t value, size_t alignment) {
+  return (value + alignment - 1) / alignment * alignment;
+}
+
+/// The sizes that offsets depend on.
+struct Dims {
+  int32_t num_ranks = 0;
+  int32_t num_experts = 0;
+  int32_t local_experts = 0;
+  int32_t topk = 0;
+};
+
+/// Send block of a plan: offsets of the arrays of PlanView that route fills.
+struct PlanSendLayout {
+  size_t topk_idx, row, slot, rank_count, expert_count, expert_offset, tokens_per_expert, num_recv;
+  size_t bytes;
+
+  EPCOMM_HOST_DEVICE PlanSendLayout(const Dims& d, int64_t num_tokens) {
+    size_t at = 0;
+    auto take = [&at](int64_t count) {
+      size_t offset = at;
+      at = align_up(at + static_cast<size_t>(count) * sizeof(int32_t), kBlockAlignment);
+      return offset;
+    };
+    topk_idx = take(num_tokens * d.topk);
+    row = take(num_tokens * d.topk);
+    slot = take(num_tokens * d.num_ranks);
+    rank_count = take(int64_t{d.num_ranks} * d.num_ranks);
+    expert_count = take(int64_t{d.num_ranks} * d.num_experts);
+    expert_offset = take(d.local_experts + 1);
+    tokens_per_expert = take(d.local_experts);
+    num_recv = take(1);
+    bytes = at;
+  }
+};
+
+/// Fills the send half of a PlanView from the start of its block.
+inline void set_send_block(PlanView& view, void* block, const PlanSendLayout& layout) {
+  auto at = [block](size_t offset) {
+    return reinterpret_cast<int32_t*>(static_cast<char*>(block) + offset);
+  };
+  view.topk_idx = at(layout.topk_idx);
+  view.row = at(layout.row);
+  view.slot = at(layout.slot);
+  view.rank_count = at(layout.rank_count);
+  view.expert_count = at(layout.expert_count);
+  view.expert_offset = at(layout.expert_offset);
+  view.tokens_per_expert = at(layout.tokens_per_expert);
+  view.num_recv = at(layout.num_recv);
+}
+
+/// Metadata of one received token, written by its source rank. A plan's receive block is an array
+/// of these records, one per received token, in the order of the tokens. In 4-byte words:
+///   [0, K)      row: row of the receiver's layout that carries (token, k), -1 = expert elsewhere
+///   [K, 2K)     topk_idx: global expert ids
+///   [2K, 3K)    topk_weights: float
+///   [3K]        token: its index on the source rank
+struct MetaLayout {
+  int32_t topk;
+  size_t record_bytes;
+
+  EPCOMM_HOST_DEVICE explicit MetaLayout(int topk_)
+      : topk(topk_), record_bytes(align_up((3 * static_cast<size_t>(topk_) + 1) * 4, 16)) {}
+
+  EPCOMM_HOST_DEVICE int32_t* row(void* block, int64_t n) const {
+    return reinterpret_cast<int32_t*>(static_cast<char*>(block) +
+                                      static_cast<size_t>(n) * record_bytes);
+  }
+  EPCOMM_HOST_DEVICE int32_t* topk_idx(void* block, int64_t n) const {
+    return row(block, n) + topk;
+  }
+  EPCOMM_HOST_DEVICE float* topk_weights(void* block, int64_t n) const {
+    return reinterpret_cast<float*>(row(block, n) + 2 * topk);
+  }
+  EPCOMM_HOST_DEVICE int32_t* token(void* block, int64_t n) const {
+    return row(block, n) + 3 * topk;
+  }
+};
+
+/// Control area at the start of every rank's window, on transports whose peers store into it: a
+/// header, then one inbox per source rank, then the memory that allocate() hands out. An inbox is
+/// the signals of its source, then two entries (what the source announces when it enters a call;
+/// alternating by the parity of the epoch), each followed by the counts that routing announces.
+struct ControlLayout {
+  static constexpr size_t kHeaderBytes = 128;
+  static constexpr size_t kSignalBytes = 128;
+  static constexpr size_t kEntryBytes = 128;
+
+  size_t entry_bytes;  ///< one entry with its counts
+  size_t inbox_bytes;
+  size_t arena;  ///< offset of allocatable memory in the window
+
+  EPCOMM_HOST_DEVICE explicit ControlLayout(const Dims& d) {
+    const size_t counts = static_cast<size_t>(d.num_ranks) + static_cast<size_t>(d.num_experts);
+    entry_bytes = align_up(kEntryBytes + counts * sizeof(int32_t), kBlockAlignment);
+    inbox_bytes = kSignalBytes + 2 * entry_bytes;
+    arena = align_up(kHeaderBytes + inbox_bytes * static_cast<size_t>(d.num_ranks), 4096);
+  }
+  /// Offset in the window of the inbox that source writes.
+  EPCOMM_HOST_DEVICE size_t inbox(int source) const {
+    return kHeaderBytes + static_cast<size_t>(source) * inbox_bytes;
+  }
+  EPCOMM_HOST_DEVICE size_t entry(int source, uint64_t epoch) const {
+    return inbox(source) + kSignalBytes + (epoch & 1) * entry_bytes;
+  }
+  /// int32 [num_ranks + num_experts]: tokens that source sends to each rank, to each expert.
+  EPCOMM_HOST_DEVICE size_t counts(int source, uint64_t epoch) const {
+    return entry(source, epoch) + kEntryBytes;
+  }
+};
+
+}  // namespace epcomm

@@ -1,0 +1,213 @@
+#include "transport/cpu_channel.h"
+
+#include <linux/futex.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <string>
+
+#include "core/clock.h"
+
+namespace epcomm {
+
+// Written by one source rank only; lies in the window of the rank that reads it.
+struct CpuChannel::Inbox {
+  std::atomic<uint64_t> entered;      // epoch of the newest entry
+  std::atomic<uint64_t> done;         // epoch up to which all rows are written
+  std::atomic<uint64_t> fault_epoch;  // not 0: the source gave up on fault_rank
+  std::atomic<int32_t> fault_rank;
+  std::atomic<int32_t> fault_operation;
+};
+
+// In front of the inboxes. The doorbell counts signals of any source, so that one futex serves all
+// waits.
+struct CpuChannel::Header {
+  std::atomic<uint32_t> doorbell;
+  std::atomic<uint32_t> waiters;
+};
+
+namespace {
+
+static_assert(std::atomic<uint64_t>::is_always_lock_free &&
+                  std::atomic<uint32_t>::is_always_lock_free,
+              "signals are shared between processes");
+
+// How often a waiting rank looks for dead peers and faults.
+constexpr int kSliceMs = 20;
+
+void futex_wait(std::atomic<uint32_t>& word, uint32_t expected, int timeout_ms) {
+  const timespec timeout{timeout_ms / 1000, timeout_ms % 1000 * 1'000'000L};
+  ::syscall(SYS_futex, &word, FUTEX_WAIT, expected, &timeout, nullptr, 0);
+}
+
+void futex_wake_all(std::atomic<uint32_t>& word) {
+  ::syscall(SYS_futex, &word, FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
+}
+
+struct Field {
+  const char* name;
+  int32_t value;
+};
+
+std::vector<Field> fields(const CallSignature& s) {
+  return {{"operation", static_cast<int32_t>(s.operation)},
+          {"layout", static_cast<int32_t>(s.layout)},
+          {"dtype", static_cast<int32_t>(s.dtype)},
+          {"topk", s.topk},
+          {"expert_alignment", s.expert_alignment},
+          {"row_bytes", s.row_bytes},
+          {"scale_bytes", s.scale_bytes},
+          {"weighted (topk_weights given)", s.weighted}};
+}
+
+std::string field_text(size_t index, int32_t value) {
+  static constexpr const char* kLayouts[] = {"unset", "token", "expert", "padded"};
+  static constexpr const char* kDtypes[] = {"none",    "bfloat16",      "float16",
+                                            "float32", "float8_e4m3fn", "uint8"};
+  if (index == 0) return operation_name(static_cast<Operation>(value));
+  if (index == 1 && value >= 0 && value < 4) return kLayouts[value];
+  if (index == 2 && value >= 0 && value < 6) return kDtypes[value];
+  return std::to_string(value);
+}
+
+}  // namespace
+
+CpuChannel::CpuChannel(Bootstrap& bootstrap, Window& window, const Dims& dims, double timeout_s)
+    : window_(window),
+      layout_(dims),
+      rank_(bootstrap.rank()),
+      num_ranks_(bootstrap.size()),
+      num_counts_(dims.num_ranks + dims.num_experts),
+      timeout_s_(timeout_s) {
+  static_assert(sizeof(Inbox) <= ControlLayout::kSignalBytes);
+  static_assert(sizeof(Header) <= ControlLayout::kHeaderBytes);
+}
+
+CpuChannel::Inbox& CpuChannel::inbox(int owner, int source) const {
+  return *reinterpret_cast<Inbox*>(window_.peer(owner) + layout_.inbox(source));
+}
+
+CpuChannel::Header& CpuChannel::header(int owner) const {
+  return *reinterpret_cast<Header*>(window_.peer(owner));
+}
+
+const Entry& CpuChannel::entry(int peer) const {
+  return *reinterpret_cast<const Entry*>(window_.peer(rank_) + layout_.entry(peer, epoch_));
+}
+
+const int32_t* CpuChannel::counts(int peer) const {
+  return reinterpret_cast<const int32_t*>(window_.peer(rank_) + layout_.counts(peer, epoch_));
+}
+
+void CpuChannel::begin(Operation operation) {
+  operation_ = operation;
+  check_faults();
+  ++epoch_;
+}
+
+void CpuChannel::enter_all(const Entry& entry, const int32_t* counts) {
+  for (int i = 0; i < num_ranks_; ++i) {
+    const int peer = (rank_ + i) % num_ranks_;
+    char* window = window_.peer(peer);
+    std::memcpy(window + layout_.entry(rank_, epoch_), &entry, sizeof entry);
+    if (counts != nullptr)
+      std::memcpy(window + layout_.counts(rank_, epoch_), counts,
+                  static_cast<size_t>(num_counts_) * sizeof(int32_t));
+    // Release: covers the entry and the counts; paired with the acquire in wait().
+    inbox(peer, rank_).entered.store(epoch_, std::memory_order_release);
+    ring(peer);
+  }
+  for (int i = 0; i < num_ranks_; ++i) wait(&Inbox::entered, (rank_ + i) % num_ranks_);
+
+  const auto mine = fields(entry.signature);
+  for (size_t f = 0; f < mine.size(); ++f) {
+    std::vector<std::string> values;
+    bool differs = false;
+    for (int r = 0; r < num_ranks_; ++r) {
+      const int32_t value = fields(this->entry(r).signature)[f].value;
+      differs |= value != mine[f].value;
+      values.push_back(field_text(f, value));
+    }
+    if (differs) throw ConfigMismatch(mine[f].name, values);
+  }
+  for (int r = 0; r < num_ranks_; ++r) {
+    const Entry& theirs = this->entry(r);
+    if (theirs.full != 0) throw WindowFull(r, theirs.needed_bytes, theirs.free_bytes);
+  }
+}
+
+void CpuChannel::signal_done(int peer) {
+  // Release: covers all rows written for peer in this call; paired with the acquire in wait().
+  inbox(peer, rank_).done.store(epoch_, std::memory_order_release);
+  ring(peer);
+}
+
+void CpuChannel::wait_all_done() {
+  for (int i = 0; i < num_ranks_; ++i) wait(&Inbox::done, (rank_ + i) % num_ranks_);
+}
+
+void CpuChannel::ring(int peer) {
+  Header& h = header(peer);
+  // Sequentially consistent, as in wait(): either the waiter sees the new count or we see the
+  // waiter.
+  h.doorbell.fetch_add(1, std::memory_order_seq_cst);
+  if (h.waiters.load(std::memory_order_seq_cst) != 0) futex_wake_all(h.doorbell);
+}
+
+void CpuChannel::wait(std::atomic<uint64_t> Inbox::* word, int peer) {
+  const std::atomic<uint64_t>& signal = inbox(rank_, peer).*word;
+  // A few turns without sleeping: often the signal is there, or its sender only needs this core.
+  for (int spin = 0; spin < 4; ++spin) {
+    if (signal.load(std::memory_order_acquire) >= epoch_) return;
+    ::sched_yield();
+  }
+  const Deadline deadline(timeout_s_);
+  Header& own = header(rank_);
+  for (;;) {
+    own.waiters.fetch_add(1, std::memory_order_seq_cst);
+    const uint32_t rung = own.doorbell.load(std::memory_order_seq_cst);
+    const bool there = signal.load(std::memory_order_acquire) >= epoch_;
+    if (!there) futex_wait(own.doorbell, rung, deadline.left_ms(kSliceMs));
+    own.waiters.fetch_sub(1, std::memory_order_relaxed);
+    if (there || signal.load(std::memory_order_acquire) >= epoch_) return;
+    check_faults();
+    if (!window_.alive(peer)) {
+      // It may have signalled as its last act.
+      if (signal.load(std::memory_order_acquire) >= epoch_) return;
+      give_up(peer, "its process ended or its Buffer was destroyed");
+    }
+    if (deadline.passed()) give_up(peer, "it did not answer within the timeout");
+  }
+}
+
+void CpuChannel::check_faults() {
+  for (int source = 0; source < num_ranks_; ++source) {
+    const Inbox& box = inbox(rank_, source);
+    const uint64_t epoch = box.fault_epoch.load(std::memory_order_acquire);
+    if (epoch == 0) continue;
+    const int lost = box.fault_rank.load(std::memory_order_relaxed);
+    const auto operation =
+        static_cast<Operation>(box.fault_operation.load(std::memory_order_relaxed));
+    if (lost == rank_) throw Evicted(source, operation, epoch);
+    throw PeerLost(lost, operation, epoch,
+                   source == rank_ ? "this Buffer lost it in an earlier call"
+                                   : "rank " + std::to_string(source) + " reported it");
+  }
+}
+
+void CpuChannel::give_up(int peer, const char* why) {
+  for (int r = 0; r < num_ranks_; ++r) {
+    Inbox& box = inbox(r, rank_);
+    box.fault_rank.store(peer, std::memory_order_relaxed);
+    box.fault_operation.store(static_cast<int32_t>(operation_), std::memory_order_relaxed);
+    // Release: covers the two words above; paired with the acquire in check_faults().
+    box.fault_epoch.store(epoch_, std::memory_order_release);
+    ring(r);
+  }
+  throw PeerLost(peer, operation_, epoch_, why);
+}
+
+}  // namespace epcomm

@@ -1,0 +1,85 @@
+// Signals between the ranks of one machine, in the control area of a host window.
+//
+// Every collective call has an epoch, counted alike on all ranks. A rank *enters* a call by writing
+// an Entry (what it is about to do and where its results shall land) and its counts into its inbox
+// in every window, then it signals; it is *done* with a peer when all rows for it are written.
+//
+// Memory order: signal() stores the epoch with release after the plain stores that it covers;
+// wait() loads it with acquire before the plain loads. Entries alternate between two slots: a
+// source can be at most one call ahead, because it cannot finish call e + 1 before this rank has
+// entered e + 1, and this rank enters e + 1 only after it has read everything of e.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "epcomm/bootstrap.h"
+#include "epcomm/error.h"
+#include "epcomm/types.h"
+#include "epcomm/window.h"
+#include "kernels/token_layout.h"
+
+namespace epcomm {
+
+/// What all ranks must do alike in one call; compared before any row is written.
+struct CallSignature {
+  Operation operation = Operation::kInit;
+  Layout layout = Layout::kUnset;
+  Dtype dtype = Dtype::kUnset;
+  int32_t topk = 0;
+  int32_t expert_alignment = 0;
+  int32_t row_bytes = 0;
+  int32_t scale_bytes = 0;
+  int32_t weighted = 0;
+};
+
+/// What a rank announces when it enters a call. Offsets are in its own window.
+struct Entry {
+  CallSignature signature;
+  uint64_t rows = 0;     ///< dispatch: recv_x; combine: partial rows
+  uint64_t scales = 0;   ///< dispatch: recv_scales
+  uint64_t meta = 0;     ///< dispatch: recv_meta
+  uint64_t weights = 0;  ///< combine: topk_weights of this rank's tokens
+  uint64_t full = 0;     ///< 1 = no room: needed_bytes and free_bytes say why
+  uint64_t needed_bytes = 0;
+  uint64_t free_bytes = 0;
+};
+static_assert(sizeof(Entry) <= ControlLayout::kEntryBytes);
+
+class CpuChannel {
+ public:
+  CpuChannel(Bootstrap& bootstrap, Window& window, const Dims& dims, double timeout_s);
+
+  /// Starts the next call. Throws at once if a peer was lost before, or gave this rank up.
+  void begin(Operation operation);
+  /// Announces this rank's entry (and counts, if not null) to all, waits for all, and checks that
+  /// all announce the same call (ConfigMismatch) and have room (WindowFull).
+  void enter_all(const Entry& entry, const int32_t* counts);
+  /// What peer announced for this call.
+  const Entry& entry(int peer) const;
+  const int32_t* counts(int peer) const;
+  /// Tells peer that all its rows of this call are written.
+  void signal_done(int peer);
+  /// Returns when every peer has written all rows for this rank.
+  void wait_all_done();
+
+ private:
+  struct Inbox;
+  struct Header;
+  Inbox& inbox(int owner, int source) const;
+  Header& header(int owner) const;
+  void ring(int peer);
+  void wait(std::atomic<uint64_t> Inbox::* word, int peer);
+  void check_faults();
+  [[noreturn]] void give_up(int peer, const char* why);
+
+  Window& window_;
+  ControlLayout layout_;
+  int rank_, num_ranks_, num_counts_;
+  double timeout_s_;
+  Operation operation_ = Operation::kInit;
+  uint64_t epoch_ = 0;
+};
+
+}  // namespace epcomm

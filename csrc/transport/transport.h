@@ -1,0 +1,46 @@
+// The host seam: one virtual class that every way of moving bytes implements.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/expert_map.h"
+#include "epcomm/bootstrap.h"
+#include "epcomm/buffer.h"
+#include "epcomm/plan.h"
+#include "epcomm/types.h"
+
+namespace epcomm {
+
+/// What a transport is made from. The references outlive it.
+struct TransportContext {
+  Bootstrap& bootstrap;
+  const BufferOptions& options;
+  const ExpertMap& experts;
+};
+
+class Transport {
+ public:
+  virtual ~Transport() = default;
+  virtual const Caps& caps() const = 0;
+  /// Fills plan.view's send block and, where the host waits for it, the result.
+  virtual RouteResult route(const RouteArgs& args) = 0;
+  virtual void dispatch(const Plan& plan, const DispatchArgs& args) = 0;
+  virtual void combine(const Plan& plan, const CombineArgs& args) = 0;
+  /// Symmetric memory, for caps().symmetric_outputs; others never get these calls.
+  virtual Allocation allocate(size_t bytes) = 0;
+  virtual size_t free_bytes() const = 0;
+};
+
+using TransportFactory = std::unique_ptr<Transport> (*)(const TransportContext&);
+
+/// The transports linked into this module, by name.
+struct TransportEntry {
+  const char* name;
+  TransportFactory make;
+};
+const std::vector<TransportEntry>& transports();
+
+}  // namespace epcomm

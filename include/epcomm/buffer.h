@@ -1,0 +1,95 @@
+// The whole API for C++ callers: make a Buffer, then route, dispatch and combine.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "epcomm/bootstrap.h"
+#include "epcomm/error.h"
+#include "epcomm/plan.h"
+#include "epcomm/types.h"
+
+namespace epcomm {
+
+class Transport;
+
+/// A piece of this rank's window. The memory returns to the window when the last copy of the
+/// pointer goes; it stays readable after Buffer::destroy().
+struct Allocation {
+  char* data = nullptr;
+  size_t bytes = 0;
+  std::shared_ptr<void> owner;  ///< keeps the piece and the mapping alive
+};
+
+/// The send block of a plan: one piece of memory that the caller provides. Offsets of the arrays
+/// that callers read, in bytes; each is int32.
+struct SendBlock {
+  size_t bytes = 0;
+  size_t expert_offset = 0;      ///< [local_experts + 1]
+  size_t tokens_per_expert = 0;  ///< [local_experts]
+  size_t num_recv = 0;           ///< [1]
+};
+
+/// Names of the transports in this build.
+std::vector<std::string> transport_names();
+
+/// One rank's end of an expert-parallel group. Collective calls are made by all ranks in the same
+/// order; one thread at a time. Every wait is bounded by BufferOptions::timeout_s.
+class Buffer {
+ public:
+  /// Collective. Throws ConfigMismatch (the same on all ranks) if ranks disagree, PeerLost if one
+  /// does not show up, InvalidArgument for an option that this rank can refuse alone.
+  Buffer(std::shared_ptr<Bootstrap> bootstrap, BufferOptions options);
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  /// Throws BufferUnusable after destroy() and in a forked process.
+  void check_usable() const;
+
+  int rank() const;
+  int num_ranks() const;
+  uint64_t id() const;
+  const Config& config() const;
+  const Caps& caps() const;
+  const std::string& transport() const;
+  int local_experts() const;      ///< experts that this rank owns
+  int max_local_experts() const;  ///< most experts that any rank owns
+
+  /// Size and offsets of a plan's send block.
+  SendBlock send_block(int num_tokens, int topk) const;
+  /// A view over a send block, for RouteArgs::plan.
+  PlanView view_send_block(void* block, int num_tokens, int topk) const;
+  /// Bytes of PlanView::recv_meta for num_recv tokens; from allocate() if caps().symmetric_outputs.
+  size_t recv_meta_bytes(int topk, int num_recv) const;
+  /// Most tokens, and most rows in the layout, that this rank can receive in one call.
+  int64_t max_recv_tokens() const;
+  int64_t max_recv_rows(Layout layout, int topk, int expert_alignment) const;
+
+  /// Memory that peers can write. Returns data == nullptr if there is no room.
+  Allocation allocate(size_t bytes);
+  size_t free_bytes() const;
+
+  /// Collective. Expert ids outside [-1, num_experts) throw InvalidArgument before anything is
+  /// sent.
+  Plan route(const RouteArgs& args);
+  /// Collective. plan.view must have its receive block attached.
+  void dispatch(const Plan& plan, const DispatchArgs& args);
+  /// Collective. y[t] = bias[t] + sum over ranks r, ascending, of round(partial), in fp32, rounded
+  /// once to dtype. partial is the sum over the distinct rows of rank r that carry token t; with
+  /// topk_weights, the sum over k, ascending, of topk_weights[t, k] * (the row that carries (t,
+  /// k)).
+  void combine(const Plan& plan, const CombineArgs& args);
+
+  /// Local, not collective. Later calls throw BufferUnusable. Allocations stay readable.
+  void destroy();
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace epcomm

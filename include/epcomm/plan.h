@@ -1,0 +1,23 @@
+// The immutable result of routing one batch: who sends which token to which row.
+#pragma once
+
+#include <cstdint>
+
+#include "epcomm/types.h"
+
+namespace epcomm {
+
+/// Made by Buffer::route, read by dispatch and combine any number of times. The arrays behind view
+/// belong to the caller, who keeps them alive and unchanged as long as the plan is used.
+struct Plan {
+  uint64_t buffer_id = 0;  ///< the Buffer that made it; no other accepts it
+  Layout layout = Layout::kUnset;
+  int32_t expert_alignment = 1;
+  int32_t num_tokens = 0;  ///< T on this rank
+  int32_t topk = 0;        ///< K
+  bool host_sync = true;
+  PlanView view;
+  RouteResult result;
+};
+
+}  // namespace epcomm

@@ -1,0 +1,162 @@
+// The plain data that crosses every layer: configuration, what a transport can do, and the
+// arguments of the three collective steps. Trivially copyable where device code sees it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace epcomm {
+
+constexpr int kMaxTopk = 32;
+constexpr int kRowAlignment = 16;  ///< bytes; every row moved is a multiple of this
+
+/// Element type of token rows. Values are part of the wire signature; never renumber.
+enum class Dtype : int32_t {
+  kUnset = 0,
+  kBfloat16 = 1,
+  kFloat16 = 2,
+  kFloat32 = 3,
+  kFloat8E4M3 = 4,  ///< moved as bytes, always with scales
+  kUint8 = 5,       ///< packed sub-byte formats, moved as bytes, always with scales
+};
+
+/// Bytes of one element; 0 for kUnset.
+constexpr int dtype_bytes(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kBfloat16:
+    case Dtype::kFloat16:
+      return 2;
+    case Dtype::kFloat32:
+      return 4;
+    case Dtype::kFloat8E4M3:
+    case Dtype::kUint8:
+      return 1;
+    case Dtype::kUnset:
+      break;
+  }
+  return 0;
+}
+
+/// Element type of topk_idx; the value is its size in bytes.
+enum class IndexType : int32_t { kInt32 = 4, kInt64 = 8 };
+
+/// Arrangement of the rows that a rank receives.
+enum class Layout : int32_t {
+  kUnset = 0,
+  kToken = 1,   ///< one row per (token, this rank); by source rank, then token
+  kExpert = 2,  ///< one row per (token, local expert); grouped by expert, group starts aligned
+  kPadded = 3,  ///< [local_experts, num_ranks * max_tokens] rows; the first tokens_per_expert[e]
+                ///< are valid
+};
+
+/// What every rank of a Buffer must agree on.
+struct Config {
+  int32_t num_experts = 0;
+  int32_t hidden = 0;              ///< elements of a token row before quantisation
+  int32_t topk = 0;                ///< most experts per token, 1..kMaxTopk
+  int32_t max_tokens = 0;          ///< most tokens that any rank dispatches in one call
+  Dtype dtype = Dtype::kBfloat16;  ///< widest element type of a token row
+};
+
+/// How a Buffer is made.
+struct BufferOptions {
+  Config config;
+  /// Owner of each expert; empty = contiguous split, ceil(num_experts / num_ranks) each, the tail
+  /// shorter.
+  std::vector<int32_t> expert_to_rank;
+  std::string transport = "cpu";
+  double timeout_s = 30.0;  ///< every wait for a peer gives up after this
+  size_t window_bytes = 0;  ///< memory for what calls return; 0 = sized from config
+};
+
+/// What a transport can do. Buffer refuses by it, tests skip by it.
+struct Caps {
+  bool token_layout = false;
+  bool expert_layout = false;
+  bool padded_layout = false;
+  bool symmetric_outputs = false;  ///< received rows must lie in Buffer::allocate() memory
+  bool graph_capture = false;      ///< host_sync=False calls can be captured into a CUDA graph
+  bool cuda = false;               ///< tensors are on the GPU (else on the CPU)
+
+  bool takes(Layout layout) const {
+    return (layout == Layout::kToken && token_layout) ||
+           (layout == Layout::kExpert && expert_layout) ||
+           (layout == Layout::kPadded && padded_layout);
+  }
+};
+
+/// Pointers into a plan's two memory blocks (see token_layout.h for sizes and offsets). R =
+/// num_ranks, E = num_experts, L = local_experts, T = num_tokens, K = topk, N = received tokens.
+struct PlanView {
+  // The send block, filled by route.
+  int32_t* topk_idx = nullptr;  ///< [T, K] global expert ids, -1 = none
+  int32_t* row = nullptr;       ///< [T, K] row of the owner's layout that carries (t, k), -1
+  int32_t* slot = nullptr;  ///< [T, R] index among the tokens that rank r receives, -1 = not sent
+  int32_t* rank_count = nullptr;         ///< [R source, R destination] tokens
+  int32_t* expert_count = nullptr;       ///< [R source, E] tokens
+  int32_t* expert_offset = nullptr;      ///< [L + 1] first row of each local expert's group
+  int32_t* tokens_per_expert = nullptr;  ///< [L] tokens received, without alignment padding
+  int32_t* num_recv = nullptr;           ///< [1] N
+  // The receive block, filled by dispatch: N records of MetaLayout, written by the source ranks.
+  void* recv_meta = nullptr;
+};
+
+/// Step 1, route: expert ids in, counts and slots out. Collective.
+struct RouteArgs {
+  const void* topk_idx = nullptr;  ///< [num_tokens, topk], contiguous
+  IndexType index_type = IndexType::kInt64;
+  int32_t num_tokens = 0;
+  int32_t topk = 0;
+  Layout layout = Layout::kToken;
+  int32_t expert_alignment = 1;  ///< rows; group starts of kExpert are multiples of it
+  bool host_sync = true;   ///< the host learns the counts; false: worst-case shapes, no host wait
+  PlanView plan;           ///< send block to fill
+  void* stream = nullptr;  ///< cudaStream_t on GPU transports
+};
+
+/// Host-known numbers of a routing. -1 where host_sync was off.
+struct RouteResult {
+  int32_t num_recv_tokens = -1;            ///< N
+  int32_t num_recv_rows = -1;              ///< rows of the receive tensor in this layout
+  std::vector<int32_t> tokens_per_expert;  ///< [L]; empty where unknown
+};
+
+/// Step 2, dispatch: rows to the ranks of their experts. Collective.
+struct DispatchArgs {
+  // What this rank sends.
+  const void* x = nullptr;              ///< [num_tokens, row_bytes]
+  const void* scales = nullptr;         ///< [num_tokens, scale_bytes], or null
+  const float* topk_weights = nullptr;  ///< [num_tokens, topk], or null
+  Dtype dtype = Dtype::kUnset;
+  int32_t row_bytes = 0;
+  int32_t scale_bytes = 0;  ///< 0 = no scales
+  // Where it lands on this rank. Null recv_x with needed_bytes set = the window was full.
+  void* recv_x = nullptr;         ///< [rows of the layout, row_bytes]
+  void* recv_scales = nullptr;    ///< [rows of the layout, scale_bytes]
+  void* recv_topk_idx = nullptr;  ///< kToken: [N, K] local ids; kExpert: [rows] local id; -1 = none
+  float* recv_topk_weights = nullptr;  ///< kToken: [N, K]; kExpert, kPadded: [rows]; 0 = none
+  IndexType index_type = IndexType::kInt64;
+  int32_t recv_capacity = 0;  ///< received tokens that recv_meta and outputs of kToken hold
+  int32_t row_capacity = 0;   ///< rows that recv_x holds
+  size_t needed_bytes = 0;
+  size_t free_bytes = 0;
+  // How.
+  int32_t num_sms = 0;     ///< most SMs used; 0 = the transport's choice
+  void* stream = nullptr;  ///< cudaStream_t on GPU transports
+};
+
+/// Step 3, combine: results back to the source ranks and summed. Collective.
+struct CombineArgs {
+  const void* x = nullptr;              ///< rows in the plan's layout
+  const float* topk_weights = nullptr;  ///< [num_tokens, topk] on the source rank, or null
+  const void* bias = nullptr;           ///< [num_tokens, hidden] of dtype, or null
+  void* out = nullptr;                  ///< [num_tokens, hidden] of dtype
+  Dtype dtype = Dtype::kUnset;          ///< kBfloat16, kFloat16 or kFloat32
+  int32_t hidden = 0;
+  int32_t num_sms = 0;
+  void* stream = nullptr;
+};
+
+}  // namespace epcomm

@@ -1,0 +1,33 @@
+"""What this build of epcomm contains."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+from . import _core
+
+
+def _version_of(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def show_config() -> dict[str, str]:
+    """Prints what this build contains and what it runs on; returns the same as a dict.
+
+    Keys: "epcomm", "transports", "cuda" (built, or why not), "python", "torch", "machine".
+    """
+    config = {
+        "epcomm": _core.version,
+        "transports": ", ".join(_core.transports()),
+        "cuda": _core.cuda_status,
+        "python": platform.python_version(),
+        "torch": _version_of("torch"),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+    width = max(map(len, config))
+    print("\n".join(f"{key:<{width}}  {value}" for key, value in config.items()))
+    return config

@@ -1,0 +1,48 @@
+"""Environment variables that epcomm reads. It never writes any.
+
+EPCOMM_TRANSPORT: the transport that `transport="auto"` takes.
+EPCOMM_TIMEOUT: seconds that a wait for a peer may take, where `timeout=` is not given.
+EPCOMM_WINDOW_BYTES: bytes of a Buffer's window, where `window_bytes=` is not given.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import warnings
+
+# Names that the build reads are known too, so that they draw no warning.
+_KNOWN = (
+    "EPCOMM_TRANSPORT",
+    "EPCOMM_TIMEOUT",
+    "EPCOMM_WINDOW_BYTES",
+    "EPCOMM_CUDA",
+    "EPCOMM_CUDA_ARCHS",
+)
+
+
+def warn_unknown() -> None:
+    """Warns of EPCOMM_* variables that nothing reads, naming the nearest known one."""
+    for name in sorted(os.environ):
+        if name.startswith("EPCOMM_") and name not in _KNOWN:
+            near = difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.0)[0]
+            warnings.warn(
+                f"environment variable {name} is not one of epcomm's; did you mean {near}?",
+                stacklevel=3,
+            )
+
+
+def text(name: str) -> str | None:
+    """Value of a variable, None if unset or empty."""
+    return os.environ.get(name) or None
+
+
+def number(name: str) -> float | None:
+    """Value of a numeric variable, None if unset or empty. ValueError names the variable."""
+    value = text(name)
+    if value is None:
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"environment variable {name} is {value!r}; expected a number") from None

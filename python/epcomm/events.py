@@ -1,0 +1,30 @@
+"""Events that order work after a call, on any device."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Event:
+    """Marks the completion of a call's work.
+
+    On the CPU a call is complete when it returns, and so is its event. On a GPU it wraps a
+    `torch.cuda.Event` recorded on the stream that the call ran on.
+    """
+
+    def __init__(self, cuda_event: torch.cuda.Event | None = None) -> None:
+        self._cuda_event = cuda_event
+
+    def wait(self, stream: torch.cuda.Stream | None = None) -> None:
+        """Orders later work of `stream` (None = the current one) after the event. No host wait."""
+        if self._cuda_event is not None:
+            self._cuda_event.wait(stream)
+
+    def query(self) -> bool:
+        """True if the work is complete."""
+        return self._cuda_event is None or bool(self._cuda_event.query())  # type: ignore[no-untyped-call]
+
+    def synchronize(self) -> None:
+        """Blocks the host until the work is complete."""
+        if self._cuda_event is not None:
+            self._cuda_event.synchronize()

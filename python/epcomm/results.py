@@ -1,0 +1,94 @@
+"""What dispatch and combine return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from .events import Event
+
+Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+"""Token rows: one tensor, or a pair (quantised rows, scales)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The immutable routing of one batch: who sends which token to which row.
+
+    Made by `Buffer.dispatch`. Pass it to `Buffer.combine`, or to `Buffer.dispatch(plan=...)` to
+    send other rows the same way. Usable any number of times, by the Buffer that made it, as long
+    as that lives. R = num_ranks, L = local_experts.
+
+    Attributes:
+        layout: "token", "expert" or "padded".
+        expert_alignment: rows that group starts of the expert layout are multiples of.
+        num_tokens: tokens of this rank that were dispatched.
+        topk: experts per token.
+        num_recv_tokens: distinct tokens received here; None with host_sync=False.
+        num_recv_rows: rows of the receive tensor in this layout (worst case with host_sync=False).
+        tokens_per_expert: int32 [L], distinct tokens per local expert.
+        expert_offsets: int32 [L + 1], first row of each local expert's group; the last entry is the
+            number of rows. Layouts "expert" and "padded".
+    """
+
+    layout: str
+    expert_alignment: int
+    num_tokens: int
+    topk: int
+    num_recv_tokens: int | None
+    num_recv_rows: int
+    tokens_per_expert: torch.Tensor
+    expert_offsets: torch.Tensor
+    num_recv: torch.Tensor = field(repr=False)
+    index_dtype: torch.dtype = field(repr=False)
+    recv_capacity: int = field(repr=False)
+    native: Any = field(repr=False)
+    send_block: torch.Tensor = field(repr=False)
+    recv_block: torch.Tensor | None = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Recv:
+    """What one rank received from `Buffer.dispatch`. N = received tokens, H = hidden, K = topk.
+
+    The tensors are ordinary tensors: valid as long as they are held, also after later calls and
+    after `Buffer.destroy()`.
+
+    Attributes:
+        x: rows of the layout, or a pair (rows, scales) if they are quantised.
+            "token": [N, H], one row per (token, this rank), by source rank, then token.
+            "expert": [plan.expert_offsets[-1], H], grouped by local expert; in a group by source
+            rank, then token. The content of alignment padding is unspecified.
+            "padded": [L, R * max_tokens, H]; the first tokens_per_expert[e] rows of e are valid.
+            With host_sync=False "token" has R * max_tokens rows and "expert" the most possible.
+        topk_idx: local expert ids, dtype of the dispatched topk_idx.
+            "token": [N, K], -1 where the expert is on another rank. "expert": [rows], the expert of
+            each row, -1 for padding. "padded": None.
+        topk_weights: fp32, 0 where there is no expert; None if dispatched without weights.
+            "token": [N, K]. "expert": [rows]. "padded": [L, R * max_tokens].
+        tokens_per_expert: int32 [L], distinct tokens per local expert, without padding.
+        num_tokens: int32 [1], N.
+        plan: for `combine` and for replay.
+        event: completion of the call.
+        hook: with return_recv_hook=True, a function that completes the receive; else None.
+    """
+
+    x: Rows
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+    tokens_per_expert: torch.Tensor
+    num_tokens: torch.Tensor
+    plan: Plan
+    event: Event
+    hook: Callable[[], None] | None = None
+
+
+class Combined(NamedTuple):
+    """What `Buffer.combine` returns with async_op=True or return_recv_hook=True."""
+
+    y: torch.Tensor
+    event: Event
+    hook: Callable[[], None] | None
