@@ -67,18 +67,6 @@ function(epcomm_cuda_archs out nvcc_version)
   set(${out} "${archs}" PARENT_SCOPE)
 endfunction()
 
-# Sets out to a folder with nccl.h, or to "". Headers only: libnccl is opened at run time, so that the
-# copy that torch has loaded is the one that is used.
-function(epcomm_find_nccl out)
-  epcomm_pip_package(wheel nccl)
-  find_path(found nccl.h NO_CACHE HINTS ENV NCCL_HOME "${wheel}" PATH_SUFFIXES include)
-  if(found)
-    set(${out} "${found}" PARENT_SCOPE)
-  else()
-    set(${out} "" PARENT_SCOPE)
-  endif()
-endfunction()
-
 set(_nvcc "")
 set(_nvcc_version "")
 if(NOT EPCOMM_CUDA STREQUAL "OFF")
@@ -111,26 +99,24 @@ else()
   set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
   find_package(CUDAToolkit REQUIRED)
 
-  file(GLOB _cuda_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/kernels/*.cu)
-  epcomm_find_nccl(_nccl_include)
-  if(_nccl_include)
-    file(GLOB _nccl_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/transport/nccl*.cc)
-    list(APPEND _cuda_sources ${_nccl_sources})
-    set(_nccl_status "transport nccl")
-  else()
-    set(_nccl_status "no transport nccl: nccl.h is not in NCCL_HOME or an nvidia-nccl wheel")
-  endif()
-  pybind11_add_module(_cuda MODULE NO_EXTRAS csrc/bindings/buffer_bindings.cc csrc/bindings/cuda_module.cc
-                      ${_cuda_sources})
-  # The static runtime opens libcuda itself, so the module imports on a machine without a driver.
+  file(GLOB _cuda_sources CONFIGURE_DEPENDS
+       ${PROJECT_SOURCE_DIR}/csrc/kernels/*.cu
+       ${PROJECT_SOURCE_DIR}/csrc/transport/gpu_*.cc
+       ${PROJECT_SOURCE_DIR}/csrc/transport/nccl*.cc)
+  pybind11_add_module(_cuda MODULE NO_EXTRAS
+    csrc/bindings/buffer_bindings.cc
+    csrc/bindings/cuda_module.cc
+    csrc/transport/registry_cuda.cc
+    ${_cuda_sources})
+  # The static runtime opens libcuda itself, so the module imports on a machine without a driver; libnccl
+  # is opened when it is used, so that the copy that torch has loaded is taken.
   target_link_libraries(_cuda PRIVATE epcomm_core CUDA::cudart_static)
-  if(_nccl_include)
-    target_include_directories(_cuda SYSTEM PRIVATE ${_nccl_include})
-    target_compile_definitions(_cuda PRIVATE EPCOMM_HAVE_NCCL=1)
-  endif()
-  install(TARGETS _cuda DESTINATION epcomm)
+  target_compile_options(_cuda PRIVATE
+    $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -Werror=all-warnings>)
   list(JOIN CMAKE_CUDA_ARCHITECTURES " " _archs)
-  set(EPCOMM_CUDA_STATUS "built: CUDA ${_nvcc_version}, architectures ${_archs}, ${_nccl_status}")
+  target_compile_definitions(_cuda PRIVATE EPCOMM_CUDA_ARCH_LIST="${_archs}")
+  install(TARGETS _cuda DESTINATION epcomm)
+  set(EPCOMM_CUDA_STATUS "built: transport nccl, CUDA ${_nvcc_version}, architectures ${_archs}")
 endif()
 
 if(EPCOMM_CUDA STREQUAL "ON" AND NOT TARGET _cuda)

@@ -4,6 +4,7 @@
 
 #include <cstring>
 #include <exception>
+#include <map>
 #include <optional>
 #include <string>
 #include <utility>
@@ -122,6 +123,10 @@ void bind_args(py::module_& m) {
       .def_readwrite("topk", &RouteArgs::topk)
       .def_readwrite("layout", &RouteArgs::layout)
       .def_readwrite("expert_alignment", &RouteArgs::expert_alignment)
+      .def_readwrite("dtype", &RouteArgs::dtype)
+      .def_readwrite("row_bytes", &RouteArgs::row_bytes)
+      .def_readwrite("scale_bytes", &RouteArgs::scale_bytes)
+      .def_readwrite("weighted", &RouteArgs::weighted)
       .def_readwrite("host_sync", &RouteArgs::host_sync);
   def_pointer(route, "topk_idx", &RouteArgs::topk_idx);
   def_pointer(route, "stream", &RouteArgs::stream);
@@ -190,6 +195,7 @@ BufferOptions make_options(const py::kwargs& kwargs) {
   o.transport = kwargs["transport"].cast<std::string>();
   o.timeout_s = kwargs["timeout"].cast<double>();
   o.window_bytes = kwargs["window_bytes"].cast<size_t>();
+  o.transport_options = kwargs["transport_options"].cast<std::map<std::string, std::string>>();
   return o;
 }
 
@@ -212,6 +218,10 @@ void bind_buffer(py::module_& m) {
       });
 
   m.def("transports", &transport_names);
+  m.def("refuse", [](py::object bootstrap, const std::string& why) {
+    PyBootstrap wrapped(std::move(bootstrap));
+    refuse(wrapped, why);
+  });
 
   using gil = py::call_guard<py::gil_scoped_release>;
   py::class_<Buffer>(m, "Buffer", py::module_local())

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "core/expert_map.h"
@@ -22,9 +23,9 @@ namespace {
 
 // What ranks tell each other about their options; plain bytes of one size.
 struct Agreement {
-  char version[32];
   char transport[24];
   int64_t num_experts, hidden, topk, max_tokens, dtype, expert_to_rank, window_bytes, timeout_ms;
+  char transport_options[96];
   char refusal[320];  // why this rank cannot take part; empty = it can
 };
 
@@ -34,8 +35,8 @@ struct AgreementField {
 };
 
 constexpr AgreementField kAgreementFields[] = {
-    {"version", [](const Agreement& a) { return std::string(a.version); }},
     {"transport", [](const Agreement& a) { return std::string(a.transport); }},
+    {"transport_options", [](const Agreement& a) { return std::string(a.transport_options); }},
     {"num_experts", [](const Agreement& a) { return std::to_string(a.num_experts); }},
     {"hidden", [](const Agreement& a) { return std::to_string(a.hidden); }},
     {"topk", [](const Agreement& a) { return std::to_string(a.topk); }},
@@ -101,7 +102,8 @@ std::string value(const char* name, int64_t is, const char* what, int64_t expect
          std::to_string(expected);
 }
 
-std::atomic<uint64_t> next_buffer_id{1};
+// Starts at its own address, so that ids differ between the extension modules of a process.
+std::atomic<uint64_t> next_buffer_id{reinterpret_cast<uintptr_t>(&next_buffer_id)};
 
 }  // namespace
 
@@ -117,6 +119,11 @@ struct Buffer::State {
   std::unique_ptr<Transport> transport;
   Caps caps;
 
+  Dims dims(int topk) const {
+    const int rank = bootstrap->rank();
+    return {bootstrap->size(), options.config.num_experts, experts.local_experts(rank), topk,
+            caps.cuda};
+  }
   Transport& usable() const {
     if (transport == nullptr) throw BufferUnusable("this Buffer was destroyed; make a new one");
     if (::getpid() != pid)
@@ -136,55 +143,86 @@ struct Buffer::State {
 
 namespace {
 
+// Throws ConfigMismatch if the ranks' values of a field are not all the same.
+void compare(const char* field, const std::vector<std::string>& values) {
+  if (std::any_of(values.begin(), values.end(),
+                  [&](const std::string& v) { return v != values[0]; }))
+    throw ConfigMismatch(field, values);
+}
+
+// Versions are exchanged first and alone: what follows may differ between them.
+void agree_on_version(Bootstrap& bootstrap) {
+  struct Version {
+    char text[32];
+  };
+  Version mine{};
+  copy_text(mine.text, EPCOMM_VERSION);
+  std::vector<Version> all(static_cast<size_t>(bootstrap.size()));
+  bootstrap.all_gather(&mine, all.data(), sizeof mine);
+  std::vector<std::string> values;
+  for (const Version& v : all) values.emplace_back(v.text, strnlen(v.text, sizeof v.text));
+  compare("version", values);
+}
+
 // Collective: every rank tells its options, all compare. A rank that refuses its own options still
 // takes part, so that the others learn of it at once.
-void agree(Bootstrap& bootstrap, const BufferOptions& options, const std::string& refusal) {
+void agree(Bootstrap& bootstrap, const BufferOptions& options, const std::vector<int32_t>& owners,
+           const std::string& refusal) {
+  agree_on_version(bootstrap);
   Agreement mine{};
-  copy_text(mine.version, EPCOMM_VERSION);
   copy_text(mine.transport, options.transport);
   copy_text(mine.refusal, refusal);
+  std::string transport_options;
+  for (const auto& [name, value] : options.transport_options)
+    transport_options += name + "=" + value + " ";
+  copy_text(mine.transport_options, transport_options);
   const Config& c = options.config;
   mine.num_experts = c.num_experts;
   mine.hidden = c.hidden;
   mine.topk = c.topk;
   mine.max_tokens = c.max_tokens;
   mine.dtype = static_cast<int64_t>(c.dtype);
-  mine.expert_to_rank = table_hash(options.expert_to_rank);
+  mine.expert_to_rank = table_hash(owners);
   mine.window_bytes = static_cast<int64_t>(options.window_bytes);
   mine.timeout_ms = static_cast<int64_t>(options.timeout_s * 1e3);
   std::vector<Agreement> all(static_cast<size_t>(bootstrap.size()));
   bootstrap.all_gather(&mine, all.data(), sizeof mine);
 
   if (!refusal.empty()) throw InvalidArgument(refusal);
-  for (const AgreementField& field : kAgreementFields) {
-    std::vector<std::string> values;
-    for (const Agreement& a : all) values.push_back(field.text(a));
-    if (std::any_of(values.begin(), values.end(),
-                    [&](const std::string& v) { return v != values[0]; }))
-      throw ConfigMismatch(field.name, values);
-  }
   for (size_t r = 0; r < all.size(); ++r)
     if (all[r].refusal[0] != 0)
       throw InvalidArgument("rank " + std::to_string(r) +
                             " refused its options: " + all[r].refusal);
+  for (const AgreementField& field : kAgreementFields) {
+    std::vector<std::string> values;
+    for (const Agreement& a : all) values.push_back(field.text(a));
+    compare(field.name, values);
+  }
 }
 
 }  // namespace
 
+void refuse(Bootstrap& bootstrap, const std::string& why) {
+  try {
+    agree(bootstrap, {}, {}, why);
+  } catch (const InvalidArgument&) {  // what this rank told the others
+  }
+}
+
 Buffer::Buffer(std::shared_ptr<Bootstrap> bootstrap, BufferOptions options) {
   const int num_ranks = bootstrap->size();
   std::string refusal;
+  std::optional<ExpertMap> experts;
   TransportFactory make = nullptr;
   try {
     check_options(options, num_ranks);
-    ExpertMap(options.config.num_experts, num_ranks, options.expert_to_rank);
+    experts.emplace(options.config.num_experts, num_ranks, options.expert_to_rank);
     make = find_transport(options.transport);
   } catch (const InvalidArgument& e) {
     refusal = e.what();
   }
-  agree(*bootstrap, options, refusal);
-  ExpertMap experts(options.config.num_experts, num_ranks, options.expert_to_rank);
-  state_ = std::make_unique<State>(std::move(bootstrap), std::move(options), std::move(experts));
+  agree(*bootstrap, options, experts ? experts->ranks() : std::vector<int32_t>{}, refusal);
+  state_ = std::make_unique<State>(std::move(bootstrap), std::move(options), std::move(*experts));
   state_->transport = make({*state_->bootstrap, state_->options, state_->experts});
   state_->caps = state_->transport->caps();
 }
@@ -197,7 +235,7 @@ std::vector<std::string> transport_names() {
 
 Buffer::~Buffer() = default;
 
-void Buffer::check_usable() const { state_->usable(); }
+void Buffer::check_usable() const { state_->usable().check(); }
 
 int Buffer::rank() const { return state_->bootstrap->rank(); }
 int Buffer::num_ranks() const { return state_->bootstrap->size(); }
@@ -209,16 +247,13 @@ int Buffer::local_experts() const { return state_->experts.local_experts(rank())
 int Buffer::max_local_experts() const { return state_->experts.max_local_experts(); }
 
 SendBlock Buffer::send_block(int num_tokens, int topk) const {
-  const PlanSendLayout layout({num_ranks(), config().num_experts, local_experts(), topk},
-                              num_tokens);
+  const PlanSendLayout layout(state_->dims(topk), num_tokens);
   return {layout.bytes, layout.expert_offset, layout.tokens_per_expert, layout.num_recv};
 }
 
 PlanView Buffer::view_send_block(void* block, int num_tokens, int topk) const {
   PlanView view;
-  set_send_block(
-      view, block,
-      PlanSendLayout({num_ranks(), config().num_experts, local_experts(), topk}, num_tokens));
+  set_send_block(view, block, PlanSendLayout(state_->dims(topk), num_tokens));
   return view;
 }
 

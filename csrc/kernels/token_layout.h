@@ -27,11 +27,39 @@ struct Dims {
   int32_t num_experts = 0;
   int32_t local_experts = 0;
   int32_t topk = 0;
+  bool device = false;  ///< plans also hold what kernels on a GPU need
+};
+
+constexpr int kMaxChunks = 8;     ///< pieces that a batch is sent in
+
+/// What a rank announces when it routes, in 4-byte words: a header, then chunk counts, then counts.
+struct AnnounceLayout {
+  // Header words.
+  static constexpr int kNumTokens = 0;  ///< T of the source
+  static constexpr int kBadIndex =
+      1;  ///< 1 + position (t * K + k) of the first bad expert id, 0 = none
+  static constexpr int kBadValue = 2;   ///< that id (clamped to int32)
+  static constexpr int kSignature = 3;  ///< first of kSignatureWords: what all ranks must do alike
+  static constexpr int kSignatureWords = 8;
+  static constexpr int kHeaderWords = 12;
+
+  int num_ranks, num_experts;
+  EPCOMM_HOST_DEVICE int chunk_count(int c) const {
+    return kHeaderWords + c * num_ranks;
+  }  ///< [R], c < kMaxChunks
+  EPCOMM_HOST_DEVICE int rank_count() const {
+    return kHeaderWords + kMaxChunks * num_ranks;
+  }                                                                                 ///< [R]
+  EPCOMM_HOST_DEVICE int expert_count() const { return rank_count() + num_ranks; }  ///< [E]
+  EPCOMM_HOST_DEVICE int words() const {
+    return static_cast<int>(align_up(static_cast<size_t>(expert_count() + num_experts), 4));
+  }
 };
 
 /// Send block of a plan: offsets of the arrays of PlanView that route fills.
 struct PlanSendLayout {
   size_t topk_idx, row, slot, rank_count, expert_count, expert_offset, tokens_per_expert, num_recv;
+  size_t send_token, announced;  ///< empty unless Dims::device
   size_t bytes;
 
   EPCOMM_HOST_DEVICE PlanSendLayout(const Dims& d, int64_t num_tokens) {
@@ -49,6 +77,9 @@ struct PlanSendLayout {
     expert_offset = take(d.local_experts + 1);
     tokens_per_expert = take(d.local_experts);
     num_recv = take(1);
+    const int64_t sent = num_tokens * (d.num_ranks < d.topk ? d.num_ranks : d.topk);
+    send_token = take(d.device ? sent : 0);
+    announced = take(d.device ? int64_t{d.num_ranks} * AnnounceLayout{d.num_ranks, d.num_experts}.words() : 0);
     bytes = at;
   }
 };
@@ -66,6 +97,8 @@ inline void set_send_block(PlanView& view, void* block, const PlanSendLayout& la
   view.expert_offset = at(layout.expert_offset);
   view.tokens_per_expert = at(layout.tokens_per_expert);
   view.num_recv = at(layout.num_recv);
+  view.send_token = at(layout.send_token);
+  view.announced = at(layout.announced);
 }
 
 /// Metadata of one received token, written by its source rank. A plan's receive block is an array

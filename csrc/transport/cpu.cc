@@ -64,7 +64,7 @@ class CpuTransport final : public Transport {
         config_(context.options.config),
         rank_(context.bootstrap.rank()),
         num_ranks_(context.bootstrap.size()),
-        dims_{num_ranks_, config_.num_experts, experts_.local_experts(rank_), config_.topk},
+        dims_{num_ranks_, config_.num_experts, experts_.local_experts(rank_), config_.topk, false},
         arena_(std::make_shared<HostArena>(context.bootstrap, ControlLayout(dims_).arena,
                                            arena_bytes(context.options),
                                            context.options.timeout_s)),

@@ -29,6 +29,8 @@ class Transport {
   virtual RouteResult route(const RouteArgs& args) = 0;
   virtual void dispatch(const Plan& plan, const DispatchArgs& args) = 0;
   virtual void combine(const Plan& plan, const CombineArgs& args) = 0;
+  /// Throws what an earlier call could not report when it was made.
+  virtual void check() {}
   /// Symmetric memory, for caps().symmetric_outputs; others never get these calls.
   virtual Allocation allocate(size_t bytes) = 0;
   virtual size_t free_bytes() const = 0;

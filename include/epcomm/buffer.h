@@ -36,6 +36,11 @@ struct SendBlock {
 /// Names of the transports in this build.
 std::vector<std::string> transport_names();
 
+/// Collective with the Buffer constructor of the other ranks: tells them that this rank cannot take
+/// part, so that they throw InvalidArgument at once instead of waiting. For callers that check
+/// options first.
+void refuse(Bootstrap& bootstrap, const std::string& why);
+
 /// One rank's end of an expert-parallel group. Collective calls are made by all ranks in the same
 /// order; one thread at a time. Every wait is bounded by BufferOptions::timeout_s.
 class Buffer {

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -69,6 +70,8 @@ struct BufferOptions {
   std::string transport = "cpu";
   double timeout_s = 30.0;  ///< every wait for a peer gives up after this
   size_t window_bytes = 0;  ///< memory for what calls return; 0 = sized from config
+  /// Choices that only one transport knows, by name; each transport documents and checks its own.
+  std::map<std::string, std::string> transport_options;
 };
 
 /// What a transport can do. Buffer refuses by it, tests skip by it.
@@ -99,6 +102,9 @@ struct PlanView {
   int32_t* expert_offset = nullptr;      ///< [L + 1] first row of each local expert's group
   int32_t* tokens_per_expert = nullptr;  ///< [L] tokens received, without alignment padding
   int32_t* num_recv = nullptr;           ///< [1] N
+  // GPU transports only.
+  int32_t* send_token = nullptr;  ///< tokens by destination rank, then source order
+  int32_t* announced = nullptr;   ///< [R, AnnounceLayout::words()] what each rank announced
   // The receive block, filled by dispatch: N records of MetaLayout, written by the source ranks.
   void* recv_meta = nullptr;
 };
@@ -111,6 +117,12 @@ struct RouteArgs {
   int32_t topk = 0;
   Layout layout = Layout::kToken;
   int32_t expert_alignment = 1;  ///< rows; group starts of kExpert are multiples of it
+  /// What the dispatch that follows will move: announced, so that ranks that disagree learn of it
+  /// here.
+  Dtype dtype = Dtype::kUnset;
+  int32_t row_bytes = 0;
+  int32_t scale_bytes = 0;
+  bool weighted = false;   ///< with topk_weights
   bool host_sync = true;   ///< the host learns the counts; false: worst-case shapes, no host wait
   PlanView plan;           ///< send block to fill
   void* stream = nullptr;  ///< cudaStream_t on GPU transports
@@ -121,6 +133,8 @@ struct RouteResult {
   int32_t num_recv_tokens = -1;            ///< N
   int32_t num_recv_rows = -1;              ///< rows of the receive tensor in this layout
   std::vector<int32_t> tokens_per_expert;  ///< [L]; empty where unknown
+  /// For transports that send a batch in pieces: [pieces, R source, R destination] tokens.
+  std::vector<int32_t> chunk_count;
 };
 
 /// Step 2, dispatch: rows to the ranks of their experts. Collective.

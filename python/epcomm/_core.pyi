@@ -52,6 +52,10 @@ class RouteArgs:
     topk: int
     layout: Layout
     expert_alignment: int
+    dtype: Dtype
+    row_bytes: int
+    scale_bytes: int
+    weighted: bool
     host_sync: bool
     stream: int
     def __init__(self) -> None: ...
@@ -129,6 +133,7 @@ class Buffer:
         expert_to_rank: list[int],
         timeout: float,
         window_bytes: int,
+        transport_options: dict[str, str],
     ) -> None: ...
     @property
     def rank(self) -> int: ...
@@ -157,3 +162,4 @@ class Buffer:
     def destroy(self) -> None: ...
 
 def transports() -> list[str]: ...
+def refuse(bootstrap: object, why: str) -> None: ...

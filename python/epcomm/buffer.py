@@ -3,41 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from . import _core, checks, env
+from . import checks, env, native
 from .bootstrap import Bootstrap, TorchBootstrap
+from .checks import dtype_name
 from .events import Event
 from .quant import quantize_fp8
 from .results import Combined, Plan, Recv, Rows
-
-_logger = logging.getLogger("epcomm")
-
-_INT32_MAX = 2**31 - 1
-_ROW_DTYPES = {
-    torch.bfloat16: _core.Dtype.bfloat16,
-    torch.float16: _core.Dtype.float16,
-    torch.float32: _core.Dtype.float32,
-}
-_QUANTISED_DTYPES = {
-    torch.float8_e4m3fn: _core.Dtype.float8_e4m3fn,
-    torch.uint8: _core.Dtype.uint8,
-}
-_SCALE_DTYPES = (torch.float32, torch.int32, torch.uint8, torch.float8_e4m3fn)
-_INDEX_DTYPES = {torch.int64: _core.IndexType.int64, torch.int32: _core.IndexType.int32}
-_LAYOUTS = {
-    "token": _core.Layout.token,
-    "expert": _core.Layout.expert,
-    "padded": _core.Layout.padded,
-}
-_QUANTS = (None, "fp8", "fp8_ue8m0")
+from .streams import CallOrder
 
 
 class Buffer:
@@ -55,13 +35,17 @@ class Buffer:
         topk: most experts per token, 1 to 32.
         max_tokens: most tokens that any rank dispatches in one call.
         dtype: widest element type of token rows: bfloat16, float16 or float32.
-        transport: "cpu", or "auto" to choose by the machine (EPCOMM_TRANSPORT overrides "auto").
+        transport: "cpu" or "nccl", or "auto" to choose by the machine (EPCOMM_TRANSPORT overrides
+            "auto"). A GPU transport uses the device that is current when the Buffer is made.
         expert_to_rank: owner rank of each expert; None = a contiguous split of
             ceil(num_experts / num_ranks) experts a rank, the last ranks getting the shorter rest.
             Local ids follow ascending expert ids.
         timeout: seconds that a wait for a peer may take before `PeerLost` (default 30).
         window_bytes: memory for the tensors that calls return. None = from the sizes above. The cpu
-            transport takes memory from the machine only where it is touched.
+            transport takes memory from the machine only where it is touched; nccl returns memory
+            of torch's allocator and ignores this.
+        transport_options: choices of one transport, by name; nccl: "algorithm", "schedule" and
+            "chunks" (docs/nccl.md).
 
     Raises:
         ConfigMismatch: ranks disagree on an argument or on epcomm's version; the same on all ranks.
@@ -82,38 +66,44 @@ class Buffer:
         expert_to_rank: Sequence[int] | None = None,
         timeout: float | None = None,
         window_bytes: int | None = None,
+        transport_options: Mapping[str, object] | None = None,
     ) -> None:
-        checks.choice("dtype", dtype, tuple(_ROW_DTYPES))
+        bootstrap = _bootstrap(group, timeout)
         if timeout is None:
-            timeout = env.number("EPCOMM_TIMEOUT") or 30.0
+            timeout = env.number("EPCOMM_TIMEOUT", 30.0)
         if window_bytes is None:
-            window_bytes = int(env.number("EPCOMM_WINDOW_BYTES") or 0)
-        if group is None or isinstance(group, dist.ProcessGroup):
-            bootstrap: Bootstrap = TorchBootstrap(group, timeout)
-        else:
-            bootstrap = group
-        if transport == "auto":
-            transport = env.text("EPCOMM_TRANSPORT") or "cpu"
-            _logger.info("transport auto: %s", transport)
-        self._native = _core.Buffer(
-            bootstrap,
-            num_experts=checks.integer("num_experts", num_experts, -_INT32_MAX, _INT32_MAX),
-            hidden=checks.integer("hidden", hidden, -_INT32_MAX, _INT32_MAX),
-            topk=checks.integer("topk", topk, -_INT32_MAX, _INT32_MAX),
-            max_tokens=checks.integer("max_tokens", max_tokens, -_INT32_MAX, _INT32_MAX),
-            dtype=_ROW_DTYPES[dtype],
-            transport=transport,
-            expert_to_rank=[] if expert_to_rank is None else [int(r) for r in expert_to_rank],
-            timeout=float(timeout),
-            window_bytes=checks.integer("window_bytes", window_bytes, 0, 2**62),
-        )
+            window_bytes = int(env.number("EPCOMM_WINDOW_BYTES", 0))
+        try:
+            if transport == "auto":
+                transport = native.choose_transport()
+            self._module = native.module_of(transport)
+            checks.choice("dtype", dtype, checks.ROW_DTYPES)
+            options = {
+                "num_experts": checks.integer("num_experts", num_experts),
+                "hidden": checks.integer("hidden", hidden),
+                "topk": checks.integer("topk", topk),
+                "max_tokens": checks.integer("max_tokens", max_tokens),
+                "dtype": self._dtype(dtype),
+                "transport": transport,
+                "expert_to_rank": checks.integers("expert_to_rank", expert_to_rank or ()),
+                "timeout": checks.seconds("timeout", timeout),
+                "window_bytes": checks.integer("window_bytes", window_bytes, 0, 2**62),
+                "transport_options": {str(k): str(v) for k, v in (transport_options or {}).items()},
+            }
+        except (TypeError, ValueError) as error:
+            native.refuse(bootstrap, str(error))
+            raise
+        self._native = self._module.Buffer(bootstrap, **options)
         self.num_experts = num_experts
         self.hidden = hidden
         self.topk = topk
         self.max_tokens = max_tokens
         self.dtype = dtype
         self.caps = self._native.caps
-        self._device = torch.device("cpu")
+        on_gpu = self.caps.cuda
+        self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else _CPU
+        self._order = CallOrder(self._device, self._native.check_usable)
+        self._limits = checks.Limits(self._native.id, self._device, hidden, topk, max_tokens, dtype)
 
     @property
     def rank(self) -> int:
@@ -202,7 +192,7 @@ class Buffer:
             PeerLost, Evicted, BufferUnusable: see `epcomm.errors`.
         """
         self._native.check_usable()
-        checks.choice("quant", quant, _QUANTS)
+        checks.choice("quant", quant, checks.QUANTS)
         if (topk_idx is None) == (plan is None):
             raise ValueError(
                 "topk_idx and plan are both "
@@ -210,18 +200,15 @@ class Buffer:
                 + "; expected exactly one of them"
             )
         if plan is not None:
-            self._check_plan(plan)
-        self._check_async(async_op, return_recv_hook, num_sms)
+            self._limits.plan(plan)
+        checks.async_arguments(async_op, return_recv_hook, num_sms)
         if quant is not None:
             x = self._quantise(x, quant)
-        rows, scales = self._check_rows(x)
+        rows, scales = self._limits.rows(x)
         num_tokens = rows.shape[0]
         if plan is None:
             assert topk_idx is not None
-            checks.choice("layout", layout, tuple(_LAYOUTS))
-            checks.integer("expert_alignment", expert_alignment, 1, 2**20)
-            self._tensor("topk_idx", topk_idx, tuple(_INDEX_DTYPES), (num_tokens, "topk"))
-            checks.integer("topk_idx.shape[1]", topk_idx.shape[1], 1, self.topk)
+            self._limits.routing(topk_idx, num_tokens, layout, expert_alignment)
             topk = topk_idx.shape[1]
         else:
             if num_tokens != plan.num_tokens:
@@ -230,17 +217,28 @@ class Buffer:
                 )
             topk = plan.topk
         if topk_weights is not None:
-            self._tensor("topk_weights", topk_weights, (torch.float32,), (num_tokens, topk))
+            self._limits.tensor("topk_weights", topk_weights, (torch.float32,), (num_tokens, topk))
 
-        if previous_event is not None:
-            previous_event.synchronize()
+        stream = self._order.begin(async_op or return_recv_hook, previous_event)
+        args = self._module.DispatchArgs()
+        args.x = rows.data_ptr()
+        args.dtype = self._dtype(rows.dtype)
+        args.row_bytes = rows.shape[1] * rows.element_size()
+        if scales is not None:
+            args.scales = _address(scales)
+            args.scale_bytes = scales.shape[1] * scales.element_size()
+        args.topk_weights = _address(topk_weights)
+        args.num_sms = num_sms or 0
+        args.stream = 0 if stream is None else stream.cuda_stream
         if plan is None:
             assert topk_idx is not None
-            plan = self._route(topk_idx, layout, expert_alignment, host_sync)
-        recv = self._send(plan, rows, scales, topk_weights)
-        if return_recv_hook:
-            return dataclasses.replace(recv, hook=_nothing_left)
-        return recv
+            plan = self._route(topk_idx, layout, expert_alignment, host_sync, args)
+        recv = self._send(plan, rows, scales, args)
+        used = (rows, scales, topk_idx, topk_weights, recv.topk_idx, recv.topk_weights)
+        received = recv.x if isinstance(recv.x, tuple) else (recv.x,)
+        block = (recv.plan.send_block, recv.plan.recv_block)
+        event = self._order.end(stream, (*used, *received, *block))
+        return dataclasses.replace(recv, event=event, hook=event.wait if return_recv_hook else None)
 
     def combine(
         self,
@@ -281,59 +279,74 @@ class Buffer:
             As `dispatch`.
         """
         self._native.check_usable()
-        self._check_plan(plan)
-        self._check_async(async_op, return_recv_hook, num_sms)
-        self._tensor("x", x, self._row_dtypes(), self._shape(plan, self.hidden))
-        self._check_row_bytes("x", x.shape[-1] * x.element_size())
+        self._limits.plan(plan)
+        checks.async_arguments(async_op, return_recv_hook, num_sms)
+        limits = self._limits
+        limits.tensor("x", x, limits.row_dtypes(), self._shape(plan, self.hidden))
+        limits.row_bytes("x", x.shape[-1] * x.element_size())
         shape = (plan.num_tokens, self.hidden)
         if topk_weights is not None:
-            self._tensor(
+            limits.tensor(
                 "topk_weights", topk_weights, (torch.float32,), (plan.num_tokens, plan.topk)
             )
         if bias is not None:
-            self._tensor("bias", bias, (x.dtype,), shape)
+            limits.tensor("bias", bias, (x.dtype,), shape)
         if out is None:
             out = torch.empty(shape, dtype=x.dtype, device=self._device)
         else:
-            self._tensor("out", out, (x.dtype,), shape)
+            limits.tensor("out", out, (x.dtype,), shape)
 
-        if previous_event is not None:
-            previous_event.synchronize()
-        args = _core.CombineArgs()
+        stream = self._order.begin(async_op or return_recv_hook, previous_event)
+        args = self._module.CombineArgs()
         args.x = x.data_ptr()
         args.out = out.data_ptr()
-        args.dtype = _ROW_DTYPES[x.dtype]
+        args.dtype = self._dtype(x.dtype)
         args.hidden = self.hidden
-        args.num_sms = num_sms or 0
         args.topk_weights = _address(topk_weights)
         args.bias = _address(bias)
+        args.num_sms = num_sms or 0
+        args.stream = 0 if stream is None else stream.cuda_stream
         self._native.combine(plan.native, args)
+        block = (plan.send_block, plan.recv_block)
+        event = self._order.end(stream, (x, topk_weights, bias, out, *block))
         if async_op or return_recv_hook:
-            return Combined(out, Event(), _nothing_left if return_recv_hook else None)
+            return Combined(out, event, event.wait if return_recv_hook else None)
         return out
 
     # Steps of dispatch.
 
-    def _route(self, topk_idx: torch.Tensor, layout: str, alignment: int, host_sync: bool) -> Plan:
+    def _route(
+        self,
+        topk_idx: torch.Tensor,
+        layout: str,
+        alignment: int,
+        host_sync: bool,
+        dispatch: Any,
+    ) -> Plan:
         num_tokens, topk = topk_idx.shape
         sizes = self._native.send_block(num_tokens, topk)
         send_block = torch.empty(sizes.bytes, dtype=torch.uint8, device=self._device)
-        args = _core.RouteArgs()
+        args = self._module.RouteArgs()
         args.topk_idx = topk_idx.data_ptr()
-        args.index_type = _INDEX_DTYPES[topk_idx.dtype]
+        args.index_type = self._index_type(topk_idx.dtype)
         args.num_tokens = num_tokens
         args.topk = topk
-        args.layout = _LAYOUTS[layout]
+        args.layout = getattr(self._module.Layout, layout)
         args.expert_alignment = alignment
+        args.dtype = dispatch.dtype
+        args.row_bytes = dispatch.row_bytes
+        args.scale_bytes = dispatch.scale_bytes
+        args.weighted = dispatch.topk_weights != 0
         args.host_sync = host_sync
-        native = self._native.route(args, send_block.data_ptr())
+        args.stream = dispatch.stream
+        native_plan = self._native.route(args, send_block.data_ptr())
 
         def int32_array(offset: int, count: int) -> torch.Tensor:
             return send_block[offset : offset + 4 * count].view(torch.int32)
 
-        capacity = native.num_recv_tokens if host_sync else self._native.max_recv_tokens
+        capacity = native_plan.num_recv_tokens if host_sync else self._native.max_recv_tokens
         rows = (
-            native.num_recv_rows
+            native_plan.num_recv_rows
             if host_sync
             else self._native.max_recv_rows(args.layout, topk, alignment)
         )
@@ -342,37 +355,24 @@ class Buffer:
             expert_alignment=alignment,
             num_tokens=num_tokens,
             topk=topk,
-            num_recv_tokens=native.num_recv_tokens if host_sync else None,
+            num_recv_tokens=native_plan.num_recv_tokens if host_sync else None,
             num_recv_rows=rows,
             tokens_per_expert=int32_array(sizes.tokens_per_expert, self.local_experts),
             expert_offsets=int32_array(sizes.expert_offset, self.local_experts + 1),
             num_recv=int32_array(sizes.num_recv, 1),
             index_dtype=topk_idx.dtype,
             recv_capacity=capacity,
-            native=native,
+            native=native_plan,
             send_block=send_block,
             recv_block=None,
         )
 
-    def _send(
-        self,
-        plan: Plan,
-        rows: torch.Tensor,
-        scales: torch.Tensor | None,
-        topk_weights: torch.Tensor | None,
-    ) -> Recv:
-        args = _core.DispatchArgs()
-        args.x = rows.data_ptr()
-        args.dtype = {**_ROW_DTYPES, **_QUANTISED_DTYPES}[rows.dtype]
-        args.row_bytes = rows.shape[1] * rows.element_size()
-        args.index_type = _INDEX_DTYPES[plan.index_dtype]
+    def _send(self, plan: Plan, rows: torch.Tensor, scales: torch.Tensor | None, args: Any) -> Recv:
+        args.index_type = self._index_type(plan.index_dtype)
         args.recv_capacity = plan.recv_capacity
         args.row_capacity = plan.num_recv_rows
-        args.topk_weights = _address(topk_weights)
         wanted = [(rows.dtype, self._shape(plan, rows.shape[1]))]
         if scales is not None:
-            args.scales = _address(scales)
-            args.scale_bytes = scales.shape[1] * scales.element_size()
             wanted.append((scales.dtype, self._shape(plan, scales.shape[1])))
         if plan.recv_block is None:
             meta_bytes = self._native.recv_meta_bytes(plan.topk, plan.recv_capacity)
@@ -387,8 +387,8 @@ class Buffer:
         if plan.recv_block is None:
             meta = received.pop()
             # The address even where nothing is received: an empty tensor would hide it.
-            native = plan.native.with_recv_block(_address(meta))
-            plan = dataclasses.replace(plan, native=native, recv_block=meta)
+            attached = plan.native.with_recv_block(_address(meta))
+            plan = dataclasses.replace(plan, native=attached, recv_block=meta)
         args.recv_x = received[0].data_ptr()
         if scales is not None:
             args.recv_scales = received[1].data_ptr()
@@ -399,7 +399,7 @@ class Buffer:
         if plan.layout != "padded":
             recv_idx = torch.empty(entries, dtype=plan.index_dtype, device=self._device)
             args.recv_topk_idx = recv_idx.data_ptr()
-        if topk_weights is not None:
+        if args.topk_weights != 0:
             recv_weights = torch.empty(entries, dtype=torch.float32, device=self._device)
             args.recv_topk_weights = recv_weights.data_ptr()
         self._native.dispatch(plan.native, args)
@@ -417,6 +417,8 @@ class Buffer:
         self, wanted: Sequence[tuple[torch.dtype, tuple[int, ...]]]
     ) -> list[torch.Tensor] | None:
         """Tensors in memory that peers can write; None if there is no room for all of them."""
+        if not self.caps.symmetric_outputs:
+            return [torch.empty(s, dtype=d, device=self._device) for d, s in wanted]
         tensors = []
         for dtype, shape in wanted:
             piece = self._native.allocate(math.prod(shape) * dtype.itemsize)
@@ -429,82 +431,36 @@ class Buffer:
                 tensors.append(torch.frombuffer(piece, dtype=dtype).view(shape))
         return tensors
 
-    # Checks.
-
-    def _tensor(
-        self,
-        name: str,
-        value: Any,
-        dtypes: Sequence[torch.dtype],
-        shape: Sequence[int | str],
-    ) -> None:
-        checks.tensor(name, value, device=self._device, dtypes=dtypes, shape=shape)
-
-    def _row_dtypes(self) -> tuple[torch.dtype, ...]:
-        return tuple(d for d in _ROW_DTYPES if d.itemsize <= self.dtype.itemsize)
-
-    def _check_rows(self, x: Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Checks x, and splits a pair into rows and scales."""
-        if not isinstance(x, (tuple, list)):
-            self._tensor("x", x, self._row_dtypes(), ("num_tokens", self.hidden))
-            rows, scales = x, None
-        elif len(x) != 2:
-            raise ValueError(
-                f"x is a sequence of {len(x)}; expected a tensor or a pair (q, scales)"
-            )
-        else:
-            rows, scales = x
-            packed = isinstance(rows, torch.Tensor) and rows.dtype == torch.uint8
-            width = "row_bytes" if packed else self.hidden
-            self._tensor("x[0]", rows, tuple(_QUANTISED_DTYPES), ("num_tokens", width))
-            self._tensor("x[1]", scales, _SCALE_DTYPES, (rows.shape[0], "num_scales"))
-            checks.integer("x[1].shape[1]", scales.shape[1], 1, _INT32_MAX)
-        self._check_row_bytes(
-            "x" if scales is None else "x[0]", rows.shape[1] * rows.element_size()
-        )
-        if rows.shape[0] > self.max_tokens:
-            raise ValueError(
-                f"x has {rows.shape[0]} tokens; expected at most max_tokens = {self.max_tokens}; "
-                "make the Buffer with a larger max_tokens or dispatch in smaller batches"
-            )
-        return rows, scales
-
-    def _check_row_bytes(self, name: str, row_bytes: int) -> None:
-        widest = self.hidden * self.dtype.itemsize
-        if row_bytes == 0 or row_bytes % 16 != 0 or row_bytes > widest:
-            raise ValueError(
-                f"{name} has rows of {row_bytes} bytes; expected a multiple of 16, at most the "
-                f"{widest} bytes of a row of {self.dtype}; pad hidden"
-            )
-
-    def _check_plan(self, plan: Any) -> None:
-        if not isinstance(plan, Plan):
-            raise TypeError(
-                f"plan is a {type(plan).__name__}; expected the epcomm.Plan of a dispatch"
-            )
-        if plan.native.buffer_id != self._native.id:
-            raise ValueError(
-                f"plan was made by another Buffer (id {plan.native.buffer_id}); expected a plan of "
-                f"this Buffer (id {self._native.id})"
-            )
-
-    def _check_async(self, async_op: bool, return_recv_hook: bool, num_sms: int | None) -> None:
-        if async_op and return_recv_hook:
-            raise ValueError("async_op and return_recv_hook are both True; expected at most one")
-        if num_sms is not None:
-            checks.integer("num_sms", num_sms, 1, 1024)
-
     def _quantise(self, x: Rows, kind: str) -> Rows:
         if not isinstance(x, torch.Tensor):
             raise ValueError(f"quant is {kind!r} but x is a pair already; expected one tensor")
-        self._tensor("x", x, self._row_dtypes(), ("num_tokens", self.hidden))
+        self._limits.tensor("x", x, self._limits.row_dtypes(), ("num_tokens", self.hidden))
         return quantize_fp8(x, ue8m0=kind == "fp8_ue8m0")
+
+    def _dtype(self, dtype: torch.dtype) -> Any:
+        return getattr(self._module.Dtype, dtype_name(dtype))
+
+    def _index_type(self, dtype: torch.dtype) -> Any:
+        return getattr(self._module.IndexType, dtype_name(dtype))
 
     def _shape(self, plan: Plan, width: int) -> tuple[int, ...]:
         """Shape of the plan's receive tensor with rows of `width` elements."""
         if plan.layout == "padded":
             return (self.local_experts, self.num_ranks * self.max_tokens, width)
         return (plan.num_recv_rows, width)
+
+
+def _bootstrap(group: Any, timeout: Any) -> Bootstrap:
+    if group is None or isinstance(group, dist.ProcessGroup):
+        # A timeout that the Buffer will refuse must still let the ranks tell each other so.
+        valid = isinstance(timeout, (int, float)) and timeout > 0 and math.isfinite(timeout)
+        return TorchBootstrap(group, timeout if valid else env.number("EPCOMM_TIMEOUT", 30.0))
+    if not isinstance(group, Bootstrap):
+        raise TypeError(
+            f"group is a {type(group).__name__}; expected a torch.distributed.ProcessGroup, None, "
+            "or an object with the methods of epcomm.Bootstrap"
+        )
+    return group
 
 
 def _address(tensor: torch.Tensor | None) -> int:
@@ -514,8 +470,5 @@ def _address(tensor: torch.Tensor | None) -> int:
     return tensor.data_ptr() or _PLACEHOLDER.data_ptr()
 
 
+_CPU = torch.device("cpu")
 _PLACEHOLDER = torch.empty(16, dtype=torch.uint8)
-
-
-def _nothing_left() -> None:
-    """The receive half of a call that was complete when it returned."""

@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .results import Plan, Rows
 
-def tensor(
-    name: str,
-    value: Any,
-    *,
-    device: torch.device,
-    dtypes: Sequence[torch.dtype],
-    shape: Sequence[int | str],
-) -> torch.Tensor:
-    """Checks one tensor; in `shape` an int must match, a str names a free size."""
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; expected a torch.Tensor")
-    if value.device.type != device.type or (device.index is not None and value.device != device):
-        raise ValueError(f"{name} is on device {value.device}; expected {device}")
-    if value.dtype not in dtypes:
-        wanted = " or ".join(_short(d) for d in dtypes)
-        raise ValueError(f"{name} has dtype {_short(value.dtype)}; expected {wanted}")
-    matches = value.dim() == len(shape) and all(
-        isinstance(want, str) or want == got for want, got in zip(shape, value.shape, strict=True)
-    )
-    if not matches:
-        wanted = "[" + ", ".join(map(str, shape)) + "]"
-        raise ValueError(f"{name} has shape {list(value.shape)}; expected {wanted}")
-    if not value.is_contiguous():
-        raise ValueError(
-            f"{name} has strides {tuple(value.stride())}; expected a contiguous tensor, "
-            f"pass {name}.contiguous()"
-        )
-    return value
+ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+QUANTISED_DTYPES = (torch.float8_e4m3fn, torch.uint8)
+SCALE_DTYPES = (torch.float32, torch.int32, torch.uint8, torch.float8_e4m3fn)
+INDEX_DTYPES = (torch.int64, torch.int32)
+LAYOUTS = ("token", "expert", "padded")
+QUANTS = (None, "fp8", "fp8_ue8m0")
+INT32_MAX = 2**31 - 1
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name without the module: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
@@ -44,7 +30,7 @@ def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
 
 
-def integer(name: str, value: Any, low: int, high: int) -> int:
+def integer(name: str, value: Any, low: int = -INT32_MAX, high: int = INT32_MAX) -> int:
     """Checks an int in [low, high]."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} is a {type(value).__name__}; expected an int")
@@ -54,5 +40,122 @@ def integer(name: str, value: Any, low: int, high: int) -> int:
     return number
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def integers(name: str, values: Iterable[Any]) -> list[int]:
+    """Checks 32-bit ints."""
+    return [integer(f"{name}[{i}]", value) for i, value in enumerate(values)]
+
+
+def seconds(name: str, value: Any) -> float:
+    """Checks a duration."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected seconds")
+    if not 0 < value < 1e6:
+        raise ValueError(f"{name} is {value} s; expected more than 0, less than 1e6")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one Buffer takes."""
+
+    buffer_id: int
+    device: torch.device
+    hidden: int
+    topk: int
+    max_tokens: int
+    dtype: torch.dtype
+
+    def tensor(
+        self, name: str, value: Any, dtypes: Sequence[torch.dtype], shape: Sequence[int | str]
+    ) -> torch.Tensor:
+        """Checks one tensor; in `shape` an int must match, a str names a free size."""
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}; expected a torch.Tensor")
+        if value.device != self.device:
+            raise ValueError(f"{name} is on device {value.device}; expected {self.device}")
+        if value.dtype not in dtypes:
+            wanted = " or ".join(map(dtype_name, dtypes))
+            raise ValueError(f"{name} has dtype {dtype_name(value.dtype)}; expected {wanted}")
+        matches = value.dim() == len(shape) and all(
+            isinstance(want, str) or want == got
+            for want, got in zip(shape, value.shape, strict=True)
+        )
+        if not matches:
+            wanted = "[" + ", ".join(map(str, shape)) + "]"
+            raise ValueError(f"{name} has shape {list(value.shape)}; expected {wanted}")
+        if not value.is_contiguous():
+            raise ValueError(
+                f"{name} has strides {tuple(value.stride())}; expected a contiguous tensor, "
+                f"pass {name}.contiguous()"
+            )
+        return value
+
+    def row_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Element types of rows that are not wider than the Buffer's dtype."""
+        return tuple(d for d in ROW_DTYPES if d.itemsize <= self.dtype.itemsize)
+
+    def row_bytes(self, name: str, row_bytes: int) -> None:
+        """Checks the size of a row."""
+        widest = self.hidden * self.dtype.itemsize
+        if row_bytes == 0 or row_bytes % 16 != 0 or row_bytes > widest:
+            raise ValueError(
+                f"{name} has rows of {row_bytes} bytes; expected a multiple of 16, at most the "
+                f"{widest} bytes of a row of {self.dtype}; pad hidden"
+            )
+
+    def rows(self, x: Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Checks x of a dispatch, and splits a pair into rows and scales."""
+        if not isinstance(x, (tuple, list)):
+            if isinstance(x, torch.Tensor) and x.dtype in QUANTISED_DTYPES:
+                raise ValueError(
+                    f"x has dtype {dtype_name(x.dtype)} and no scales; expected a pair "
+                    "(q, scales), or rows of bfloat16, float16 or float32"
+                )
+            self.tensor("x", x, self.row_dtypes(), ("num_tokens", self.hidden))
+            rows, scales = x, None
+        elif len(x) != 2:
+            raise ValueError(
+                f"x is a sequence of {len(x)}; expected a tensor or a pair (q, scales)"
+            )
+        else:
+            rows, scales = x
+            packed = isinstance(rows, torch.Tensor) and rows.dtype == torch.uint8
+            width = "row_bytes" if packed else self.hidden
+            self.tensor("x[0]", rows, QUANTISED_DTYPES, ("num_tokens", width))
+            self.tensor("x[1]", scales, SCALE_DTYPES, (rows.shape[0], "num_scales"))
+            integer("x[1].shape[1]", scales.shape[1], 1, INT32_MAX)
+        name = "x" if scales is None else "x[0]"
+        self.row_bytes(name, rows.shape[1] * rows.element_size())
+        if rows.shape[0] > self.max_tokens:
+            raise ValueError(
+                f"x has {rows.shape[0]} tokens; expected at most max_tokens = {self.max_tokens}; "
+                "make the Buffer with a larger max_tokens or dispatch in smaller batches"
+            )
+        return rows, scales
+
+    def routing(self, topk_idx: Any, num_tokens: int, layout: str, expert_alignment: int) -> None:
+        """Checks what a new routing is made from."""
+        choice("layout", layout, LAYOUTS)
+        integer("expert_alignment", expert_alignment, 1, 2**20)
+        self.tensor("topk_idx", topk_idx, INDEX_DTYPES, (num_tokens, "topk"))
+        integer("topk_idx.shape[1]", topk_idx.shape[1], 1, self.topk)
+
+    def plan(self, plan: Any) -> None:
+        """Checks that a plan is one, and this Buffer's."""
+        if not isinstance(plan, Plan):
+            raise TypeError(
+                f"plan is a {type(plan).__name__}; expected the epcomm.Plan of a dispatch"
+            )
+        if plan.native.buffer_id != self.buffer_id:
+            raise ValueError(
+                f"plan was made by another Buffer (id {plan.native.buffer_id}); expected a plan of "
+                f"this Buffer (id {self.buffer_id})"
+            )
+
+
+def async_arguments(async_op: bool, return_recv_hook: bool, num_sms: int | None) -> None:
+    """Checks the arguments that say how a call runs."""
+    if async_op and return_recv_hook:
+        raise ValueError("async_op and return_recv_hook are both True; expected at most one")
+    if num_sms is not None:
+        integer("num_sms", num_sms, 1, 1024)

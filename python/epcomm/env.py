@@ -37,11 +37,11 @@ def text(name: str) -> str | None:
     return os.environ.get(name) or None
 
 
-def number(name: str) -> float | None:
-    """Value of a numeric variable, None if unset or empty. ValueError names the variable."""
+def number(name: str, default: float) -> float:
+    """Value of a numeric variable, default if unset or empty. ValueError names the variable."""
     value = text(name)
     if value is None:
-        return None
+        return default
     try:
         return float(value)
     except ValueError:

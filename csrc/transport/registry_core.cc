@@ -1,3 +1,4 @@
+// The transports of module _core.
 #include "transport/cpu.h"
 #include "transport/transport.h"
 

@@ -1,0 +1,84 @@
+"""The extension modules, and which holds what transport. GPU modules are loaded on first use."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from types import ModuleType
+
+import torch
+
+from . import _core, env
+from .bootstrap import Bootstrap
+
+_logger = logging.getLogger("epcomm")
+
+
+def load_cuda() -> ModuleType | None:
+    """The module with the GPU transports; None if this build has none."""
+    try:
+        return importlib.import_module("._cuda", __package__)
+    except ModuleNotFoundError:
+        return None
+
+
+def module_of(transport: str) -> ModuleType:
+    """The extension module that holds a transport. ValueError lists what this build has."""
+    if transport in _core.transports():
+        return _core
+    cuda = load_cuda()
+    if cuda is not None and transport in cuda.transports():
+        check_device(cuda)
+        return cuda
+    has = _core.transports() + (cuda.transports() if cuda is not None else [])
+    raise ValueError(
+        f"transport is {transport!r}; this build has: {', '.join(has)} (_cuda: {_core.cuda_status})"
+    )
+
+
+def refuse(bootstrap: Bootstrap, why: str) -> None:
+    """Tells the other ranks, which are making a Buffer, that this one cannot take part."""
+    _core.refuse(bootstrap, why)
+
+
+def choose_transport() -> str:
+    """What `transport="auto"` stands for on this machine; logs the choice and its reason."""
+    forced = env.text("EPCOMM_TRANSPORT")
+    if forced is not None:
+        choice, reason = forced, "EPCOMM_TRANSPORT says so"
+    elif not torch.cuda.is_available():
+        choice, reason = "cpu", "torch sees no GPU"
+    elif load_cuda() is None:
+        choice, reason = "cpu", f"this build has no GPU transport: {_core.cuda_status}"
+    else:
+        choice, reason = "nccl", "NCCL finds a way between any GPUs"
+    _logger.info("transport auto: %s, because %s", choice, reason)
+    return choice
+
+
+def check_device(cuda: ModuleType) -> None:
+    """Raises ValueError if no GPU can run this build's kernels."""
+    status = cuda.device_status()
+    if status["count"] == 0:
+        raise ValueError(
+            f"a GPU transport was asked for, but CUDA finds no GPU ({status['reason']}); use "
+            "transport='cpu'"
+        )
+    major, minor = map(int, status["capability"].split("."))
+    if not _runs_on(cuda.archs.split(), major, minor):
+        raise ValueError(
+            f"this build of epcomm has kernels for {cuda.archs}, the GPU has compute capability "
+            f"{major}.{minor}; rebuild with EPCOMM_CUDA_ARCHS={major}{minor}"
+        )
+
+
+def _runs_on(archs: list[str], major: int, minor: int) -> bool:
+    """Machine code runs on its major version from its minor on; "a" code on exactly its chip."""
+    for arch in archs:
+        number = int(arch.rstrip("a"))
+        if arch.endswith("a"):
+            if (major, minor) == divmod(number, 10):
+                return True
+        elif number // 10 == major and number % 10 <= minor:
+            return True
+    return False
