@@ -1,0 +1,87 @@
+"""Every transport against the oracle: transport x ranks x layout x dtype x case, one body.
+
+A new transport joins by adding one entry to TRANSPORTS.
+"""
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+from unittest import SkipTest
+
+import pytest
+
+import launcher
+from cases import CASES, FORMATS, Case, Format
+from checks import Layout
+from trial import Trial, buffer_arguments
+
+
+@dataclass(frozen=True)
+class Transport:
+    name: str
+    device: str = "cpu"
+    max_ranks: int = 7
+    marks: tuple[pytest.MarkDecorator, ...] = ()
+
+
+TRANSPORTS = (Transport("cpu"),)
+RANKS = (1, 2, 3, 4, 7)
+LAYOUTS = (
+    Layout("token"),
+    Layout("expert"),
+    Layout("expert", 8),
+    Layout("expert", 128),
+    Layout("padded"),
+)
+TIMEOUT_S = 20.0
+
+
+GRID = [
+    pytest.param(
+        transport,
+        num_ranks,
+        layout,
+        fmt,
+        id=f"{transport.name}-{num_ranks}-{layout.id}-{fmt.id}",
+        marks=transport.marks,
+    )
+    for transport in TRANSPORTS
+    for num_ranks in RANKS
+    if num_ranks <= transport.max_ranks
+    for layout in LAYOUTS
+    for fmt in FORMATS.values()
+]
+
+
+def run_cases(group: Any, transport: str, device: str, layout: Layout, fmt: Format) -> int:
+    """All cases on this rank; cases that agree on the Buffer's arguments share one."""
+    import epcomm
+
+    def key(case: Case) -> str:
+        return repr(buffer_arguments(case, group.size(), fmt))
+
+    done = 0
+    for _, members in groupby(sorted(CASES.values(), key=key), key=key):
+        cases = list(members)
+        arguments = buffer_arguments(cases[0], group.size(), fmt)
+        with epcomm.Buffer(group, transport=transport, timeout=TIMEOUT_S, **arguments) as buf:
+            if buf.transport != transport:
+                raise AssertionError(f"asked for transport {transport}, got {buf.transport}")
+            if not getattr(buf.caps, f"{layout.name}_layout"):
+                raise SkipTest(f"{transport} has no {layout.name} layout")
+            for case in cases:
+                try:
+                    Trial(buf, case, layout, fmt, device).run()
+                except Exception as error:
+                    raise AssertionError(f"case {case.id}: {error}") from error
+                done += 1
+    return done
+
+
+@pytest.mark.parametrize(("transport", "num_ranks", "layout", "fmt"), GRID)
+def test_conformance(transport: Transport, num_ranks: int, layout: Layout, fmt: Format) -> None:
+    pool = launcher.pool(transport.device)
+    if num_ranks > pool.size:
+        pytest.skip(f"needs {num_ranks} ranks, this machine has {pool.size}")
+    done = pool.run(num_ranks, run_cases, transport.name, transport.device, layout, fmt)
+    assert done == [len(CASES)] * num_ranks

@@ -1,0 +1,146 @@
+"""One case on one rank: every call that the API offers, each checked against the oracle."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+import checks
+import reference
+from cases import Case, Format, Rows
+from checks import Layout
+
+REPLAYS = 3
+
+
+@lru_cache(maxsize=256)
+def expectations(case: Case, num_ranks: int, layout: Layout) -> tuple[Any, Any, Any]:
+    """Routing, weights of all ranks or None, what every rank receives; shared by all formats."""
+    routing = checks.routing_of(case, num_ranks, layout)
+    weights = [case.topk_weights(num_ranks, r) for r in range(num_ranks)] if case.weights else None
+    return routing, weights, [routing.received(r, weights) for r in range(num_ranks)]
+
+
+def buffer_arguments(case: Case, num_ranks: int, fmt: Format) -> dict[str, Any]:
+    return {
+        "num_experts": case.experts(num_ranks),
+        "hidden": case.units * fmt.hidden_per_unit,
+        "topk": case.buffer_topk,
+        "max_tokens": case.max_tokens,
+        "dtype": fmt.buffer_dtype,
+        "expert_to_rank": case.table(num_ranks),
+    }
+
+
+@dataclass
+class Trial:
+    buf: Any
+    case: Case
+    layout: Layout
+    fmt: Format
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        self.rank, self.num_ranks = self.buf.rank, self.buf.num_ranks
+        self.routing, self.weights, self.received = expectations(
+            self.case, self.num_ranks, self.layout
+        )
+        idx = torch.from_numpy(self.routing.topk_idx[self.rank])
+        self.topk_idx = idx.to(self.case.index_dtype).to(self.device)
+        self.topk_weights = None
+        if self.weights is not None:
+            self.topk_weights = torch.from_numpy(self.weights[self.rank]).to(self.device)
+        self.held: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def rows_of(self, rank: int, salt: int) -> Rows:
+        """What a rank dispatches."""
+        return self.case.rows(self.fmt, self.num_ranks, rank, salt)
+
+    def dispatch(self, salt: int, plan: Any = None, host_sync: bool = True) -> Any:
+        """Dispatches the rows of this salt, checks what arrives, and keeps it."""
+        rows = [self.rows_of(r, salt) for r in range(self.num_ranks)]
+        mine = tuple(part.to(self.device) for part in checks.parts(rows[self.rank]))
+        arguments: dict[str, Any] = {"plan": plan}
+        if plan is None:
+            arguments = {"topk_idx": self.topk_idx, **self.layout.arguments()}
+        recv = self.buf.dispatch(
+            mine if len(mine) > 1 else mine[0],
+            topk_weights=self.topk_weights,
+            host_sync=host_sync,
+            **arguments,
+        )
+        checks.check_received(
+            recv, self.received[self.rank], rows, self.routing, worst_case=not host_sync
+        )
+        for tensor in (*checks.parts(recv.x), recv.topk_idx, recv.topk_weights):
+            if tensor is not None:
+                self.held.append((tensor, tensor.clone()))
+        return recv
+
+    def combine(
+        self, recv: Any, salt: int, weighted: bool = False, bias: bool = False, out: bool = False
+    ) -> torch.Tensor:
+        """Combines the expert outputs of this salt and checks every row of y."""
+        dtype = self.fmt.buffer_dtype
+        outputs = checks.expert_outputs(self.case, self.fmt, self.received, salt)
+        x = checks.fill(checks.parts(recv.x)[0], outputs[self.rank], dtype)
+        idx = self.routing.topk_idx[self.rank]
+        shape = (len(idx), outputs[0].shape[-1])
+        added = self.case.values(self.case.rng(self.num_ranks, self.rank, 5, salt), shape, dtype)
+        y_out = torch.full(shape, float("nan"), dtype=dtype, device=self.device)
+        y = self.buf.combine(
+            x,
+            recv.plan,
+            topk_weights=self.topk_weights if weighted else None,
+            bias=added.to(self.device) if bias else None,
+            out=y_out if out else None,
+        )
+        if out and y.data_ptr() != y_out.data_ptr():
+            raise AssertionError("combine did not return out=")
+        if y.dtype != dtype:
+            raise AssertionError(f"combine gave {y.dtype}")
+        weights = self.weights[self.rank] if weighted else None
+        b = added.float().numpy() if bias else None
+        checks.equal(y, self.expected_y(outputs, weights, b), "y")
+        return y
+
+    def expected_y(
+        self, outputs: list[np.ndarray], weights: np.ndarray | None, bias: np.ndarray | None
+    ) -> np.ndarray:
+        """The oracle's y, itself held against sums in float64."""
+        dtype, idx = self.fmt.buffer_dtype, self.routing.topk_idx[self.rank]
+        round_ = reference.ROUND[str(dtype).removeprefix("torch.")]
+        expected = reference.combine(
+            outputs, self.received, idx, self.routing.owner, self.rank, round_, weights, bias
+        )
+        exact = checks.exact_sum(outputs, self.received, self.rank, len(idx), weights is not None)
+        exact += 0.0 if bias is None else bias
+        if self.case.payload == "random":
+            eps = torch.finfo(dtype).eps
+            np.testing.assert_allclose(expected, exact, rtol=4 * eps, atol=32 * eps)
+        elif not np.array_equal(expected, exact):
+            raise AssertionError("the oracle is not exact on this case")
+        return expected
+
+    def check_held(self) -> None:
+        """Nothing that was received earlier has changed since."""
+        for tensor, copy in self.held:
+            checks.same_bits(tensor, copy.cpu(), "a tensor that was received earlier")
+
+    def run(self) -> None:
+        recv = again = self.dispatch(0)
+        for replay in range(REPLAYS):
+            again = self.dispatch(1 + replay, plan=recv.plan)
+        self.combine(recv, 10)
+        self.combine(again, 11, bias=True, out=True)
+        if self.topk_weights is not None:
+            self.combine(recv, 12, weighted=True, out=True)
+            first = self.combine(again, 13, weighted=True, bias=True, out=True)
+            second = self.combine(recv, 13, weighted=True, bias=True)
+            checks.same_bits(second, first.cpu(), "y of the same inputs")
+        late = self.dispatch(20, host_sync=False)
+        late = self.dispatch(21, plan=late.plan, host_sync=False)
+        self.combine(late, 14, weighted=self.topk_weights is not None, out=True)
+        self.check_held()
