@@ -108,10 +108,13 @@ std::atomic<uint64_t> next_buffer_id{reinterpret_cast<uintptr_t>(&next_buffer_id
 }  // namespace
 
 struct Buffer::State {
-  State(std::shared_ptr<Bootstrap> b, BufferOptions o, ExpertMap e)
-      : bootstrap(std::move(b)), options(std::move(o)), experts(std::move(e)) {}
+  State(const Bootstrap& bootstrap, BufferOptions o, ExpertMap e)
+      : rank(bootstrap.rank()),
+        num_ranks(bootstrap.size()),
+        options(std::move(o)),
+        experts(std::move(e)) {}
 
-  std::shared_ptr<Bootstrap> bootstrap;
+  int rank, num_ranks;
   BufferOptions options;
   ExpertMap experts;
   uint64_t id = next_buffer_id++;
@@ -120,9 +123,7 @@ struct Buffer::State {
   Caps caps;
 
   Dims dims(int topk) const {
-    const int rank = bootstrap->rank();
-    return {bootstrap->size(), options.config.num_experts, experts.local_experts(rank), topk,
-            caps.cuda};
+    return {num_ranks, options.config.num_experts, experts.local_experts(rank), topk, caps.cuda};
   }
   Transport& usable() const {
     if (transport == nullptr) throw BufferUnusable("this Buffer was destroyed; make a new one");
@@ -222,8 +223,8 @@ Buffer::Buffer(std::shared_ptr<Bootstrap> bootstrap, BufferOptions options) {
     refusal = e.what();
   }
   agree(*bootstrap, options, experts ? experts->ranks() : std::vector<int32_t>{}, refusal);
-  state_ = std::make_unique<State>(std::move(bootstrap), std::move(options), std::move(*experts));
-  state_->transport = make({*state_->bootstrap, state_->options, state_->experts});
+  state_ = std::make_unique<State>(*bootstrap, std::move(options), std::move(*experts));
+  state_->transport = make({*bootstrap, state_->options, state_->experts});
   state_->caps = state_->transport->caps();
 }
 
@@ -237,8 +238,8 @@ Buffer::~Buffer() = default;
 
 void Buffer::check_usable() const { state_->usable().check(); }
 
-int Buffer::rank() const { return state_->bootstrap->rank(); }
-int Buffer::num_ranks() const { return state_->bootstrap->size(); }
+int Buffer::rank() const { return state_->rank; }
+int Buffer::num_ranks() const { return state_->num_ranks; }
 uint64_t Buffer::id() const { return state_->id; }
 const Config& Buffer::config() const { return state_->options.config; }
 const Caps& Buffer::caps() const { return state_->caps; }

@@ -1,6 +1,8 @@
 #include "core/host_rows.h"
 
+#include <algorithm>
 #include <bit>
+#include <cstddef>
 #include <cstdint>
 
 // Compiled twice on x86, and the better chosen when the library is loaded. Sanitizers do not get
@@ -94,6 +96,26 @@ void round_row(Dtype dtype, const float* sum, void* out, int hidden) {
   if (dtype == Dtype::kBfloat16) return round_bf16(sum, static_cast<uint16_t*>(out), hidden);
   if (dtype == Dtype::kFloat16) return round_half(sum, static_cast<uint16_t*>(out), hidden);
   copy_float(sum, static_cast<float*>(out), hidden);
+}
+
+void sum_rows(Dtype dtype, const std::vector<RowTerm>& terms, bool weighted, void* out,
+              int hidden) {
+  constexpr int kBlock =
+      1024;  // sums that stay in the first-level cache from the first row to the last
+  const size_t element = static_cast<size_t>(dtype_bytes(dtype));
+  for (int begin = 0; begin < hidden; begin += kBlock) {
+    float sum[kBlock] = {};
+    const int count = std::min(kBlock, hidden - begin);
+    const size_t offset = static_cast<size_t>(begin) * element;
+    for (const RowTerm& term : terms) {
+      const char* row = static_cast<const char*>(term.row) + offset;
+      if (weighted)
+        add_weighted_row(dtype, row, term.weight, sum, count);
+      else
+        add_row(dtype, row, sum, count);
+    }
+    round_row(dtype, sum, static_cast<char*>(out) + offset, count);
+  }
 }
 
 }  // namespace epcomm

@@ -3,6 +3,8 @@
 // bits.
 #pragma once
 
+#include <vector>
+
 #include "epcomm/types.h"
 
 namespace epcomm {
@@ -13,5 +15,13 @@ void add_row(Dtype dtype, const void* row, float* sum, int hidden);
 void add_weighted_row(Dtype dtype, const void* row, float weight, float* sum, int hidden);
 /// out[i] = sum[i] rounded to dtype, to nearest, ties to even; NaN stays NaN.
 void round_row(Dtype dtype, const float* sum, void* out, int hidden);
+
+/// One summand of sum_rows.
+struct RowTerm {
+  const void* row;
+  float weight;
+};
+/// out = the terms' rows (times their weights, if weighted), added in order in fp32, rounded once.
+void sum_rows(Dtype dtype, const std::vector<RowTerm>& terms, bool weighted, void* out, int hidden);
 
 }  // namespace epcomm

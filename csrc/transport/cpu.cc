@@ -96,8 +96,7 @@ class CpuTransport final : public Transport {
   void place(const RouteArgs& args) const;
   void send_rows(const Plan& plan, const DispatchArgs& args, int peer) const;
   void place_received(const Plan& plan, const DispatchArgs& args) const;
-  void send_partials(const Plan& plan, const CombineArgs& args, int peer,
-                     std::vector<float>& sum) const;
+  void send_partials(const Plan& plan, const CombineArgs& args, int peer) const;
   void sum_partials(const Plan& plan, const CombineArgs& args, const char* partials) const;
 
   int32_t received_from(const PlanView& view, int source) const {
@@ -354,10 +353,9 @@ void CpuTransport::combine(const Plan& plan, const CombineArgs& args) {
     if (weight_bytes != 0) std::memcpy(piece.data + partial_bytes, args.topk_weights, weight_bytes);
   }
   channel_.enter_all(entry, nullptr);
-  std::vector<float> sum(static_cast<size_t>(args.hidden));
   for (int i = 1; i <= num_ranks_; ++i) {
     const int peer = (rank_ + i) % num_ranks_;
-    send_partials(plan, args, peer, sum);
+    send_partials(plan, args, peer);
     channel_.signal_done(peer);
   }
   channel_.wait_all_done();
@@ -365,8 +363,7 @@ void CpuTransport::combine(const Plan& plan, const CombineArgs& args) {
 }
 
 // One row per (token, this rank) to the token's owner: the sum over this rank's rows for it.
-void CpuTransport::send_partials(const Plan& plan, const CombineArgs& args, int peer,
-                                 std::vector<float>& sum) const {
+void CpuTransport::send_partials(const Plan& plan, const CombineArgs& args, int peer) const {
   const Entry& there = channel_.entry(peer);
   const size_t row_bytes =
       static_cast<size_t>(args.hidden) * static_cast<size_t>(dtype_bytes(args.dtype));
@@ -379,31 +376,22 @@ void CpuTransport::send_partials(const Plan& plan, const CombineArgs& args, int 
       at(peer, there.rows) + static_cast<size_t>(partial_base(plan.view, peer, rank_)) * row_bytes;
   const int64_t begin = token_base(plan.view, peer, rank_),
                 end = begin + received_from(plan.view, peer);
+  std::vector<RowTerm> terms;
   for (int64_t n = begin; n < end; ++n, out += row_bytes) {
     const int32_t* row = meta.row(plan.view.recv_meta, n);
-    if (weights == nullptr) {
-      int32_t distinct[kMaxTopk];
-      int count = 0;
-      for (int k = 0; k < plan.topk; ++k)
-        if (row[k] >= 0 && std::find(distinct, distinct + count, row[k]) == distinct + count)
-          distinct[count++] = row[k];
-      if (count == 1) {
-        std::memcpy(out, x + static_cast<size_t>(distinct[0]) * row_bytes, row_bytes);
+    const int64_t token = *meta.token(plan.view.recv_meta, n);
+    terms.clear();
+    for (int k = 0; k < plan.topk; ++k) {
+      // Without weights a row counts once, however many slots share it.
+      if (row[k] < 0 || (weights == nullptr && std::find(row, row + k, row[k]) != row + k))
         continue;
-      }
-      std::fill(sum.begin(), sum.end(), 0.0f);
-      for (int i = 0; i < count; ++i)
-        add_row(args.dtype, x + static_cast<size_t>(distinct[i]) * row_bytes, sum.data(),
-                args.hidden);
-    } else {
-      const int32_t token = *meta.token(plan.view.recv_meta, n);
-      std::fill(sum.begin(), sum.end(), 0.0f);
-      for (int k = 0; k < plan.topk; ++k)
-        if (row[k] >= 0)
-          add_weighted_row(args.dtype, x + static_cast<size_t>(row[k]) * row_bytes,
-                           weights[int64_t{token} * plan.topk + k], sum.data(), args.hidden);
+      terms.push_back({x + static_cast<size_t>(row[k]) * row_bytes,
+                       weights == nullptr ? 1.0f : weights[token * plan.topk + k]});
     }
-    round_row(args.dtype, sum.data(), out, args.hidden);
+    if (weights == nullptr && terms.size() == 1)
+      std::memcpy(out, terms[0].row, row_bytes);
+    else
+      sum_rows(args.dtype, terms, weights != nullptr, out, args.hidden);
   }
 }
 
@@ -416,19 +404,19 @@ void CpuTransport::sum_partials(const Plan& plan, const CombineArgs& args,
   for (int r = 0; r < num_ranks_; ++r)
     shift[static_cast<size_t>(r)] =
         int64_t{partial_base(plan.view, rank_, r)} - token_base(plan.view, rank_, r);
-  std::vector<float> sum(static_cast<size_t>(args.hidden));
+  std::vector<RowTerm> terms;
   for (int64_t t = 0; t < plan.num_tokens; ++t) {
-    std::fill(sum.begin(), sum.end(), 0.0f);
+    terms.clear();
     for (int r = 0; r < num_ranks_; ++r) {
       const int32_t slot = plan.view.slot[t * num_ranks_ + r];
       if (slot < 0) continue;
       const size_t row = static_cast<size_t>(slot + shift[static_cast<size_t>(r)]);
-      add_row(args.dtype, partials + row * row_bytes, sum.data(), args.hidden);
+      terms.push_back({partials + row * row_bytes, 1.0f});
     }
     const size_t at_token = static_cast<size_t>(t) * row_bytes;
     if (args.bias != nullptr)
-      add_row(args.dtype, static_cast<const char*>(args.bias) + at_token, sum.data(), args.hidden);
-    round_row(args.dtype, sum.data(), static_cast<char*>(args.out) + at_token, args.hidden);
+      terms.push_back({static_cast<const char*>(args.bias) + at_token, 1.0f});
+    sum_rows(args.dtype, terms, false, static_cast<char*>(args.out) + at_token, args.hidden);
   }
 }
 

@@ -14,7 +14,8 @@
 
 namespace epcomm {
 
-/// What a transport is made from. The references outlive it.
+/// What a transport is made from. options and experts outlive it; bootstrap is there for its
+/// constructor only, so that no process group is kept alive.
 struct TransportContext {
   Bootstrap& bootstrap;
   const BufferOptions& options;

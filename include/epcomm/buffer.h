@@ -47,6 +47,7 @@ class Buffer {
  public:
   /// Collective. Throws ConfigMismatch (the same on all ranks) if ranks disagree, PeerLost if one
   /// does not show up, InvalidArgument for an option that this rank can refuse alone.
+  /// The bootstrap is used here and not kept.
   Buffer(std::shared_ptr<Bootstrap> bootstrap, BufferOptions options);
   ~Buffer();
   Buffer(const Buffer&) = delete;
