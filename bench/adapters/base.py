@@ -1,0 +1,55 @@
+"""What the benchmark asks of an adapter."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from workload import Workload
+
+
+class Unavailable(Exception):
+    """This adapter cannot run here; its text is the one-line reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Command-line settings that concern adapters."""
+
+    transport: str
+    num_sms: int | None
+    graph: bool
+    timeout: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One timed call. wrong() counts the wrong elements of what call() returned, on this rank."""
+
+    operation: str  # dispatch, combine or pair (both, chained)
+    routing_mode: str  # fresh, replay, graph, packed or raw; see docs/benchmarking.md
+    call: Callable[[], Any]
+    wrong: Callable[[Any], int]
+
+
+class Adapter(abc.ABC):
+    """One library, set up for one case. Making, using and closing it is collective."""
+
+    transport: str  # what moves the bytes
+    layout: str  # of the rows that dispatch returns
+    takes_num_sms: bool = False
+    num_sms: int | None = None  # what it was told to use, if it takes num_sms
+
+    @abc.abstractmethod
+    def __init__(self, workload: Workload, options: Options):
+        """Raises Unavailable, on all ranks alike, if the library cannot run this case."""
+
+    @abc.abstractmethod
+    def operations(self) -> list[Operation]:
+        """What can be timed."""
+
+    def close(self) -> None:
+        """Frees what the library holds."""
+        return

@@ -1,0 +1,141 @@
+"""epcomm itself, by its public API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from adapters.base import Adapter, Operation, Options, Unavailable
+from workload import Workload
+
+
+class EpcommAdapter(Adapter):
+    takes_num_sms = True
+
+    def __init__(self, workload: Workload, options: Options):
+        try:
+            import epcomm
+        except ImportError as error:
+            raise Unavailable(f"import epcomm failed: {error}") from error
+        self._workload = workload
+        self._options = options
+        self.num_sms = options.num_sms
+        self.layout = workload.config.layout
+        self._buffer = epcomm.Buffer(
+            num_experts=workload.routing.num_experts,
+            hidden=workload.config.hidden,
+            topk=workload.routing.topk,
+            max_tokens=workload.tokens,
+            dtype=workload.combine_dtype,
+            transport=options.transport,
+            timeout=options.timeout,
+        )
+        self.transport = self._buffer.transport
+        self._refuse_unless_able()
+
+    def _refuse_unless_able(self) -> None:
+        caps, device = self._buffer.caps, self._workload.config.device
+        reason = None
+        if self._options.transport not in ("auto", self.transport):
+            raise RuntimeError(f"asked for {self._options.transport}, but {self.transport} ran")
+        if caps.cuda != (device.type == "cuda"):
+            reason = (
+                f"moves {'CUDA' if caps.cuda else 'CPU'} tensors, the bench runs on {device.type}"
+            )
+        elif not getattr(caps, f"{self.layout}_layout"):
+            reason = f"has no {self.layout} layout"
+        elif self._options.graph and not caps.graph_capture:
+            reason = "cannot be captured into a CUDA graph"
+        if reason:
+            self.close()
+            raise Unavailable(f"transport {self.transport} {reason}")
+
+    def close(self) -> None:
+        self._buffer.destroy()
+
+    def operations(self) -> list[Operation]:
+        x = self._workload.x
+        payload = x if self._workload.scales is None else (x, self._workload.scales)
+        host_sync = not self._options.graph
+
+        def fresh() -> Any:
+            return self._buffer.dispatch(
+                payload,
+                self._workload.topk_idx,
+                self._workload.topk_weights,
+                layout=self.layout,
+                expert_alignment=self._workload.config.expert_alignment,
+                host_sync=host_sync,
+                num_sms=self.num_sms,
+            )
+
+        first = fresh()
+        plan = first.plan
+        expert_output = self._workload.expert_output(self._rows(first)[0].shape)
+        out = torch.full_like(self._workload.combined(), float("nan"))
+        del first
+
+        def replay() -> Any:
+            return self._buffer.dispatch(payload, plan=plan, num_sms=self.num_sms)
+
+        def combine() -> torch.Tensor:
+            return self._buffer.combine(expert_output, plan, out=out, num_sms=self.num_sms)
+
+        def pair() -> torch.Tensor:
+            received = fresh()
+            return self._buffer.combine(expert_output, received.plan, out=out, num_sms=self.num_sms)
+
+        if self._options.graph:
+            return [
+                Operation("dispatch", "graph", _captured(fresh), self._wrong_dispatch),
+                Operation("combine", "graph", _captured(combine), self._wrong_combine),
+                Operation("pair", "graph", _captured(pair), self._wrong_combine),
+            ]
+        return [
+            Operation("dispatch", "fresh", fresh, self._wrong_dispatch),
+            Operation("dispatch", "replay", replay, self._wrong_rows),
+            Operation("combine", "replay", combine, self._wrong_combine),
+        ]
+
+    @staticmethod
+    def _rows(recv: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return recv.x if isinstance(recv.x, tuple) else (recv.x, None)
+
+    def _wrong_rows(self, recv: Any) -> int:
+        x, scales = self._rows(recv)
+        return self._workload.wrong_received(x, scales, self._workload.received)
+
+    def _wrong_dispatch(self, recv: Any) -> int:
+        counts = recv.tokens_per_expert.tolist()
+        expected = self._workload.tokens_per_expert()
+        num_tokens = len(self._workload.received_by_token().ids)
+        return (
+            self._wrong_rows(recv)
+            + sum(got != want for got, want in zip(counts, expected, strict=True))
+            + int(recv.num_tokens.item() != num_tokens)
+        )
+
+    def _wrong_combine(self, out: torch.Tensor) -> int:
+        wrong = self._workload.wrong_elements(out, self._workload.combined())
+        out.fill_(float("nan"))  # the next call must write every element again
+        return wrong
+
+
+def _captured(call):
+    """The call as a CUDA graph. It returns what the captured call did, refilled by each replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # what is made at the first call must not be made while capturing
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay():
+        graph.replay()
+        return result
+
+    return replay

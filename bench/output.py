@@ -1,0 +1,183 @@
+"""Result rows: printed as a table while they come, written as JSONL, CSV or a plot."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import pathlib
+import platform
+import subprocess
+import sys
+from typing import IO
+
+import torch
+
+SCHEMA_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table and of the JSONL file; see docs/benchmarking.md for each field."""
+
+    schema_version: int
+    adapter: str
+    transport: str
+    operation: str
+    mode: str
+    tokens: int
+    hidden: int
+    topk: int
+    experts: int
+    ranks: int
+    dtype: str
+    layout: str
+    sms: int | None
+    routing: str
+    bytes: int
+    iterations: int
+    p50_us: float
+    p99_us: float
+    link_gbps: float
+    logical_gbps: float
+    raw_gbps: float
+    wrong: int
+    device: str
+    driver: str | None
+    torch: str
+    commit: str
+
+
+COLUMNS = (  # title, width, text of a row
+    ("adapter", -8, lambda row: row.adapter),
+    ("transport", -11, lambda row: row.transport),
+    ("operation", -9, lambda row: row.operation),
+    ("mode", -20, lambda row: row.mode),
+    ("sms", 4, lambda row: "-" if row.sms is None else str(row.sms)),
+    ("tokens", 7, lambda row: str(row.tokens)),
+    ("bytes", 11, lambda row: str(row.bytes)),
+    ("p50 us", 11, lambda row: f"{row.p50_us:.1f}"),
+    ("p99 us", 11, lambda row: f"{row.p99_us:.1f}"),
+    ("link GB/s", 10, lambda row: f"{row.link_gbps:.2f}"),
+    ("logical GB/s", 13, lambda row: f"{row.logical_gbps:.2f}"),
+    ("of raw", 7, lambda row: share_of_raw(row.link_gbps, row.raw_gbps)),
+    ("#wrong", 7, lambda row: str(row.wrong)),
+)
+
+
+def share_of_raw(link_gbps: float, raw_gbps: float) -> str:
+    """Percent of the raw link, or - where nothing crossed it."""
+    return f"{100 * link_gbps / raw_gbps:.0f} %" if raw_gbps > 0 else "-"
+
+
+def _aligned(text: str, width: int) -> str:
+    return text.ljust(-width) if width < 0 else text.rjust(width)
+
+
+def header() -> str:
+    return "# " + " ".join(_aligned(title, width) for title, width, _ in COLUMNS)
+
+
+def line(row: Row) -> str:
+    return "  " + " ".join(_aligned(text(row), width) for _, width, text in COLUMNS)
+
+
+class Progress:
+    """One changing line on a terminal; nothing where standard error is not one."""
+
+    def __init__(self, stream: IO[str] = sys.stderr):
+        self._stream = stream
+        self._on = stream.isatty()
+
+    def show(self, text: str) -> None:
+        if self._on:
+            self._stream.write(f"\r\x1b[K{text}")
+            self._stream.flush()
+
+    def clear(self) -> None:
+        self.show("")
+
+
+def write_json(rows: list[Row], path: str) -> None:
+    with pathlib.Path(path).open("w", encoding="utf-8") as out:
+        for row in rows:
+            out.write(json.dumps(dataclasses.asdict(row)) + "\n")
+
+
+def write_csv(rows: list[Row], path: str) -> None:
+    with pathlib.Path(path).open("w", encoding="utf-8", newline="") as out:
+        writer = csv.DictWriter(out, [field.name for field in dataclasses.fields(Row)])
+        writer.writeheader()
+        writer.writerows(dataclasses.asdict(row) for row in rows)
+
+
+def write_plot(rows: list[Row], path: str) -> None:
+    """Time and bandwidth over tokens, or over SMs where several were asked for, per operation."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display needed
+    import matplotlib.pyplot as plt
+
+    by_sms = len({row.sms for row in rows if row.sms is not None}) > 1
+    axis = "sms" if by_sms else "tokens"
+    operations = list(dict.fromkeys(row.operation for row in rows))
+    figure, panels = plt.subplots(
+        2, len(operations), figsize=(6 * len(operations), 8), squeeze=False, layout="constrained"
+    )
+    for column, operation in enumerate(operations):
+        lines: dict[str, list[Row]] = {}
+        for row in rows:
+            if row.operation == operation and getattr(row, axis) is not None:
+                name = f"{row.adapter} {row.transport} {row.mode}"
+                lines.setdefault(f"{name} {row.tokens} tokens" if by_sms else name, []).append(row)
+        for panel, field, unit in zip(
+            panels[:, column], ("p50_us", "link_gbps"), ("p50, us", "link, GB/s"), strict=True
+        ):
+            for name, points in lines.items():
+                x = [getattr(row, axis) for row in points]
+                panel.plot(x, [getattr(row, field) for row in points], marker="o", label=name)
+            panel.set(title=operation, xlabel=axis, ylabel=unit, xscale="log", yscale="log")
+            panel.grid(True, which="both", alpha=0.3)
+        panels[0, column].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# Where the numbers come from.
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    for text in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        key, _, value = text.partition(":")
+        if key.strip() in ("model name", "Model"):
+            return value.strip()
+    return platform.machine()
+
+
+def driver_version(device: torch.device) -> str | None:
+    """Of the GPU; None on the CPU."""
+    if device.type == "cpu":
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return _first_line(command) or "unknown"
+
+
+def commit() -> str:
+    """The checkout's commit, with -dirty if tracked files differ from it."""
+    git = ["git", "-C", str(pathlib.Path(__file__).resolve().parent)]
+    head = _first_line([*git, "rev-parse", "--short=12", "HEAD"])
+    if not head:
+        return "unknown"
+    dirty = _first_line([*git, "status", "--porcelain", "--untracked-files=no"])
+    return f"{head}-dirty" if dirty else head
+
+
+def _first_line(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip().partition("\n")[0]
