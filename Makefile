@@ -1,0 +1,95 @@
+# Everything here sets itself up: the first target that needs it makes a virtual environment in .venv,
+# installs the versions in constraints.txt from the package index, and builds epcomm into it.
+PYTHON ?= python3
+VENV ?= .venv
+# Which torch to install. Empty: the one that VENV, or else PYTHON, already has.
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+# More arguments for pytest: make test PYTEST_ARGS='-k combine -x'
+PYTEST_ARGS ?=
+
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
+CONSTRAINTS = $(VENV)/constraints.txt
+SOURCES := $(shell find csrc include cmake python -type f -not -path '*/__pycache__/*') CMakeLists.txt
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+# pip tells what it fetches the first time, and only errors when it builds an edit.
+QUIET = $(if $(wildcard $(VENV)/.installed),--quiet)
+# ThreadSanitizer of older compilers cannot place its shadow memory on kernels that randomise much.
+FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
+
+.PHONY: help demo test test-cpp test-python test-gpu bench lint format clean FORCE
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo      four ranks dispatch and combine, every row checked, bandwidth printed'
+	@echo 'make test      C++ tests, C++ tests under ThreadSanitizer, Python tests'
+	@echo 'make test-gpu  the Python tests that need CUDA GPUs'
+	@echo 'make bench     bench/all2all.py over four ranks of this machine'
+	@echo 'make lint      formatting, linters, types, layering'
+	@echo 'make format    reformat the sources'
+	@echo 'make clean     remove .venv and build'
+	@echo
+	@echo 'make TORCH=torch==2.11.0 test   with another torch'
+	@echo 'make TORCH= test                with the torch that $(PYTHON) has'
+	@echo 'make TORCH= VENV=DIR test       in the virtual environment DIR, with its torch'
+	@echo 'make EPCOMM_CUDA=OFF test       without the CUDA transports'
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/python bench/demo.py
+
+# Not a list of two: both use every core, also when make runs jobs in parallel, and the summary of
+# pytest comes last.
+test: test-cpp
+	@$(MAKE) --no-print-directory test-python
+
+test-cpp: $(VENV)/.build_tools
+	@mkdir -p build
+	cmake -S . -B build/tests -G Ninja -DEPCOMM_BUILD_PYTHON=OFF -DEPCOMM_BUILD_TESTS=ON >build/tests.log || { cat build/tests.log; exit 1; }
+	@grep 'C++ tests' build/tests.log
+	cmake --build build/tests
+	ctest --test-dir build/tests --output-on-failure
+	cmake -S . -B build/tests-tsan -G Ninja -DEPCOMM_BUILD_PYTHON=OFF -DEPCOMM_BUILD_TESTS=ON -DEPCOMM_SANITIZE=thread >build/tests-tsan.log || { cat build/tests-tsan.log; exit 1; }
+	@grep 'C++ tests' build/tests-tsan.log
+	cmake --build build/tests-tsan
+	$(FIXED_ADDRESSES) ctest --test-dir build/tests-tsan --output-on-failure
+
+test-python: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest -q -m 'not gpu' $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest -q -m gpu $(PYTEST_ARGS)
+
+bench: $(VENV)/.installed
+	$(VENV)/bin/torchrun --nproc-per-node 4 bench/all2all.py
+
+lint: $(VENV)/.lint_tools
+	tools/lint.sh
+
+format: $(VENV)/.lint_tools
+	tools/lint.sh --fix
+
+clean:
+	rm -rf .venv build
+
+# ---- the environment ----
+# Each file below is the mark that one step is done.
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "epcomm needs Python 3.10 or newer; choose one with PYTHON=")'
+	$(PYTHON) -m venv $(if $(TORCH),,--system-site-packages) $(VENV)
+
+# constraints.txt with the torch that was asked for; rewritten only when that changes.
+$(CONSTRAINTS): FORCE | $(VENV)/bin/python
+	@{ grep -v '^torch==' constraints.txt; echo '$(TORCH)'; } >$@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+$(VENV)/.build_tools: $(CONSTRAINTS)
+	$(PIP) install -c $(CONSTRAINTS) scikit-build-core pybind11 cmake ninja
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.build_tools pyproject.toml $(SOURCES)
+	$(PIP) install $(QUIET) --no-build-isolation -c $(CONSTRAINTS) '.[test,bench]'
+	@$(VENV)/bin/python -c 'import epcomm; epcomm.show_config()'
+	@touch $@
+
+$(VENV)/.lint_tools: pyproject.toml | $(VENV)/.installed
+	$(PIP) install $(QUIET) --no-build-isolation -c $(CONSTRAINTS) '.[lint]'
+	@touch $@
