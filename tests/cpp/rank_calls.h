@@ -1,0 +1,105 @@
+// One rank's calls on a Buffer, with the memory that a caller provides. Rows are fp32.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "epcomm/buffer.h"
+
+namespace epcomm::testing {
+
+/// What one rank wants to send: [tokens, topk] expert ids and weights, [tokens, hidden] rows.
+struct Batch {
+  int tokens = 0, topk = 0, hidden = 0;
+  std::vector<int32_t> topk_idx;
+  std::vector<float> weights, x;
+};
+
+/// What one rank received, and the plan with the memory behind it.
+struct Received {
+  Plan plan;
+  std::vector<int32_t> send_block, topk_idx;
+  std::vector<float> weights;
+  Allocation rows, meta;
+  int num_rows = 0;
+  float* row(int64_t i, int hidden) const {
+    return reinterpret_cast<float*>(rows.data) + i * hidden;
+  }
+};
+
+/// Address of an array that is given but may be empty: null would mean that it is not given.
+inline const float* address(const std::vector<float>& v) {
+  static const float kNone = 0;
+  return v.empty() ? &kNone : v.data();
+}
+
+inline BufferOptions options_for(int num_experts, int hidden, int topk, int max_tokens,
+                                 double timeout_s) {
+  BufferOptions options;
+  options.config = {num_experts, hidden, topk, max_tokens, Dtype::kFloat32};
+  options.timeout_s = timeout_s;
+  return options;
+}
+
+inline void route(Buffer& buffer, const Batch& batch, Layout layout, int alignment, Received& to) {
+  to.send_block.assign(buffer.send_block(batch.tokens, batch.topk).bytes / sizeof(int32_t), -7);
+  RouteArgs args;
+  args.topk_idx = batch.topk_idx.data();
+  args.index_type = IndexType::kInt32;
+  args.num_tokens = batch.tokens;
+  args.topk = batch.topk;
+  args.layout = layout;
+  args.expert_alignment = alignment;
+  args.plan = buffer.view_send_block(to.send_block.data(), batch.tokens, batch.topk);
+  to.plan = buffer.route(args);
+  to.num_rows = to.plan.result.num_recv_rows;
+}
+
+/// Gives `to` fresh memory for one dispatch of its plan and dispatches into it.
+inline void dispatch(Buffer& buffer, const Batch& batch, Received& to) {
+  const int received = to.plan.result.num_recv_tokens;
+  const int row_bytes = batch.hidden * static_cast<int>(sizeof(float));
+  to.meta = buffer.allocate(buffer.recv_meta_bytes(batch.topk, received));
+  to.rows = buffer.allocate(static_cast<size_t>(to.num_rows) * static_cast<size_t>(row_bytes));
+  if (to.meta.data == nullptr || to.rows.data == nullptr)
+    throw std::runtime_error("the test's window is full");
+  to.plan.view.recv_meta = to.meta.data;
+  std::memset(to.rows.data, 0xff, to.rows.bytes);  // NaN, so that a row that nobody writes shows
+  const bool by_token = to.plan.layout == Layout::kToken;
+  const int entries = by_token ? received * batch.topk : to.num_rows;
+  to.weights.assign(static_cast<size_t>(entries), std::numeric_limits<float>::quiet_NaN());
+  to.topk_idx.assign(static_cast<size_t>(entries), -7);
+
+  DispatchArgs args;
+  args.x = batch.x.data();
+  args.topk_weights = address(batch.weights);
+  args.dtype = Dtype::kFloat32;
+  args.row_bytes = row_bytes;
+  args.recv_x = to.rows.data;
+  args.recv_topk_idx = to.plan.layout == Layout::kPadded ? nullptr : to.topk_idx.data();
+  args.recv_topk_weights = to.weights.data();
+  args.index_type = IndexType::kInt32;
+  args.recv_capacity = received;
+  args.row_capacity = to.num_rows;
+  buffer.dispatch(to.plan, args);
+}
+
+/// Combines the rows of `from` as they are now. weights: [tokens, topk] of this rank, or null.
+inline std::vector<float> combine(Buffer& buffer, const Batch& batch, const Received& from,
+                                  const float* weights = nullptr) {
+  std::vector<float> y(batch.x.size(), std::numeric_limits<float>::quiet_NaN());
+  CombineArgs args;
+  args.x = from.rows.data;
+  args.topk_weights = weights;
+  args.out = y.data();
+  args.dtype = Dtype::kFloat32;
+  args.hidden = batch.hidden;
+  buffer.combine(from.plan, args);
+  return y;
+}
+
+}  // namespace epcomm::testing
