@@ -3,8 +3,9 @@
 A new transport joins by adding one entry to TRANSPORTS.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, product
 from typing import Any
 from unittest import SkipTest
 
@@ -22,9 +23,14 @@ class Transport:
     device: str = "cpu"
     max_ranks: int = 7
     marks: tuple[pytest.MarkDecorator, ...] = ()
+    # Where making a Buffer takes long, one Buffer serves all layouts, in one test.
+    slow_to_make: bool = False
 
 
-TRANSPORTS = (Transport("cpu"),)
+TRANSPORTS = (
+    Transport("cpu"),
+    Transport("nccl", "cuda", marks=(pytest.mark.gpu,), slow_to_make=True),
+)
 RANKS = (1, 2, 3, 4, 7)
 LAYOUTS = (
     Layout("token"),
@@ -40,20 +46,22 @@ GRID = [
     pytest.param(
         transport,
         num_ranks,
-        layout,
+        layouts,
         fmt,
-        id=f"{transport.name}-{num_ranks}-{layout.id}-{fmt.id}",
+        id=f"{transport.name}-{num_ranks}-{'-'.join(one.id for one in layouts)}-{fmt.id}",
         marks=transport.marks,
     )
     for transport in TRANSPORTS
     for num_ranks in RANKS
     if num_ranks <= transport.max_ranks
-    for layout in LAYOUTS
+    for layouts in ((LAYOUTS,) if transport.slow_to_make else ((one,) for one in LAYOUTS))
     for fmt in FORMATS.values()
 ]
 
 
-def run_cases(group: Any, transport: str, device: str, layout: Layout, fmt: Format) -> int:
+def run_cases(
+    group: Any, transport: str, device: str, layouts: Sequence[Layout], fmt: Format
+) -> int:
     """All cases on this rank; cases that agree on the Buffer's arguments share one."""
     import epcomm
 
@@ -67,21 +75,24 @@ def run_cases(group: Any, transport: str, device: str, layout: Layout, fmt: Form
         with epcomm.Buffer(group, transport=transport, timeout=TIMEOUT_S, **arguments) as buf:
             if buf.transport != transport:
                 raise AssertionError(f"asked for transport {transport}, got {buf.transport}")
-            if not getattr(buf.caps, f"{layout.name}_layout"):
-                raise SkipTest(f"{transport} has no {layout.name} layout")
-            for case in cases:
+            able = [one for one in layouts if getattr(buf.caps, f"{one.name}_layout")]
+            if not able:
+                raise SkipTest(f"{transport} has none of the layouts {layouts}")
+            for case, layout in product(cases, able):
                 try:
                     Trial(buf, case, layout, fmt, device).run()
                 except Exception as error:
-                    raise AssertionError(f"case {case.id}: {error}") from error
-                done += 1
+                    raise AssertionError(f"case {case.id}, {layout.id}: {error}") from error
+            done += len(cases)
     return done
 
 
-@pytest.mark.parametrize(("transport", "num_ranks", "layout", "fmt"), GRID)
-def test_conformance(transport: Transport, num_ranks: int, layout: Layout, fmt: Format) -> None:
+@pytest.mark.parametrize(("transport", "num_ranks", "layouts", "fmt"), GRID)
+def test_conformance(
+    transport: Transport, num_ranks: int, layouts: Sequence[Layout], fmt: Format
+) -> None:
     pool = launcher.pool(transport.device)
     if num_ranks > pool.size:
         pytest.skip(f"needs {num_ranks} ranks, this machine has {pool.size}")
-    done = pool.run(num_ranks, run_cases, transport.name, transport.device, layout, fmt)
+    done = pool.run(num_ranks, run_cases, transport.name, transport.device, layouts, fmt)
     assert done == [len(CASES)] * num_ranks

@@ -30,7 +30,7 @@ struct Dims {
   bool device = false;  ///< plans also hold what kernels on a GPU need
 };
 
-constexpr int kMaxChunks = 8;     ///< pieces that a batch is sent in
+constexpr int kMaxChunks = 8;  ///< pieces that a batch is sent in
 
 /// What a rank announces when it routes, in 4-byte words: a header, then chunk counts, then counts.
 struct AnnounceLayout {
@@ -49,7 +49,7 @@ struct AnnounceLayout {
   }  ///< [R], c < kMaxChunks
   EPCOMM_HOST_DEVICE int rank_count() const {
     return kHeaderWords + kMaxChunks * num_ranks;
-  }                                                                                 ///< [R]
+  }  ///< [R]
   EPCOMM_HOST_DEVICE int expert_count() const { return rank_count() + num_ranks; }  ///< [E]
   EPCOMM_HOST_DEVICE int words() const {
     return static_cast<int>(align_up(static_cast<size_t>(expert_count() + num_experts), 4));
@@ -59,7 +59,7 @@ struct AnnounceLayout {
 /// Send block of a plan: offsets of the arrays of PlanView that route fills.
 struct PlanSendLayout {
   size_t topk_idx, row, slot, rank_count, expert_count, expert_offset, tokens_per_expert, num_recv;
-  size_t send_token, announced;  ///< empty unless Dims::device
+  size_t announced;  ///< empty unless Dims::device
   size_t bytes;
 
   EPCOMM_HOST_DEVICE PlanSendLayout(const Dims& d, int64_t num_tokens) {
@@ -77,9 +77,8 @@ struct PlanSendLayout {
     expert_offset = take(d.local_experts + 1);
     tokens_per_expert = take(d.local_experts);
     num_recv = take(1);
-    const int64_t sent = num_tokens * (d.num_ranks < d.topk ? d.num_ranks : d.topk);
-    send_token = take(d.device ? sent : 0);
-    announced = take(d.device ? int64_t{d.num_ranks} * AnnounceLayout{d.num_ranks, d.num_experts}.words() : 0);
+    announced = take(
+        d.device ? int64_t{d.num_ranks} * AnnounceLayout{d.num_ranks, d.num_experts}.words() : 0);
     bytes = at;
   }
 };
@@ -97,7 +96,6 @@ inline void set_send_block(PlanView& view, void* block, const PlanSendLayout& la
   view.expert_offset = at(layout.expert_offset);
   view.tokens_per_expert = at(layout.tokens_per_expert);
   view.num_recv = at(layout.num_recv);
-  view.send_token = at(layout.send_token);
   view.announced = at(layout.announced);
 }
 

@@ -102,9 +102,7 @@ struct PlanView {
   int32_t* expert_offset = nullptr;      ///< [L + 1] first row of each local expert's group
   int32_t* tokens_per_expert = nullptr;  ///< [L] tokens received, without alignment padding
   int32_t* num_recv = nullptr;           ///< [1] N
-  // GPU transports only.
-  int32_t* send_token = nullptr;  ///< tokens by destination rank, then source order
-  int32_t* announced = nullptr;   ///< [R, AnnounceLayout::words()] what each rank announced
+  int32_t* announced = nullptr;          ///< GPU only: [R, AnnounceLayout::words()], by rank
   // The receive block, filled by dispatch: N records of MetaLayout, written by the source ranks.
   void* recv_meta = nullptr;
 };

@@ -283,7 +283,7 @@ class Buffer:
         checks.async_arguments(async_op, return_recv_hook, num_sms)
         limits = self._limits
         limits.tensor("x", x, limits.row_dtypes(), self._shape(plan, self.hidden))
-        limits.row_bytes("x", x.shape[-1] * x.element_size())
+        limits.row_memory("x", x)
         shape = (plan.num_tokens, self.hidden)
         if topk_weights is not None:
             limits.tensor(
@@ -291,10 +291,12 @@ class Buffer:
             )
         if bias is not None:
             limits.tensor("bias", bias, (x.dtype,), shape)
+            limits.row_memory("bias", bias)
         if out is None:
             out = torch.empty(shape, dtype=x.dtype, device=self._device)
         else:
             limits.tensor("out", out, (x.dtype,), shape)
+            limits.row_memory("out", out)
 
         stream = self._order.begin(async_op or return_recv_hook, previous_event)
         args = self._module.CombineArgs()

@@ -94,13 +94,19 @@ class Limits:
         """Element types of rows that are not wider than the Buffer's dtype."""
         return tuple(d for d in ROW_DTYPES if d.itemsize <= self.dtype.itemsize)
 
-    def row_bytes(self, name: str, row_bytes: int) -> None:
-        """Checks the size of a row."""
+    def row_memory(self, name: str, rows: torch.Tensor) -> None:
+        """Checks the size of a row and, on a GPU, that it starts on 16 bytes."""
+        row_bytes = rows.shape[-1] * rows.element_size()
         widest = self.hidden * self.dtype.itemsize
         if row_bytes == 0 or row_bytes % 16 != 0 or row_bytes > widest:
             raise ValueError(
                 f"{name} has rows of {row_bytes} bytes; expected a multiple of 16, at most the "
                 f"{widest} bytes of a row of {self.dtype}; pad hidden"
+            )
+        if self.device.type == "cuda" and rows.data_ptr() % 16 != 0:
+            raise ValueError(
+                f"{name} starts at address {rows.data_ptr():#x}; expected a multiple of 16, pass "
+                f"{name}.clone()"
             )
 
     def rows(self, x: Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -124,8 +130,7 @@ class Limits:
             self.tensor("x[0]", rows, QUANTISED_DTYPES, ("num_tokens", width))
             self.tensor("x[1]", scales, SCALE_DTYPES, (rows.shape[0], "num_scales"))
             integer("x[1].shape[1]", scales.shape[1], 1, INT32_MAX)
-        name = "x" if scales is None else "x[0]"
-        self.row_bytes(name, rows.shape[1] * rows.element_size())
+        self.row_memory("x" if scales is None else "x[0]", rows)
         if rows.shape[0] > self.max_tokens:
             raise ValueError(
                 f"x has {rows.shape[0]} tokens; expected at most max_tokens = {self.max_tokens}; "

@@ -1,0 +1,193 @@
+// Host entry points of the device code that all GPU transports share: routing and rows. Each
+// function launches on the given stream and returns; errors of the launch throw epcomm::Error. All
+// sizes are run-time values. R = num_ranks, E = num_experts, L = local_experts, T = num_tokens, K =
+// topk.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "epcomm/types.h"
+#include "kernels/token_layout.h"
+
+namespace epcomm {
+
+constexpr int kTileTokens = 256;  ///< tokens that one block of the routing kernels handles
+
+constexpr int num_tiles(int64_t num_tokens) {
+  return static_cast<int>((num_tokens + kTileTokens - 1) / kTileTokens);
+}
+
+/// First tile of chunk c of a batch cut into chunks; chunk_tile(tiles, chunks, chunks) == tiles.
+/// The first chunk is small, an eighth: while it is sent (or, in a combine, summed, last) nothing
+/// else is left to overlap with. The others are alike.
+EPCOMM_HOST_DEVICE constexpr int chunk_tile(int tiles, int chunks, int c) {
+  if (c <= 0) return 0;
+  if (c >= chunks) return tiles;
+  const int first = (tiles + 7) / 8;
+  return first + (tiles - first) * (c - 1) / (chunks - 1);
+}
+
+/// First token of chunk c of a batch of T tokens: the same on all ranks that know T.
+EPCOMM_HOST_DEVICE constexpr int64_t chunk_begin(int64_t num_tokens, int chunks, int c) {
+  const int tiles = static_cast<int>((num_tokens + kTileTokens - 1) / kTileTokens);
+  const int64_t begin = int64_t{chunk_tile(tiles, chunks, c)} * kTileTokens;
+  return begin < num_tokens ? begin : num_tokens;
+}
+
+/// Owner and local id of every expert, in device memory.
+struct DeviceExperts {
+  const int32_t* rank;   ///< [E]
+  const int32_t* local;  ///< [E]
+};
+
+/// What the routing kernels work on.
+struct RouteKernelArgs {
+  Dims dims;
+  int32_t rank;
+  int32_t max_tokens;
+  int32_t num_tokens;
+  int32_t chunks;  ///< 1..kMaxChunks
+  Layout layout;
+  int32_t expert_alignment;
+  IndexType index_type;
+  int32_t signature[AnnounceLayout::kSignatureWords];  ///< copied to announce
+  const void* topk_idx;
+  DeviceExperts experts;
+  PlanView plan;
+  int32_t* tile_count;       ///< scratch [num_tiles(T), R + E]
+  int32_t* announce;         ///< [AnnounceLayout::words()] of this rank
+  const int32_t* announced;  ///< [R, words()] of all ranks; read by launch_assign
+};
+
+/// Step 1. Copies ids to plan.topk_idx (an id outside [-1, E) becomes -1 and is reported in
+/// announce), counts distinct tokens per rank (by chunk and in all) and per expert into announce,
+/// and per tile into tile_count. Deterministic.
+void launch_count(const RouteKernelArgs& args, cudaStream_t stream);
+
+/// Step 2, with the announcements of all ranks: fills plan.slot, row, rank_count, expert_count,
+/// expert_offset, tokens_per_expert and num_recv. An expert that a token names
+/// twice gets the token once; both slots get the same row.
+void launch_assign(const RouteKernelArgs& args, cudaStream_t stream);
+
+/// Rows in memory: bytes per row and where they are. scale_bytes 0 = no scales.
+struct RowSpec {
+  int32_t row_bytes;
+  int32_t scale_bytes;
+};
+
+/// Where the rows for one destination rank go: row i of that rank's tokens (in source order) is
+/// written at x + i * row_bytes (scales, meta alike). The arrays may be a send buffer or final
+/// memory.
+struct PackTarget {
+  char* x;
+  char* scales;
+  char* meta;  ///< MetaLayout records
+};
+constexpr int kMaxPackRanks = 64;  ///< ranks that one launch handles
+struct PackArgs {
+  Dims dims;
+  RowSpec rows;
+  int32_t rank;
+  int32_t chunk, chunks;  ///< only tokens of this chunk
+  int32_t num_tokens;
+  const char* x;
+  const char* scales;
+  const float* topk_weights;  ///< null: weights of the records are left unwritten
+  DeviceExperts experts;
+  PlanView plan;
+  PackTarget target[kMaxPackRanks];  ///< [R]
+};
+
+/// Copies rows, scales and metadata records of one chunk to where its destinations are packed. The
+/// number of rows is read on the device. One warp or more per row, 16-byte accesses.
+void launch_pack(const PackArgs& args, int num_sms, cudaStream_t stream);
+
+/// The receive side of a dispatch. The number of received tokens is read on the device.
+struct PlaceArgs {
+  Dims dims;
+  RowSpec rows;
+  Layout layout;
+  int32_t rank;
+  IndexType index_type;
+  int32_t recv_capacity;
+  int32_t row_capacity;
+  DeviceExperts experts;
+  PlanView plan;
+  /// Where received token n's payload, scales and record are: source s's tokens start at
+  /// source[s].x, in order. Null x: the payload is in recv_x already (layout kToken).
+  PackTarget source[kMaxPackRanks];
+  char* recv_x;
+  char* recv_scales;
+  void* recv_topk_idx;       ///< may be null
+  float* recv_topk_weights;  ///< may be null
+};
+/// Fills recv_topk_idx and recv_topk_weights with "none", to the end of their capacity.
+void launch_clear_outputs(const PlaceArgs& args, cudaStream_t stream);
+/// Copies each received token to every distinct row that carries it, its record to plan.recv_meta,
+/// and its expert ids and weights to the outputs. Reads counts and bases from plan.rank_count.
+void launch_place(const PlaceArgs& args, int num_sms, cudaStream_t stream);
+
+/// The receive side where whole batches were gathered instead: token t of source s is entry
+/// s * capacity + t of every array; those without a slot here are passed over.
+struct GatheredArgs {
+  PlaceArgs place;  ///< source[] unused
+  int32_t capacity;
+  const int32_t* announced;  ///< for the sources' num_tokens
+  const char* x;
+  const char* scales;
+  const int32_t* topk_idx;    ///< [R, capacity, K]
+  const int32_t* row;         ///< [R, capacity, K]
+  const int32_t* slot;        ///< [R, capacity, R]
+  const float* topk_weights;  ///< [R, capacity, K] or null
+};
+/// As launch_place, from gathered batches; also writes the records of plan.recv_meta.
+void launch_place_gathered(const GatheredArgs& args, int num_sms, cudaStream_t stream);
+
+/// The expert side of a combine: one partial row for each token received from each source rank.
+struct PartialArgs {
+  Dims dims;
+  int32_t rank;
+  Dtype dtype;
+  int32_t hidden;
+  int32_t chunk, chunks;
+  const int32_t* announced;   ///< [R, words()]: chunk counts of the sources
+  const char* x;              ///< rows of the layout
+  const float* topk_weights;  ///< [R, weight_stride tokens, K] of all sources, or null
+  int32_t weight_stride;      ///< tokens between sources
+  PlanView plan;
+  char* target[kMaxPackRanks];  ///< [R]: partial row of token i (in source order) of source s at
+                                ///< target[s] + i * row
+};
+/// partial = the formula of Buffer::combine, fp32 sums, rounded to dtype.
+void launch_partials(const PartialArgs& args, int num_sms, cudaStream_t stream);
+
+/// As launch_partials, for a reduce-scatter: partial of token t of source s (rounded to dtype, then
+/// as fp32) at dense + (s * capacity + t) * hidden; the caller has zeroed dense. target, chunk
+/// unused.
+void launch_dense_partials(const PartialArgs& args, float* dense, int capacity, int num_sms,
+                           cudaStream_t stream);
+/// out[t] = round(sum[t] + bias[t]) for num_tokens rows of fp32 sums.
+void launch_finish(const float* sum, const void* bias, void* out, Dtype dtype, int64_t num_elements,
+                   cudaStream_t stream);
+
+/// The owner's side of a combine.
+struct SumArgs {
+  Dims dims;
+  int32_t rank;
+  Dtype dtype;
+  int32_t hidden;
+  int32_t num_tokens;
+  int32_t chunk, chunks;
+  PlanView plan;
+  const char* partial[kMaxPackRanks];  ///< [R]: partial row i (of this rank's tokens at rank r) at
+                                       ///< partial[r] + i * row
+  const void* bias;                    ///< or null
+  void* out;
+};
+/// out[t] = round(sum over r ascending of partials, then + bias), in fp32.
+void launch_sum(const SumArgs& args, int num_sms, cudaStream_t stream);
+
+}  // namespace epcomm

@@ -1,0 +1,60 @@
+// Launching kernels from the host.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "epcomm/error.h"
+#include "kernels/cuda_error.h"
+
+namespace epcomm {
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  EPCOMM_CUDA_TRY(cudaGetDevice(&device));
+  EPCOMM_CUDA_TRY(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+/// Blocks of a kernel of which one fills an SM: num_sms, or all SMs if it is 0.
+inline int persistent_blocks(int num_sms) {
+  const int present = device_attribute(cudaDevAttrMultiProcessorCount);
+  return num_sms > 0 ? std::min(num_sms, present) : present;
+}
+
+/// Throws InvalidArgument where 16-byte accesses to p would fault.
+inline void check_aligned(const void* p, const char* name) {
+  EPCOMM_CHECK(reinterpret_cast<uintptr_t>(p) % 16 == 0,
+               std::string(name) +
+                   " is at an address that is not a multiple of 16; expected a tensor that starts "
+                   "on one");
+}
+
+struct LaunchShape {
+  int blocks;
+  int threads;
+  size_t shared_bytes = 0;  ///< dynamic shared memory per block
+};
+
+/// Throws Error if the launch fails; what the kernel does later is not waited for.
+template <class... Args>
+void launch(const char* name, void (*kernel)(Args...), const LaunchShape& shape,
+            cudaStream_t stream, const Args&... args) {
+  constexpr size_t kWithoutOptIn = 48 << 10;
+  if (shape.shared_bytes > kWithoutOptIn)
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shape.shared_bytes)),
+               name);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = stream;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, args...), name);
+}
+
+}  // namespace epcomm

@@ -1,0 +1,230 @@
+// Place: the receive side of a dispatch. Copies each received token to the rows of the layout that
+// carry it, its record to the plan, and its expert ids and weights to the outputs.
+//
+// Buffers: source[s] (the tokens of source s, packed in order) or the gathered batches are read;
+// recv_x, recv_scales, recv_topk_idx, recv_topk_weights and plan.recv_meta are written. Counts come
+// from plan.rank_count, or the announcements: the host need not know them.
+// Launch: one block per SM; a warp takes a part of a row, reads it once and stores it to every
+// distinct row. Clearing: a grid-stride loop over words.
+// Memory order: none between threads, each byte is written by one. The rows have arrived before the
+// kernel starts: the stream, or the acquire of whoever waited for the senders, says so.
+#include <algorithm>
+
+#include "kernels/device.cuh"
+#include "kernels/kernels.h"
+#include "kernels/launch.cuh"
+#include "kernels/rows.cuh"
+
+namespace epcomm {
+namespace {
+
+static_assert(sizeof(GatheredArgs) <= kMaxKernelArgs);
+
+__device__ __forceinline__ void store_index(void* array, IndexType type, int64_t i, int32_t value) {
+  if (type == IndexType::kInt32)
+    static_cast<int32_t*>(array)[i] = value;
+  else
+    static_cast<int64_t*>(array)[i] = value;
+}
+
+// Copies a job's part of a row to the distinct rows that carry the token; lane k holds slot k's
+// row. Returns the lanes that stand for these rows.
+__device__ __forceinline__ uint32_t place_payload(const PlaceArgs& args, const RowJob& job,
+                                                  const char* from, int32_t row) {
+  const int64_t row_bytes = args.rows.row_bytes;
+  int v = job.begin + lane_index();
+  // The payload is on its way before its rows are known.
+  Batch batch;
+  batch.load(from, v, job.end);
+  const uint32_t firsts = distinct_rows(row);
+  for (int at = job.begin; at < job.end; at += Batch::kStep) {
+    for (uint32_t rest = firsts; rest != 0;) {
+      const int64_t to = __shfl_sync(kFullWarp, row, take_lowest(rest));
+      batch.store(args.recv_x + to * row_bytes, v, job.end);
+    }
+    v += Batch::kStep;
+    batch.load(from, v, job.end);
+  }
+  return firsts;
+}
+
+__device__ __forceinline__ void place_scales(const PlaceArgs& args, const char* from, int32_t row,
+                                             uint32_t firsts) {
+  while (firsts != 0) {
+    const int64_t to = __shfl_sync(kFullWarp, row, take_lowest(firsts));
+    copy_bytes(args.recv_scales + to * args.rows.scale_bytes, from, args.rows.scale_bytes);
+  }
+}
+
+// Local expert ids and weights: per slot in layout kToken, else per row.
+__device__ __forceinline__ void place_outputs(const PlaceArgs& args, int64_t n,
+                                              const TokenSlots& slots, bool is_first) {
+  const int lane = lane_index(), topk = args.dims.topk;
+  const bool here = slots.row >= 0;
+  float weight = here ? __fadd_rn(0.0f, slots.weight) : 0.0f;
+  int64_t entry = n * topk + lane;
+  bool writes = lane < topk;
+  if (args.layout != Layout::kToken) {
+    entry = slots.row;
+    writes = is_first;
+    // A row that several slots name has the sum of their weights, in the order of slots.
+    weight = 0.0f;
+    for (int k = 0; k < topk; ++k) {
+      const int32_t row = __shfl_sync(kFullWarp, slots.row, k);
+      const float other = __shfl_sync(kFullWarp, slots.weight, k);
+      if (row == slots.row) weight = __fadd_rn(weight, other);
+    }
+  }
+  if (!writes) return;
+  if (args.recv_topk_idx != nullptr)
+    store_index(args.recv_topk_idx, args.index_type, entry,
+                here ? args.experts.local[slots.expert] : -1);
+  if (args.recv_topk_weights != nullptr) args.recv_topk_weights[entry] = weight;
+}
+
+__global__ void __launch_bounds__(kRowThreads, 1)
+    place_kernel(const __grid_constant__ PlaceArgs args) {
+  __shared__ SourceRanges ranges;
+  const int num_ranks = args.dims.num_ranks, topk = args.dims.topk, lane = lane_index();
+  ranges.fill(num_ranks, [&](int s) {
+    const int32_t count = args.plan.rank_count[s * num_ranks + args.rank];
+    return SourceCount{0, count, count};
+  });
+
+  const MetaLayout meta(topk);
+  const RowJobs jobs(min(ranges.end[num_ranks - 1], args.recv_capacity), args.rows.row_bytes);
+  for (int j = jobs.first; j < jobs.count; j += jobs.step) {
+    const RowJob job = jobs.at(j);
+    const int s = ranges.source(job.row, num_ranks);
+    const PackTarget& source = args.source[s];
+    if (source.x == nullptr && !job.leads) continue;
+    const int64_t i = job.row + ranges.to_source[s];
+    void* record = meta.row(source.meta, i);
+    TokenSlots slots;
+    if (lane < topk) slots.row = meta.row(record, 0)[lane];
+    const uint32_t firsts =
+        source.x == nullptr
+            ? distinct_rows(slots.row)
+            : place_payload(args, job, source.x + i * args.rows.row_bytes, slots.row);
+    if (!job.leads) continue;
+    if (source.scales != nullptr && args.rows.scale_bytes != 0)
+      place_scales(args, source.scales + i * args.rows.scale_bytes, slots.row, firsts);
+    if (lane < topk) {
+      slots.expert = meta.topk_idx(record, 0)[lane];
+      slots.weight = meta.topk_weights(record, 0)[lane];
+    }
+    slots.token = *meta.token(record, 0);
+    void* kept = meta.row(args.plan.recv_meta, job.row);
+    if (kept != record) write_record(meta, kept, slots, true);
+    place_outputs(args, job.row, slots, (firsts >> lane & 1) != 0);
+  }
+}
+
+__global__ void __launch_bounds__(kRowThreads, 1)
+    place_gathered_kernel(const __grid_constant__ GatheredArgs args) {
+  __shared__ SourceRanges ranges;
+  const PlaceArgs& place = args.place;
+  const int num_ranks = place.dims.num_ranks, topk = place.dims.topk, lane = lane_index();
+  const AnnounceLayout announce{num_ranks, place.dims.num_experts};
+  ranges.fill(num_ranks, [&](int s) {
+    const int32_t tokens =
+        args.announced[int64_t{s} * announce.words() + AnnounceLayout::kNumTokens];
+    return SourceCount{0, min(tokens, args.capacity), 0};
+  });
+
+  const MetaLayout meta(topk);
+  const RowJobs jobs(ranges.end[num_ranks - 1], place.rows.row_bytes);
+  for (int j = jobs.first; j < jobs.count; j += jobs.step) {
+    const RowJob job = jobs.at(j);
+    const int s = ranges.source(job.row, num_ranks);
+    const int32_t t = job.row + ranges.to_source[s];
+    const int64_t entry = int64_t{s} * args.capacity + t;
+    const int32_t n = args.slot[entry * num_ranks + place.rank];
+    if (n < 0 || n >= place.recv_capacity) continue;
+    TokenSlots slots;
+    if (lane < topk) {
+      const int32_t expert = args.topk_idx[entry * topk + lane];
+      if (expert >= 0 && place.experts.rank[expert] == place.rank)
+        slots.row = args.row[entry * topk + lane];
+    }
+    const uint32_t firsts =
+        place_payload(place, job, args.x + entry * place.rows.row_bytes, slots.row);
+    if (!job.leads) continue;
+    if (args.scales != nullptr && place.rows.scale_bytes != 0)
+      place_scales(place, args.scales + entry * place.rows.scale_bytes, slots.row, firsts);
+    const bool weighted = args.topk_weights != nullptr;
+    if (lane < topk) {
+      slots.expert = args.topk_idx[entry * topk + lane];
+      if (weighted) slots.weight = args.topk_weights[entry * topk + lane];
+    }
+    slots.token = t;
+    write_record(meta, meta.row(place.plan.recv_meta, n), slots, weighted);
+    place_outputs(place, n, slots, (firsts >> lane & 1) != 0);
+  }
+}
+
+// words of 4 bytes, all set to value.
+struct ClearArgs {
+  uint32_t* index;
+  int64_t index_words;
+  uint32_t* weights;
+  int64_t weight_words;
+};
+
+__device__ __forceinline__ void fill_words(uint32_t* words, int64_t count, uint32_t value) {
+  const int64_t first = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const int64_t step = int64_t{gridDim.x} * blockDim.x;
+  const int64_t vectors = reinterpret_cast<uintptr_t>(words) % sizeof(uint4) == 0 ? count / 4 : 0;
+  for (int64_t i = first; i < vectors; i += step)
+    reinterpret_cast<uint4*>(words)[i] = make_uint4(value, value, value, value);
+  for (int64_t i = 4 * vectors + first; i < count; i += step) words[i] = value;
+}
+
+__global__ void __launch_bounds__(256) clear_kernel(const ClearArgs args) {
+  fill_words(args.index, args.index_words, 0xffffffffu);  // -1, of either size
+  fill_words(args.weights, args.weight_words, 0);         // 0.0f
+}
+
+void check_place(const PlaceArgs& args) {
+  check_aligned(args.recv_x, "recv_x");
+  for (int s = 0; s < args.dims.num_ranks; ++s) check_aligned(args.source[s].x, "received payload");
+}
+
+}  // namespace
+
+void launch_clear_outputs(const PlaceArgs& args, cudaStream_t stream) {
+  const int64_t entries = args.layout == Layout::kToken
+                              ? int64_t{args.recv_capacity} * args.dims.topk
+                              : int64_t{args.row_capacity};
+  ClearArgs clear = {};
+  if (args.recv_topk_idx != nullptr) {
+    clear.index = static_cast<uint32_t*>(args.recv_topk_idx);
+    clear.index_words = entries * (static_cast<int64_t>(args.index_type) / 4);
+  }
+  if (args.recv_topk_weights != nullptr) {
+    clear.weights = reinterpret_cast<uint32_t*>(args.recv_topk_weights);
+    clear.weight_words = entries;
+  }
+  const int64_t words = clear.index_words + clear.weight_words;
+  if (words == 0) return;
+  constexpr int64_t kWordsPerBlock = 4096;
+  const int64_t blocks =
+      std::min<int64_t>((words + kWordsPerBlock - 1) / kWordsPerBlock, 2 * persistent_blocks(0));
+  launch("launch of clear_outputs", clear_kernel, {static_cast<int>(blocks), 256}, stream, clear);
+}
+
+void launch_place(const PlaceArgs& args, int num_sms, cudaStream_t stream) {
+  check_place(args);
+  if (args.recv_capacity == 0) return;
+  launch("launch of place", place_kernel, {persistent_blocks(num_sms), kRowThreads}, stream, args);
+}
+
+void launch_place_gathered(const GatheredArgs& args, int num_sms, cudaStream_t stream) {
+  check_aligned(args.place.recv_x, "recv_x");
+  check_aligned(args.x, "gathered x");
+  if (args.place.recv_capacity == 0 || args.capacity == 0) return;
+  launch("launch of place_gathered", place_gathered_kernel,
+         {persistent_blocks(num_sms), kRowThreads}, stream, args);
+}
+
+}  // namespace epcomm

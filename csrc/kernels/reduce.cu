@@ -1,0 +1,318 @@
+// Reduce: the sums of a combine. partials: on the expert side, one row per token and source rank.
+// sum: on the owner's side, the rows of all ranks and the bias. finish: the same end where a
+// reduce-scatter has summed.
+//
+// Buffers: partials reads x (rows of the layout), plan.recv_meta, plan.rank_count and the weights
+// of all sources, and writes target[s] (or the dense fp32 rows). sum reads partial[r], plan.slot,
+// plan.rank_count and bias, and writes out.
+// Launch: one block per SM; a warp takes a part of a row and reads the rows that add up to it one
+// after another. finish: a grid-stride loop over vectors.
+// Memory order: none between threads, each byte is written by one. Rows have arrived before the
+// kernel starts; a target in memory of a peer is released by whoever signals that peer afterwards.
+//
+// Sums are in fp32, start at 0 and run in the order that Buffer::combine documents; a product is
+// rounded before it is added. Every transport so gives the same bits.
+#include <algorithm>
+#include <string>
+
+#include "kernels/device.cuh"
+#include "kernels/kernels.h"
+#include "kernels/launch.cuh"
+#include "kernels/rows.cuh"
+
+namespace epcomm {
+namespace {
+
+static_assert(sizeof(PartialArgs) <= kMaxKernelArgs && sizeof(SumArgs) <= kMaxKernelArgs);
+
+template <Dtype kDtype>
+constexpr int kElementBytes = dtype_bytes(kDtype);
+
+// fp32 sums of the elements that a lane holds at a time, in the places of a Batch.
+template <Dtype kDtype>
+struct Sum {
+  static constexpr int kElements = kPerVector<kDtype>;
+  float value[kUnroll][kElements];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) value[u][i] = 0.0f;
+  }
+  __device__ __forceinline__ void add(const Batch& batch) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      float x[kElements];
+      vector_to_float<kDtype>(batch.data[u], x);
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) value[u][i] = __fadd_rn(value[u][i], x[i]);
+    }
+  }
+  __device__ __forceinline__ void add_weighted(const Batch& batch, float weight) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      float x[kElements];
+      vector_to_float<kDtype>(batch.data[u], x);
+#pragma unroll
+      for (int i = 0; i < kElements; ++i)
+        value[u][i] = __fadd_rn(value[u][i], __fmul_rn(weight, x[i]));
+    }
+  }
+  __device__ __forceinline__ void round_to(Batch& batch) const {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) batch.data[u] = vector_from_float<kDtype>(value[u]);
+  }
+};
+
+// Where dense partials go; row null: not dense.
+struct DenseTarget {
+  float* rows;
+  int32_t capacity;  // tokens between sources
+};
+
+// Stores n = 4 or 8 floats at an address that is a multiple of 16.
+template <int n>
+__device__ __forceinline__ void store_floats(float* to, const float* x) {
+#pragma unroll
+  for (int i = 0; i < n; i += 4)
+    *reinterpret_cast<float4*>(to + i) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
+}
+
+template <Dtype kDtype>
+__device__ __forceinline__ void store_dense(const Batch& batch, float* row, int v, int end) {
+  constexpr int n = kPerVector<kDtype>;
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    if (v + u * kWarpSize >= end) continue;
+    float x[n];
+    vector_to_float<kDtype>(batch.data[u], x);
+    store_floats<n>(row + int64_t{v + u * kWarpSize} * n, x);
+  }
+}
+
+// One lane's view of a received token: lane k holds slot k.
+struct PartialToken {
+  int32_t row;
+  float weight;
+  uint32_t summands;  // slots whose rows add up to the partial; the same in all lanes
+  bool weighted;
+};
+
+// The partial of the vectors v, v + 32, ... of a token.
+template <Dtype kDtype>
+__device__ __forceinline__ void sum_rows(const PartialArgs& args, const PartialToken& token, int v,
+                                         int end, Batch& batch) {
+  const int64_t row_bytes = int64_t{args.hidden} * kElementBytes<kDtype>;
+  uint32_t rest = token.summands;
+  if (!token.weighted && __popc(rest) == 1) {
+    // The row as it is.
+    const int32_t row = __shfl_sync(kFullWarp, token.row, take_lowest(rest));
+    batch.load(args.x + row * row_bytes, v, end);
+    return;
+  }
+  Sum<kDtype> sum;
+  sum.clear();
+  int32_t loaded = -1;  // in layout kToken all slots have one row, which is read once
+  while (rest != 0) {
+    const int k = take_lowest(rest);
+    const int32_t row = __shfl_sync(kFullWarp, token.row, k);
+    if (row != loaded) batch.load(args.x + row * row_bytes, v, end);
+    loaded = row;
+    if (token.weighted)
+      sum.add_weighted(batch, __shfl_sync(kFullWarp, token.weight, k));
+    else
+      sum.add(batch);
+  }
+  sum.round_to(batch);
+}
+
+// What of each source's tokens is in the chunk.
+__device__ __forceinline__ SourceCount chunk_of_source(const PartialArgs& args, int s) {
+  const int num_ranks = args.dims.num_ranks;
+  const int32_t total = args.plan.rank_count[s * num_ranks + args.rank];
+  if (args.chunks == 1) return {0, total, total};
+  const AnnounceLayout layout{num_ranks, args.dims.num_experts};
+  const int32_t* announced = args.announced + int64_t{s} * layout.words();
+  int32_t skipped = 0;
+  for (int c = 0; c < args.chunk; ++c) skipped += announced[layout.chunk_count(c) + args.rank];
+  return {skipped, announced[layout.chunk_count(args.chunk) + args.rank], total};
+}
+
+template <Dtype kDtype, bool kDense>
+__global__ void __launch_bounds__(kRowThreads, 1)
+    partials_kernel(const __grid_constant__ PartialArgs args, const DenseTarget dense) {
+  __shared__ SourceRanges ranges;
+  const int num_ranks = args.dims.num_ranks, topk = args.dims.topk, lane = lane_index();
+  ranges.fill(num_ranks, [&](int s) { return chunk_of_source(args, s); });
+
+  const MetaLayout meta(topk);
+  const int row_bytes = args.hidden * kElementBytes<kDtype>;
+  const RowJobs jobs(ranges.end[num_ranks - 1], row_bytes);
+  for (int j = jobs.first; j < jobs.count; j += jobs.step) {
+    const RowJob job = jobs.at(j);
+    const int s = ranges.source(job.row, num_ranks);
+    void* record = meta.row(args.plan.recv_meta, int64_t{job.row} + ranges.to_recv[s]);
+    const int64_t t = *meta.token(record, 0);
+    PartialToken token;
+    token.row = lane < topk ? meta.row(record, 0)[lane] : -1;
+    token.weight = 0.0f;
+    token.weighted = args.topk_weights != nullptr;
+    if (token.weighted) {
+      if (lane < topk)
+        token.weight = args.topk_weights[(int64_t{s} * args.weight_stride + t) * topk + lane];
+      token.summands = __ballot_sync(kFullWarp, token.row >= 0);
+    } else {
+      token.summands = distinct_rows(token.row);
+    }
+    for (int at = job.begin; at < job.end; at += Batch::kStep) {
+      const int v = at + lane;
+      Batch batch;
+      sum_rows<kDtype>(args, token, v, job.end, batch);
+      if constexpr (kDense)
+        store_dense<kDtype>(batch, dense.rows + (int64_t{s} * dense.capacity + t) * args.hidden, v,
+                            job.end);
+      else
+        batch.store(args.target[s] + (int64_t{job.row} + ranges.to_source[s]) * row_bytes, v,
+                    job.end);
+    }
+  }
+}
+
+template <Dtype kDtype>
+__global__ void __launch_bounds__(kRowThreads, 1) sum_kernel(const __grid_constant__ SumArgs args) {
+  __shared__ int32_t sent_before[kMaxPackRanks];
+  const int num_ranks = args.dims.num_ranks, lane = lane_index();
+  count_sent_before(sent_before, args.plan.rank_count, num_ranks, args.rank);
+
+  const int64_t begin = chunk_begin(args.num_tokens, args.chunks, args.chunk);
+  const int64_t end = chunk_begin(args.num_tokens, args.chunks, args.chunk + 1);
+  const int64_t row_bytes = int64_t{args.hidden} * kElementBytes<kDtype>;
+  const char* bias = static_cast<const char*>(args.bias);
+  char* out = static_cast<char*>(args.out);
+  const RowJobs jobs(static_cast<int>(end - begin), static_cast<int>(row_bytes));
+  for (int j = jobs.first; j < jobs.count; j += jobs.step) {
+    const RowJob job = jobs.at(j);
+    const int64_t t = begin + job.row;
+    const TokenRanks token_ranks(args.plan.slot + t * num_ranks, sent_before, num_ranks);
+    const uint64_t ranks = token_ranks.ranks();
+    for (int at = job.begin; at < job.end; at += Batch::kStep) {
+      const int v = at + lane;
+      Batch batch;
+      Sum<kDtype> sum;
+      sum.clear();
+      for (uint64_t rest = ranks; rest != 0;) {
+        const int r = take_lowest(rest);
+        batch.load(args.partial[r] + token_ranks.index(r) * row_bytes, v, job.end);
+        sum.add(batch);
+      }
+      if (bias != nullptr) {
+        batch.load(bias + t * row_bytes, v, job.end);
+        sum.add(batch);
+      }
+      sum.round_to(batch);
+      batch.store(out + t * row_bytes, v, job.end);
+    }
+  }
+}
+
+struct FinishArgs {
+  const char* sum;
+  const char* bias;
+  char* out;
+  int64_t num_vectors;
+};
+
+template <Dtype kDtype>
+__global__ void __launch_bounds__(256) finish_kernel(const FinishArgs args) {
+  constexpr int n = kPerVector<kDtype>;
+  const int64_t step = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t v = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; v < args.num_vectors;
+       v += step) {
+    float x[n], y[n];
+#pragma unroll
+    for (int i = 0; i < n; i += 4)
+      vector_to_float<Dtype::kFloat32>(
+          load_streaming(args.sum + (v * n + i) * static_cast<int64_t>(sizeof(float))), x + i);
+    // As elsewhere the sum starts at 0: -0 alone becomes 0.
+#pragma unroll
+    for (int i = 0; i < n; ++i) x[i] = __fadd_rn(0.0f, x[i]);
+    if (args.bias != nullptr) {
+      vector_to_float<kDtype>(load_streaming(args.bias + v * kVectorBytes), y);
+#pragma unroll
+      for (int i = 0; i < n; ++i) x[i] = __fadd_rn(x[i], y[i]);
+    }
+    *reinterpret_cast<uint4*>(args.out + v * kVectorBytes) = vector_from_float<kDtype>(x);
+  }
+}
+
+// The kernel for a dtype, of the three given.
+template <class Kernel>
+Kernel for_dtype(Dtype dtype, Kernel bfloat16, Kernel float16, Kernel float32) {
+  switch (dtype) {
+    case Dtype::kBfloat16:
+      return bfloat16;
+    case Dtype::kFloat16:
+      return float16;
+    case Dtype::kFloat32:
+      return float32;
+    default:
+      throw Error("rows of dtype " + std::to_string(static_cast<int>(dtype)) +
+                  " cannot be summed; expected bf16, fp16 or fp32");
+  }
+}
+
+}  // namespace
+
+void launch_partials(const PartialArgs& args, int num_sms, cudaStream_t stream) {
+  check_aligned(args.x, "x");
+  const auto kernel =
+      for_dtype(args.dtype, partials_kernel<Dtype::kBfloat16, false>,
+                partials_kernel<Dtype::kFloat16, false>, partials_kernel<Dtype::kFloat32, false>);
+  launch("launch of partials", kernel, {persistent_blocks(num_sms), kRowThreads}, stream, args,
+         DenseTarget{});
+}
+
+void launch_dense_partials(const PartialArgs& args, float* dense, int capacity, int num_sms,
+                           cudaStream_t stream) {
+  check_aligned(args.x, "x");
+  check_aligned(dense, "dense partials");
+  PartialArgs whole = args;
+  whole.chunk = 0;
+  whole.chunks = 1;
+  const auto kernel =
+      for_dtype(args.dtype, partials_kernel<Dtype::kBfloat16, true>,
+                partials_kernel<Dtype::kFloat16, true>, partials_kernel<Dtype::kFloat32, true>);
+  launch("launch of dense_partials", kernel, {persistent_blocks(num_sms), kRowThreads}, stream,
+         whole, DenseTarget{dense, capacity});
+}
+
+void launch_finish(const float* sum, const void* bias, void* out, Dtype dtype, int64_t num_elements,
+                   cudaStream_t stream) {
+  check_aligned(sum, "sum");
+  check_aligned(bias, "bias");
+  check_aligned(out, "out");
+  const auto kernel = for_dtype(dtype, finish_kernel<Dtype::kBfloat16>,
+                                finish_kernel<Dtype::kFloat16>, finish_kernel<Dtype::kFloat32>);
+  const int64_t vectors = num_elements * dtype_bytes(dtype) / kVectorBytes;
+  if (vectors == 0) return;
+  constexpr int kThreads = 256;
+  const int64_t blocks =
+      std::min<int64_t>((vectors + kThreads - 1) / kThreads, 8 * persistent_blocks(0));
+  launch("launch of finish", kernel, {static_cast<int>(blocks), kThreads}, stream,
+         FinishArgs{reinterpret_cast<const char*>(sum), static_cast<const char*>(bias),
+                    static_cast<char*>(out), vectors});
+}
+
+void launch_sum(const SumArgs& args, int num_sms, cudaStream_t stream) {
+  check_aligned(args.bias, "bias");
+  check_aligned(args.out, "out");
+  const auto kernel = for_dtype(args.dtype, sum_kernel<Dtype::kBfloat16>,
+                                sum_kernel<Dtype::kFloat16>, sum_kernel<Dtype::kFloat32>);
+  if (chunk_begin(args.num_tokens, args.chunks, args.chunk) ==
+      chunk_begin(args.num_tokens, args.chunks, args.chunk + 1))
+    return;
+  launch("launch of sum", kernel, {persistent_blocks(num_sms), kRowThreads}, stream, args);
+}
+
+}  // namespace epcomm

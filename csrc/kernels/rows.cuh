@@ -1,0 +1,213 @@
+// What the row kernels (pack, place, reduce) share: how rows become jobs of warps, 16-byte copies,
+// and which rows come from or go to which rank.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "epcomm/types.h"
+#include "kernels/device.cuh"
+#include "kernels/kernels.h"
+#include "kernels/token_layout.h"
+
+namespace epcomm {
+
+constexpr int kRowThreads = 768;  ///< a block fills an SM: up to 80 registers a thread
+constexpr int kVectorBytes = 16;
+constexpr int kUnroll = 4;  ///< vectors that a lane has in flight
+constexpr size_t kMaxKernelArgs = 4096;
+
+/// Part of one row, for one warp: vectors [begin, end).
+struct RowJob {
+  int row;
+  int begin, end;
+  bool leads;  ///< the part that also takes the row's metadata
+};
+
+/// Cuts rows into jobs, enough of them to keep every warp of the grid busy, and deals them out so
+/// that few jobs spread over all SMs.
+struct RowJobs {
+  int parts, units, vectors;
+  int first, step, count;
+
+  __device__ RowJobs(int rows, int row_bytes) {
+    vectors = row_bytes / kVectorBytes;
+    units = (vectors + kWarpSize - 1) / kWarpSize;
+    step = static_cast<int>(gridDim.x * blockDim.x) / kWarpSize;
+    first = warp_index() * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
+    const int wanted = rows > 0 ? (2 * step + rows - 1) / rows : 1;
+    parts = max(min(wanted, units / kUnroll), 1);
+    count = rows * parts;
+  }
+  __device__ RowJob at(int job) const {
+    const int row = job / parts, part = job - row * parts;
+    return {row, units * part / parts * kWarpSize,
+            min(units * (part + 1) / parts * kWarpSize, vectors), part == 0};
+  }
+};
+
+/// The vectors v, v + 32, ... of a row that a lane holds at a time.
+struct Batch {
+  static constexpr int kStep = kUnroll * kWarpSize;
+  uint4 data[kUnroll];
+
+  __device__ __forceinline__ void load(const char* row, int v, int end) {
+    const char* at = row + int64_t{v} * kVectorBytes;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+      if (v + u * kWarpSize < end) data[u] = load_streaming(at + u * kWarpSize * kVectorBytes);
+  }
+  __device__ __forceinline__ void store(char* row, int v, int end) const {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+      if (v + u * kWarpSize < end)
+        *reinterpret_cast<uint4*>(row + int64_t{v + u * kWarpSize} * kVectorBytes) = data[u];
+  }
+};
+
+template <class Word>
+__device__ __forceinline__ void copy_words(char* to, const char* from, int bytes) {
+  const int words = bytes / static_cast<int>(sizeof(Word));
+  for (int i = lane_index(); i < words; i += kWarpSize)
+    reinterpret_cast<Word*>(to)[i] = reinterpret_cast<const Word*>(from)[i];
+}
+
+/// A warp copies bytes of any number and alignment, in words as wide as they allow.
+__device__ __forceinline__ void copy_bytes(char* to, const char* from, int bytes) {
+  const uintptr_t bits = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) |
+                         static_cast<uintptr_t>(bytes);
+  if (bits % sizeof(uint4) == 0)
+    copy_words<uint4>(to, from, bytes);
+  else if (bits % sizeof(uint32_t) == 0)
+    copy_words<uint32_t>(to, from, bytes);
+  else
+    copy_words<uint8_t>(to, from, bytes);
+}
+
+/// One token's routing at one rank: lane k < K holds slot k; token is the same in all lanes.
+struct TokenSlots {
+  int32_t row = -1;
+  int32_t expert = -1;
+  float weight = 0.0f;
+  int32_t token = -1;
+};
+
+/// A warp writes a record of MetaLayout.
+__device__ __forceinline__ void write_record(const MetaLayout& meta, void* record,
+                                             const TokenSlots& slots, bool weighted) {
+  const int lane = lane_index();
+  if (lane < meta.topk) {
+    meta.row(record, 0)[lane] = slots.row;
+    meta.topk_idx(record, 0)[lane] = slots.expert;
+    if (weighted) meta.topk_weights(record, 0)[lane] = slots.weight;
+  }
+  if (lane == 0) *meta.token(record, 0) = slots.token;
+}
+
+/// The lanes whose row no lower lane has.
+__device__ __forceinline__ uint32_t distinct_rows(int32_t row) {
+  const uint32_t same = __match_any_sync(kFullWarp, row);
+  return __ballot_sync(kFullWarp, row >= 0 && (same & lanes_below(lane_index())) == 0);
+}
+
+/// Fills before[r] (shared memory): tokens that ranks lower than this one send to rank r. A slot at
+/// rank r less that is the token's index among this rank's. Ends with a barrier.
+__device__ __forceinline__ void count_sent_before(int32_t* before, const int32_t* rank_count,
+                                                  int num_ranks, int rank) {
+  if (const int r = thread_index(); r < num_ranks) {
+    int32_t sum = 0;
+    for (int s = 0; s < rank; ++s) sum += rank_count[s * num_ranks + r];
+    before[r] = sum;
+  }
+  __syncthreads();
+}
+
+/// Where one token of this rank goes: lane r holds its index among this rank's tokens at rank r,
+/// and at rank r + 32; -1 = not sent there.
+struct TokenRanks {
+  int32_t low, high;
+
+  /// slot: of the token, [R]; before: of count_sent_before.
+  __device__ __forceinline__ TokenRanks(const int32_t* slot, const int32_t* before, int num_ranks) {
+    low = index_at(slot, before, lane_index(), num_ranks);
+    high = index_at(slot, before, lane_index() + kWarpSize, num_ranks);
+  }
+  static __device__ __forceinline__ int32_t index_at(const int32_t* slot, const int32_t* before,
+                                                     int r, int num_ranks) {
+    if (r >= num_ranks) return -1;
+    const int32_t n = slot[r];
+    return n < 0 ? -1 : n - before[r];
+  }
+  /// Bit r: sent to rank r.
+  __device__ __forceinline__ uint64_t ranks() const {
+    return __ballot_sync(kFullWarp, low >= 0) |
+           static_cast<uint64_t>(__ballot_sync(kFullWarp, high >= 0)) << kWarpSize;
+  }
+  /// For r the same in all lanes.
+  __device__ __forceinline__ int32_t index(int r) const {
+    return __shfl_sync(kFullWarp, r < kWarpSize ? low : high, r % kWarpSize);
+  }
+};
+
+/// The lowest bit of a set that is not empty, which is taken out.
+__device__ __forceinline__ int take_lowest(uint64_t& set) {
+  const int bit = __ffsll(static_cast<long long>(set)) - 1;
+  set &= set - 1;
+  return bit;
+}
+__device__ __forceinline__ int take_lowest(uint32_t& set) {
+  const int bit = __ffs(static_cast<int>(set)) - 1;
+  set &= set - 1;
+  return bit;
+}
+
+/// Tokens of one source rank: of total received, the first skipped are passed over and the next
+/// taken are worked on.
+struct SourceCount {
+  int32_t skipped, taken, total;
+};
+
+/// Lines the taken tokens of all sources up, by source (shared memory).
+struct SourceRanges {
+  int32_t end[kMaxPackRanks];        ///< first position after the tokens of source s
+  int32_t to_source[kMaxPackRanks];  ///< position + to_source[s] = index among the tokens of s
+  int32_t to_recv[kMaxPackRanks];    ///< position + to_recv[s] = received token
+
+  /// counts(s) gives the SourceCount of s. By the whole block; ends with a barrier.
+  template <class Counts>
+  __device__ void fill(int num_ranks, Counts counts) {
+    const int s = thread_index();
+    SourceCount own = {};
+    if (s < num_ranks) {
+      own = counts(s);
+      end[s] = own.taken;
+      to_recv[s] = own.total;
+    }
+    __syncthreads();
+    int32_t taken_before = 0, total_before = 0;
+    if (s < num_ranks)
+      for (int i = 0; i < s; ++i) {
+        taken_before += end[i];
+        total_before += to_recv[i];
+      }
+    __syncthreads();
+    if (s < num_ranks) {
+      end[s] = taken_before + own.taken;
+      to_source[s] = own.skipped - taken_before;
+      to_recv[s] = total_before + own.skipped - taken_before;
+    }
+    __syncthreads();
+  }
+  /// The source of the token at a position, for a warp.
+  __device__ __forceinline__ int source(int position, int num_ranks) const {
+    const int lane = lane_index();
+    int before = __popc(__ballot_sync(kFullWarp, lane < num_ranks && end[lane] <= position));
+    if (num_ranks > kWarpSize)
+      before += __popc(__ballot_sync(
+          kFullWarp, lane + kWarpSize < num_ranks && end[lane + kWarpSize] <= position));
+    return before;
+  }
+};
+
+}  // namespace epcomm

@@ -1,0 +1,164 @@
+#include "transport/gpu_watchdog.h"
+
+#include <chrono>
+#include <cstring>
+#include <fstream>
+#include <utility>
+#include <vector>
+
+#include "kernels/mark.h"
+
+namespace epcomm {
+namespace {
+
+constexpr auto kPeriod = std::chrono::milliseconds(5);
+constexpr double kDeadPeerGraceS =
+    0.3;  // a peer may exit right after its last call; let ours finish
+constexpr double kDrainPeersS = 1.0;
+constexpr int64_t kGaveUpBase = 2;  // so that an unknown rank, -1, is not 0
+
+// All ranks on one machine? The boot id names a running kernel.
+bool one_machine(Bootstrap& bootstrap) {
+  char mine[40] = {};
+  std::ifstream("/proc/sys/kernel/random/boot_id").read(mine, 36);
+  std::vector<char> all(sizeof mine * static_cast<size_t>(bootstrap.size()));
+  bootstrap.all_gather(mine, all.data(), sizeof mine);
+  for (int r = 0; r < bootstrap.size(); ++r)
+    if (mine[0] == 0 ||
+        std::memcmp(mine, all.data() + sizeof mine * static_cast<size_t>(r), sizeof mine) != 0)
+      return false;
+  return true;
+}
+
+}  // namespace
+
+// What a rank shows the others, in its own piece of the window.
+struct GpuWatchdog::Progress {
+  std::atomic<uint64_t> begun, ended;  // counts
+  std::atomic<int64_t> gave_up;        // kGaveUpBase + rank that this rank lost; 0 = none
+};
+
+GpuWatchdog::GpuWatchdog(Bootstrap& bootstrap, double timeout_s, std::function<void()> abort)
+    : rank_(bootstrap.rank()),
+      num_ranks_(bootstrap.size()),
+      timeout_s_(timeout_s),
+      abort_(std::move(abort)),
+      words_(2 * sizeof(uint64_t)) {
+  if (one_machine(bootstrap)) window_ = make_host_window(bootstrap, 4096, timeout_s);
+  thread_ = std::thread([this] { watch(); });
+}
+
+GpuWatchdog::~GpuWatchdog() {
+  stop_ = true;
+  thread_.join();
+}
+
+void GpuWatchdog::begin(Operation operation, cudaStream_t stream) {
+  check();
+  launch_mark(&words_.as<uint64_t>()[0], operation, stream);
+}
+
+void GpuWatchdog::end(Operation operation, cudaStream_t stream) {
+  launch_mark(&words_.as<uint64_t>()[1], operation, stream);
+}
+
+void GpuWatchdog::check() const {
+  std::lock_guard lock(mutex_);
+  if (!fault_) return;
+  if (fault_->rank == rank_) throw Evicted(fault_->by_rank, fault_->operation, fault_->epoch);
+  throw PeerLost(fault_->rank, fault_->operation, fault_->epoch, fault_->why);
+}
+
+void GpuWatchdog::wait(cudaEvent_t event) const {
+  for (int spin = 0;; ++spin) {
+    const cudaError_t state = cudaEventQuery(event);
+    if (state == cudaSuccess) break;
+    if (state != cudaErrorNotReady) check_cuda(state, "cudaEventQuery");
+    if (spin > 20'000) std::this_thread::yield();
+    if (spin % 256 == 255) check();
+  }
+  check();
+}
+
+void GpuWatchdog::drain() const {
+  const Deadline own(timeout_s_);
+  while (progress_count(begun()) != progress_count(ended()) && !own.passed())
+    std::this_thread::sleep_for(kPeriod);
+  if (window_ == nullptr) return;
+  publish();
+  const Deadline others(kDrainPeersS);
+  for (int r = 0; r < num_ranks_; ++r) {
+    const auto& theirs = *reinterpret_cast<const Progress*>(window_->peer(r));
+    while (theirs.ended.load(std::memory_order_acquire) < progress_count(ended()) &&
+           window_->alive(r) && !others.passed())
+      std::this_thread::sleep_for(kPeriod);
+  }
+}
+
+void GpuWatchdog::publish() const {
+  auto& mine = *reinterpret_cast<Progress*>(window_->peer(rank_));
+  mine.begun.store(progress_count(begun()), std::memory_order_release);
+  mine.ended.store(progress_count(ended()), std::memory_order_release);
+}
+
+// The rank furthest behind a call that this rank has begun; -1 if none is behind.
+int GpuWatchdog::latecomer(uint64_t begun) const {
+  if (window_ == nullptr) return -1;
+  int late = -1;
+  uint64_t least = begun;
+  for (int r = 0; r < num_ranks_; ++r) {
+    const auto& theirs = *reinterpret_cast<const Progress*>(window_->peer(r));
+    const uint64_t count = theirs.begun.load(std::memory_order_acquire);
+    if (count >= least) continue;
+    least = count;
+    late = r;
+  }
+  return late;
+}
+
+int GpuWatchdog::dead_peer() const {
+  for (int r = 0; window_ != nullptr && r < num_ranks_; ++r)
+    if (!window_->alive(r)) return r;
+  return -1;
+}
+
+void GpuWatchdog::watch() {
+  uint64_t last = begun();
+  Deadline deadline(timeout_s_), grace(kDeadPeerGraceS);
+  while (!stop_) {
+    std::this_thread::sleep_for(kPeriod);
+    if (window_ != nullptr) publish();
+    const uint64_t now = begun();
+    if (now != last || progress_count(now) == progress_count(ended())) {
+      last = now;
+      deadline = Deadline(timeout_s_);
+      grace = Deadline(kDeadPeerGraceS);
+      continue;
+    }
+    if (const int dead = dead_peer(); dead >= 0 && grace.passed())
+      return raise_fault(dead, "its process ended or its Buffer was destroyed");
+    for (int r = 0; window_ != nullptr && r < num_ranks_; ++r) {
+      const int64_t lost = reinterpret_cast<const Progress*>(window_->peer(r))
+                               ->gave_up.load(std::memory_order_acquire);
+      if (lost != 0)
+        return raise_fault(static_cast<int>(lost - kGaveUpBase), "another rank reported it", r);
+    }
+    if (deadline.passed())
+      return raise_fault(latecomer(progress_count(now)), "it did not answer within the timeout");
+  }
+}
+
+void GpuWatchdog::raise_fault(int rank, const std::string& why, int by_rank) {
+  const uint64_t word = begun();
+  if (window_ != nullptr) {
+    auto& mine = *reinterpret_cast<Progress*>(window_->peer(rank_));
+    mine.gave_up.store(kGaveUpBase + rank, std::memory_order_release);
+  }
+  {
+    std::lock_guard lock(mutex_);
+    fault_ = Fault{rank, by_rank, progress_operation(word), progress_count(word), why};
+  }
+  abort_();
+}
+
+}  // namespace epcomm

@@ -1,0 +1,58 @@
+// One NCCL communicator of epcomm's own, and the exchanges that the nccl transport makes with it.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <atomic>
+#include <cstddef>
+#include <vector>
+
+#include "epcomm/bootstrap.h"
+#include "transport/nccl_api.h"
+
+namespace epcomm {
+
+/// Order of the messages of an exchange.
+enum class Schedule {
+  kGrouped,  ///< all peers at once
+  kShifted,  ///< rounds i = 1..R-1 in which rank r sends to r + i and receives from r - i only
+};
+
+/// Bytes for, and from, one peer. Messages of 0 bytes are not sent; both sides know which those
+/// are.
+struct Message {
+  int peer;
+  const void* send;
+  size_t send_bytes;
+  void* recv;
+  size_t recv_bytes;
+};
+
+class NcclComm {
+ public:
+  /// Collective. Also connects all pairs, so that later calls neither allocate nor block. PeerLost
+  /// after timeout_s.
+  NcclComm(Bootstrap& bootstrap, double timeout_s);
+  ~NcclComm();
+  NcclComm(const NcclComm&) = delete;
+  NcclComm& operator=(const NcclComm&) = delete;
+
+  /// Messages to and from other ranks; several to one peer keep their order.
+  void exchange(const std::vector<Message>& messages, Schedule schedule, cudaStream_t stream);
+  /// recv[r * bytes, ...) = rank r's send.
+  void all_gather(const void* send, void* recv, size_t bytes, cudaStream_t stream);
+  /// recv = sum over ranks of their block for this rank, fp32. The order of the sum is NCCL's.
+  void reduce_scatter(const float* send, float* recv, size_t count, cudaStream_t stream);
+  /// Makes all kernels of the communicator leave, on any thread, once. Nothing can be sent
+  /// afterwards.
+  void abort();
+
+ private:
+  void connect(double timeout_s);
+  const NcclApi& api_;
+  int rank_, num_ranks_;
+  ncclComm_t comm_ = nullptr;
+  std::atomic<bool> aborted_{false};
+};
+
+}  // namespace epcomm

@@ -1,0 +1,12 @@
+// The transports of module _cuda.
+#include "transport/nccl.h"
+#include "transport/transport.h"
+
+namespace epcomm {
+
+const std::vector<TransportEntry>& transports() {
+  static const std::vector<TransportEntry> all = {{"nccl", &make_nccl_transport}};
+  return all;
+}
+
+}  // namespace epcomm

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Builds epcomm where GPUs are, runs the GPU tests, then the bench. Needs torch with CUDA, nvcc, cmake, ninja, pybind11,
+# scikit-build-core and pytest; uses no network. Logs and results go to OUT (default build/gpu).
+#   scripts/gpu.sh [build] [kernels] [tests] [nccl-modes] [sanitizer] [bench]      default: all
+set -u -o pipefail
+cd "$(dirname "$0")/.." || exit 1
+OUT=${OUT:-build/gpu}
+mkdir -p "$OUT"
+STEPS=${*:-build kernels tests nccl-modes sanitizer bench}
+GPUS=$(nvidia-smi --list-gpus | wc -l)
+PYTHON=${PYTHON:-python3}
+# NVLink multicast can put GPUs that others share out of service when a process dies while using it.
+export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1 PYTHONUNBUFFERED=1
+failed=()
+
+# step NAME SECONDS COMMAND...: runs under a timeout, keeps the log, remembers a failure.
+step() {
+  local name=$1 limit=$2 start=$SECONDS
+  shift 2
+  if timeout --kill-after=5 "$limit" "$@" >"$OUT/$name.log" 2>&1; then
+    echo "$name: ok, $((SECONDS - start)) s"
+  else
+    echo "$name: FAILED ($?), $((SECONDS - start)) s"
+    tail -n 40 "$OUT/$name.log"
+    failed+=("$name")
+  fi
+}
+
+bench() {
+  local name=$1
+  shift
+  step "bench-$name" "${BENCH_TIMEOUT:-120}" "$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS" bench/all2all.py \
+    --json "$OUT/$name.jsonl" "$@"
+  grep -v '^W' "$OUT/bench-$name.log" | tail -n 40
+}
+
+for wanted in $STEPS; do
+  case $wanted in
+    build) step build 300 "$PYTHON" -m pip install -q --no-build-isolation --no-deps . ;;
+    kernels)
+      step kernels-build 200 nvcc -std=c++20 -O3 --expt-relaxed-constexpr -gencode arch=compute_90a,code=sm_90a -I. -Iinclude -Icsrc \
+        tests/cpp/kernels_gpu_test.cu csrc/kernels/*.cu csrc/core/{error,host_rows}.cc -Xcompiler -ffp-contract=off -o "$OUT/kernels_gpu_test"
+      step kernels 120 "$OUT/kernels_gpu_test"
+      tail -n 12 "$OUT/kernels.log"
+      rm -f "$OUT/kernels_gpu_test"
+      ;;
+    tests) step tests "${TEST_TIMEOUT:-300}" "$PYTHON" -m pytest -q -m gpu tests && tail -n 3 "$OUT/tests.log" ;;
+    nccl-modes)
+      NCCL_P2P_DISABLE=1 step tests-p2p-off 120 "$PYTHON" -m pytest -q -m gpu tests/test_conformance.py
+      ;;
+    bench)
+      bench nccl --transport nccl --adapter epcomm,torch,deep_ep
+      bench nccl-graph --transport nccl --adapter epcomm,torch --graph --tokens 1,8,32,64,128,256
+      NCCL_P2P_DISABLE=1 bench nccl-p2p-off --transport nccl --adapter epcomm,torch --tokens 128,4096
+      ;;
+    *) echo "unknown step $wanted"; failed+=("$wanted") ;;
+  esac
+done
+
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | sort | uniq -c >"$OUT/gpus.txt"
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "failed: ${failed[*]}"
+  exit 1
+fi
