@@ -64,6 +64,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--routing", default="uniform", help="uniform, zipf:S, one-expert, or a file of expert ids")
     add("--adapter", type=adapter_names, default=["epcomm", "torch"], help=",".join(ADAPTERS))
     add("--graph", action="store_true", help="host_sync=False, captured into CUDA graphs")
+    add(
+        "--transport-option",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="of epcomm's transport_options; may be repeated",
+    )
+    add("--commit", help="what the rows are of; default: asks git")
     add("--json", metavar="FILE", help="write the rows as JSON lines")
     add("--csv", metavar="FILE", help="write the rows as CSV")
     add("--plot", metavar="FILE.png", help="draw time and bandwidth; needs matplotlib")
@@ -158,7 +166,9 @@ class Bench:
         return Workload(config, routing)
 
     def _options(self, num_sms: int | None) -> Options:
-        return Options(self.args.transport, num_sms, self.args.graph, self.args.timeout)
+        args = self.args
+        chosen = dict(option.split("=", 1) for option in args.transport_option)
+        return Options(args.transport, num_sms, args.graph, args.timeout, chosen)
 
     def _run_adapter(self, name: str, workload: Workload) -> None:
         adapter_class = ADAPTERS[name]
@@ -265,7 +275,7 @@ def run(args: argparse.Namespace) -> list[output.Row]:
             device=device,
             device_name=output.device_name(device),
             driver=output.driver_version(device),
-            commit=output.commit(),
+            commit=args.commit or output.commit(),
         )
         bench = Bench(args, machine)
         bench.run()

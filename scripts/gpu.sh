@@ -30,7 +30,7 @@ bench() {
   local name=$1
   shift
   step "bench-$name" "${BENCH_TIMEOUT:-120}" "$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS" bench/all2all.py \
-    --json "$OUT/$name.jsonl" "$@"
+    --commit "${COMMIT:-$(git rev-parse --short HEAD)}" --json "$OUT/$name.jsonl" "$@"
   grep -v '^W' "$OUT/bench-$name.log" | tail -n 40
 }
 

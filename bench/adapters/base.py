@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from workload import Workload
 
 
@@ -22,6 +24,7 @@ class Options:
     num_sms: int | None
     graph: bool
     timeout: float
+    transport_options: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,3 +56,22 @@ class Adapter(abc.ABC):
     def close(self) -> None:
         """Frees what the library holds."""
         return
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call as a CUDA graph. It returns what the captured call did, refilled by each replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # what is made at the first call must not be made while capturing
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay

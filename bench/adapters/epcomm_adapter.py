@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from adapters.base import Adapter, Operation, Options, Unavailable
+from adapters.base import Adapter, Operation, Options, Unavailable, captured
 from workload import Workload
 
 
@@ -30,9 +30,13 @@ class EpcommAdapter(Adapter):
             dtype=workload.combine_dtype,
             transport=options.transport,
             timeout=options.timeout,
+            transport_options=options.transport_options,
         )
         self.transport = self._buffer.transport
         self._refuse_unless_able()
+        if options.transport_options:
+            chosen = ",".join(f"{k}={v}" for k, v in options.transport_options.items())
+            self.transport += f":{chosen}"
 
     def _refuse_unless_able(self) -> None:
         caps, device = self._buffer.caps, self._workload.config.device
@@ -88,9 +92,9 @@ class EpcommAdapter(Adapter):
 
         if self._options.graph:
             return [
-                Operation("dispatch", "graph", _captured(fresh), self._wrong_dispatch),
-                Operation("combine", "graph", _captured(combine), self._wrong_combine),
-                Operation("pair", "graph", _captured(pair), self._wrong_combine),
+                Operation("dispatch", "graph", captured(fresh), self._wrong_dispatch),
+                Operation("combine", "graph", captured(combine), self._wrong_combine),
+                Operation("pair", "graph", captured(pair), self._wrong_combine),
             ]
         return [
             Operation("dispatch", "fresh", fresh, self._wrong_dispatch),
@@ -120,22 +124,3 @@ class EpcommAdapter(Adapter):
         wrong = self._workload.wrong_elements(out, self._workload.combined())
         out.fill_(float("nan"))  # the next call must write every element again
         return wrong
-
-
-def _captured(call):
-    """The call as a CUDA graph. It returns what the captured call did, refilled by each replay."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):  # what is made at the first call must not be made while capturing
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-
-    def replay():
-        graph.replay()
-        return result
-
-    return replay

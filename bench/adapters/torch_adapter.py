@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from adapters.base import Adapter, Operation, Options
+from adapters.base import Adapter, Operation, Options, captured
 from workload import Workload
 
 
@@ -17,6 +17,7 @@ class TorchAdapter(Adapter):
 
     def __init__(self, workload: Workload, options: Options):
         self._workload = workload
+        self._graph = options.graph
         self.transport = "gloo" if workload.config.device.type == "cpu" else "nccl"
 
     def operations(self) -> list[Operation]:
@@ -67,4 +68,6 @@ class TorchAdapter(Adapter):
             dist.all_to_all_single(recv, send, recv_sizes, send_sizes)
             return recv
 
+        if self._graph:
+            return Operation(operation, "graph", captured(call), wrong)
         return Operation(operation, "packed", call, wrong)
