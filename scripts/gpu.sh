@@ -11,6 +11,8 @@ GPUS=$(nvidia-smi --list-gpus | wc -l)
 PYTHON=${PYTHON:-python3}
 # NVLink multicast can put GPUs that others share out of service when a process dies while using it.
 export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1 PYTHONUNBUFFERED=1
+# Which conformance tests the other ways between GPUs run: all ranks, one 16-bit and one quantised format.
+MODES_K=${MODES_K:-"nccl-$GPUS and (bf16 or fp8)"}
 failed=()
 
 # step NAME SECONDS COMMAND...: runs under a timeout, keeps the log, remembers a failure.
@@ -38,15 +40,25 @@ for wanted in $STEPS; do
   case $wanted in
     build) step build 300 "$PYTHON" -m pip install -q --no-build-isolation --no-deps . ;;
     kernels)
-      step kernels-build 200 nvcc -std=c++20 -O3 --expt-relaxed-constexpr -gencode arch=compute_90a,code=sm_90a -I. -Iinclude -Icsrc \
-        tests/cpp/kernels_gpu_test.cu csrc/kernels/*.cu csrc/core/{error,host_rows}.cc -Xcompiler -ffp-contract=off -o "$OUT/kernels_gpu_test"
-      step kernels 120 "$OUT/kernels_gpu_test"
-      tail -n 12 "$OUT/kernels.log"
-      rm -f "$OUT/kernels_gpu_test"
+      step kernels-build 200 nvcc -std=c++20 -O3 -gencode arch=compute_90a,code=sm_90a -I. -Iinclude -Icsrc \
+        tests/cpp/kernels_gpu_test.cu csrc/kernels/*.cu csrc/core/{error,host_rows}.cc \
+        -Xcompiler -ffp-contract=off -o build/kernels_gpu_test
+      step kernels 120 build/kernels_gpu_test
+      tail -n 1 "$OUT/kernels.log"
+      ;;
+    sanitizer)
+      step memcheck-kernels 120 compute-sanitizer --tool memcheck --error-exitcode 9 build/kernels_gpu_test 128
+      step memcheck-nccl 150 compute-sanitizer --tool memcheck --target-processes all --error-exitcode 9 \
+        "$PYTHON" -m pytest -q -m gpu tests/test_nccl.py -k 'test_way and static-grouped and token'
+      tail -n 3 "$OUT/memcheck-nccl.log"
       ;;
     tests) step tests "${TEST_TIMEOUT:-300}" "$PYTHON" -m pytest -q -m gpu tests && tail -n 3 "$OUT/tests.log" ;;
     nccl-modes)
-      NCCL_P2P_DISABLE=1 step tests-p2p-off 120 "$PYTHON" -m pytest -q -m gpu tests/test_conformance.py
+      # Without peer access, and as two hosts that talk over sockets.
+      NCCL_P2P_DISABLE=1 step tests-p2p-off 150 "$PYTHON" -m pytest -q -m gpu tests/test_conformance.py -k "$MODES_K"
+      EPCOMM_TEST_HOSTS=2 NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1 NCCL_NET=Socket NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1 \
+        step tests-two-hosts 150 "$PYTHON" -m pytest -q -m gpu tests/test_conformance.py -k "$MODES_K"
+      tail -n 1 "$OUT/tests-p2p-off.log" "$OUT/tests-two-hosts.log"
       ;;
     bench)
       bench nccl --transport nccl --adapter epcomm,torch,deep_ep

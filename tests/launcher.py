@@ -64,6 +64,9 @@ def _join(rank: int, num_ranks: int, store: str, device: str) -> None:
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank)
+        if hosts := int(os.environ.get("EPCOMM_TEST_HOSTS", "0")):
+            # NCCL takes ranks of different ids for ranks of different machines.
+            os.environ["NCCL_HOSTID"] = f"host{rank * hosts // num_ranks}"
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(store, num_ranks),

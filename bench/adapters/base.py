@@ -70,7 +70,7 @@ def captured(call: Callable[[], Any]) -> Callable[[], Any]:
     with torch.cuda.graph(graph):
         result = call()
 
-    def replay() -> Any:
+    def replay(keep_alive: Any = call) -> Any:  # what the call refers to, the graph reads
         graph.replay()
         return result
 

@@ -68,13 +68,14 @@ class Event {
   cudaEvent_t event_ = nullptr;
 };
 
-/// A stream of the highest priority that does not wait for the default stream.
+/// A stream of the lowest priority, for work beside the caller's; it does not wait for the default
+/// stream.
 class Stream {
  public:
   Stream() {
     int least = 0, greatest = 0;
     EPCOMM_CUDA_TRY(cudaDeviceGetStreamPriorityRange(&least, &greatest));
-    EPCOMM_CUDA_TRY(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, greatest));
+    EPCOMM_CUDA_TRY(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, least));
   }
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;

@@ -40,7 +40,7 @@ enum class Algorithm { kAuto, kExact, kStatic, kAllGather };
 struct Options {
   Algorithm algorithm = Algorithm::kAuto;
   Schedule schedule = Schedule::kGrouped;
-  int chunks = 2;
+  int chunks = 3;
 };
 
 Options parse(const std::map<std::string, std::string>& given) {
@@ -107,7 +107,7 @@ class NcclTransport final : public Transport {
   RouteResult route(const RouteArgs& args) override;
   void dispatch(const Plan& plan, const DispatchArgs& args) override;
   void combine(const Plan& plan, const CombineArgs& args) override;
-  void check() override;
+  void check() override { watchdog_.check(); }
   Allocation allocate(size_t) override { return {}; }
   size_t free_bytes() const override { return 0; }
 
@@ -120,7 +120,10 @@ class NcclTransport final : public Transport {
   size_t region_bytes(int64_t rows, const RowSpec& spec, size_t record_bytes) const;
 
   Algorithm algorithm(const Plan& plan) const;
+  // SMs for a kernel that runs while NCCL's kernel does and must leave it room.
+  int beside(int num_sms) const { return num_sms == 0 ? num_sms_ * 3 / 8 : num_sms; }
   void check_fits(const char* what, int64_t row_bytes, int64_t scale_bytes) const;
+  void report_bad_index();
   InvalidArgument bad_index(int rank, int position, int topk, int value) const;
   RouteResult read_counts(const RouteArgs& args);
   PlaceArgs place_args(const Plan& plan, const DispatchArgs& args) const;
@@ -140,6 +143,7 @@ class NcclTransport final : public Transport {
   Options options_;
   Dims dims_;
   Caps caps_;
+  int num_sms_ = 0;
   size_t widest_row_;  // bytes of a row with its scales and record
   AnnounceLayout announce_layout_;
   NcclComm comm_;
@@ -193,12 +197,16 @@ NcclTransport::NcclTransport(const TransportContext& context)
   caps_.token_layout = caps_.expert_layout = caps_.padded_layout = true;
   caps_.graph_capture = options_.algorithm != Algorithm::kExact;
   caps_.cuda = true;
+  int device = 0;
+  EPCOMM_CUDA_TRY(cudaGetDevice(&device));
+  EPCOMM_CUDA_TRY(cudaDeviceGetAttribute(&num_sms_, cudaDevAttrMultiProcessorCount, device));
 }
 
 NcclTransport::~NcclTransport() { watchdog_.drain(); }
 
-void NcclTransport::check() {
-  watchdog_.check();
+// Expert ids of an earlier route that nobody waited for: reported before the next one sends
+// anything.
+void NcclTransport::report_bad_index() {
   int32_t* header = bad_index_.as<int32_t>();
   const int bad = std::atomic_ref(header[AnnounceLayout::kBadIndex]).exchange(0);
   if (bad != 0)
@@ -232,6 +240,7 @@ RouteResult NcclTransport::route(const RouteArgs& args) {
                "host_sync is False with transport_options['algorithm'] 'exact'; expected auto, "
                "static or allgather");
   check_fits("x", args.row_bytes, args.scale_bytes);
+  report_bad_index();
   const auto stream = static_cast<cudaStream_t>(args.stream);
   watchdog_.begin(Operation::kRoute, stream);
   RouteKernelArgs k{};
@@ -427,12 +436,16 @@ void NcclTransport::dispatch_exact(const Plan& plan, const DispatchArgs& args,
     place.source[r] = shifted(recv, counts.recv_base(r, rank_));
     if (in_place) place.source[r].x = place.source[r].scales = nullptr;
   }
+  pack.chunks = options_.chunks;
+  launch_pack(pack, args.num_sms, stream);
   order_after(side_.get(), stream, fork_);
-  for (int c = 0; c < options_.chunks; ++c) {
+  for (int c = 1; c < options_.chunks; ++c) {
     pack.chunk = c;
-    pack.chunks = options_.chunks;
-    launch_pack(pack, args.num_sms, side_.get());
-    order_after(stream, side_.get(), chunk_done_[c]);
+    launch_pack(pack, beside(args.num_sms), side_.get());
+    EPCOMM_CUDA_TRY(cudaEventRecord(chunk_done_[c].get(), side_.get()));
+  }
+  for (int c = 0; c < options_.chunks; ++c) {
+    if (c > 0) EPCOMM_CUDA_TRY(cudaStreamWaitEvent(stream, chunk_done_[c].get(), 0));
     std::vector<Message> messages;
     for (int i = 1; i < num_ranks_; ++i) {
       const int peer = (rank_ + i) % num_ranks_;
@@ -608,9 +621,11 @@ void NcclTransport::combine_exact(const Plan& plan, const CombineArgs& args, cud
            incoming(peer, c), static_cast<size_t>(counts.chunk(c, rank_, peer)) * row});
     }
     comm_.exchange(messages, options_.schedule, stream);
+    if (c == 0) break;
     order_after(side_.get(), stream, chunk_done_[c]);
-    launch_sum(sum, args.num_sms, side_.get());
+    launch_sum(sum, beside(args.num_sms), side_.get());
   }
+  launch_sum(sum, args.num_sms, stream);
   order_after(stream, side_.get(), join_);
 }
 

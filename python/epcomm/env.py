@@ -11,13 +11,14 @@ import difflib
 import os
 import warnings
 
-# Names that the build reads are known too, so that they draw no warning.
+# Names that the build and the tests read are known too, so that they draw no warning.
 _KNOWN = (
     "EPCOMM_TRANSPORT",
     "EPCOMM_TIMEOUT",
     "EPCOMM_WINDOW_BYTES",
     "EPCOMM_CUDA",
     "EPCOMM_CUDA_ARCHS",
+    "EPCOMM_TEST_HOSTS",
 )
 
 
