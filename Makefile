@@ -59,7 +59,7 @@ test-gpu: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -q -m gpu $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed
-	$(VENV)/bin/torchrun --nproc-per-node 4 bench/all2all.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node 4 bench/all2all.py
 
 lint: $(VENV)/.lint_tools
 	tools/lint.sh

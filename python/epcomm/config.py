@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import platform
 
@@ -15,6 +16,15 @@ def _version_of(distribution: str) -> str:
         return "not installed"
 
 
+def _transports() -> list[str]:
+    names: list[str] = list(_core.transports())
+    try:
+        names += importlib.import_module("._cuda", __package__).transports()
+    except ModuleNotFoundError:
+        pass  # "cuda" says why
+    return names
+
+
 def show_config() -> dict[str, str]:
     """Prints what this build contains and what it runs on; returns the same as a dict.
 
@@ -22,7 +32,7 @@ def show_config() -> dict[str, str]:
     """
     config = {
         "epcomm": _core.version,
-        "transports": ", ".join(_core.transports()),
+        "transports": ", ".join(_transports()),
         "cuda": _core.cuda_status,
         "python": platform.python_version(),
         "torch": _version_of("torch"),
