@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import platform
@@ -18,10 +19,8 @@ def _version_of(distribution: str) -> str:
 
 def _transports() -> list[str]:
     names: list[str] = list(_core.transports())
-    try:
+    with contextlib.suppress(ModuleNotFoundError):  # "cuda" says why
         names += importlib.import_module("._cuda", __package__).transports()
-    except ModuleNotFoundError:
-        pass  # "cuda" says why
     return names
 
 
