@@ -1,9 +1,11 @@
 #include "transport/nccl_comm.h"
 
 #include <chrono>
+#include <cstring>
 #include <exception>
 #include <future>
 #include <memory>
+#include <string>
 #include <thread>
 
 #include "core/clock.h"
@@ -14,6 +16,30 @@ namespace epcomm {
 namespace {
 
 constexpr auto kAbortPatience = std::chrono::seconds(1);
+
+// What a rank tells the others before the communicator is made.
+struct Introduction {
+  ncclUniqueId id;  // rank 0's counts
+  cudaUUID_t gpu;   // never the ordinal, which CUDA_VISIBLE_DEVICES renames
+};
+
+Introduction introduce() {
+  int device = 0;
+  EPCOMM_CUDA_TRY(cudaGetDevice(&device));
+  cudaDeviceProp properties{};
+  EPCOMM_CUDA_TRY(cudaGetDeviceProperties(&properties, device));
+  return {{}, properties.uuid};
+}
+
+// Throws on all ranks if two of them use one GPU: NCCL would refuse it less plainly.
+void check_own_gpus(const std::vector<Introduction>& all) {
+  for (size_t a = 0; a < all.size(); ++a)
+    for (size_t b = a + 1; b < all.size(); ++b)
+      EPCOMM_CHECK(
+          std::memcmp(&all[a].gpu, &all[b].gpu, sizeof(cudaUUID_t)) != 0,
+          "ranks " + std::to_string(a) + " and " + std::to_string(b) +
+              " use the same GPU; call torch.cuda.set_device with a GPU of its own on each rank");
+}
 
 // ncclCommInitRank has no timeout. It runs on a thread of its own; if a peer never comes, the
 // thread is left to NCCL's own error handling and this rank goes on.
@@ -42,11 +68,12 @@ ncclComm_t init_bounded(const NcclApi& api, int rank, int num_ranks, const ncclU
 
 NcclComm::NcclComm(Bootstrap& bootstrap, double timeout_s)
     : api_(NcclApi::get()), rank_(bootstrap.rank()), num_ranks_(bootstrap.size()) {
-  ncclUniqueId mine{};
-  if (rank_ == 0) EPCOMM_NCCL_TRY(api_.GetUniqueId(&mine));
-  std::vector<ncclUniqueId> all(static_cast<size_t>(num_ranks_));
+  Introduction mine = introduce();
+  if (rank_ == 0) EPCOMM_NCCL_TRY(api_.GetUniqueId(&mine.id));
+  std::vector<Introduction> all(static_cast<size_t>(num_ranks_));
   bootstrap.all_gather(&mine, all.data(), sizeof mine);
-  comm_ = init_bounded(api_, rank_, num_ranks_, all[0], timeout_s);
+  check_own_gpus(all);
+  comm_ = init_bounded(api_, rank_, num_ranks_, all[0].id, timeout_s);
   try {
     connect(timeout_s);
   } catch (...) {
