@@ -21,6 +21,7 @@ FIELDS: list[tuple[str, dict[str, Any], str, str]] = [
     ("expert_to_rank", {"expert_to_rank": [0, 1, 2, 2, 1, 0]}, "table", "table"),
     ("window_bytes", {"window_bytes": 1 << 26}, str(1 << 26), "0"),
     ("timeout", {"timeout": 7.0}, "7", "20"),
+    ("transport_options", {"transport_options": {"a": 1}}, "a=1", ""),
 ]
 
 
@@ -70,7 +71,7 @@ CALLS = {
         "2",
         "4",
     ),
-    "weighted": (lambda s: s.dispatch(topk_weights=None), "0", "1"),
+    "topk_weights": (lambda s: s.dispatch(topk_weights=None), "not given", "given"),
     "operation": (lambda s: s.combine(), "combine", "route"),
 }
 
@@ -92,6 +93,28 @@ def test_calls_differ(name: str) -> None:
     _check(told, name, *CALLS[name][1:])
 
 
+def run_plans(group: Any, operation: str) -> Any:
+    """All ranks replay, but not the same plan; the plans differ in where all tokens go."""
+    setup = Setup(group)
+    first = setup.dispatch(topk_idx=torch.zeros_like(setup.idx))
+    second = setup.dispatch(topk_idx=torch.full_like(setup.idx, 5))
+    mine = second if group.rank() == ODD else first
+    if operation == "dispatch":
+        told = _told(lambda: setup.replay(plan=mine.plan))
+    else:
+        told = _told(lambda: setup.combine(x=mine.x, plan=mine.plan))
+    assert torch.equal(setup.combine(x=first.x, plan=first.plan), setup.x)
+    setup.buf.destroy()
+    return told
+
+
+@pytest.mark.parametrize("operation", ["dispatch", "combine"])
+def test_plans_differ(operation: str) -> None:
+    told = launcher.pool().run(NUM_RANKS, run_plans, operation)
+    # A fresh dispatch is two calls, route and dispatch; making the Setup has made one.
+    _check(told, "plan", "epoch 5", "epoch 3")
+
+
 def run_versions(group: Any) -> Any:
     import epcomm
 
@@ -99,8 +122,8 @@ def run_versions(group: Any) -> Any:
         """Says what a rank with another version of epcomm would."""
 
         def all_gather(self, data: bytes) -> list[bytes]:
-            assert len("9.9.9") == len(epcomm.__version__)
-            return super().all_gather(data.replace(epcomm.__version__.encode(), b"9.9.9"))
+            mine = epcomm.__version__.encode()
+            return super().all_gather(data.replace(mine, b"9.9.9".ljust(len(mine), b"0")))
 
     kind = FromAnotherBuild if group.rank() == ODD else epcomm.TorchBootstrap
     return _told(lambda: Setup(kind(group, 20.0)))

@@ -91,6 +91,26 @@ def test_no_room_to_combine() -> None:
         assert one["type"] == "WindowFull" and one["text"] == told[0]["text"], one
 
 
+def run_nothing_received_into_a_full_window(group: Any) -> None:
+    """A rank that receives nothing needs no room."""
+    setup = Setup(group, hidden=1024, max_tokens=64, window_bytes=WINDOW_BYTES)
+    setup.idx = torch.zeros_like(setup.idx)  # all to rank 0
+    hog = []
+    if group.rank() == 1:
+        while (piece := setup.buf._native.allocate(512)) is not None:
+            hog.append(piece)
+        assert hog
+    recv = setup.dispatch()
+    again = setup.buf.dispatch(setup.x, plan=recv.plan)
+    assert torch.equal(again.x, recv.x)
+    assert len(recv.x) == (0 if group.rank() else 64 * group.size())
+    setup.buf.destroy()
+
+
+def test_nothing_received_into_a_full_window() -> None:
+    launcher.pool().run(2, run_nothing_received_into_a_full_window)
+
+
 # Nothing is left behind.
 
 

@@ -179,6 +179,7 @@ void bind_plan(py::module_& m) {
                              [](const Plan& p) { return p.result.tokens_per_expert; })
       .def("with_recv_block", [](const Plan& p, uintptr_t recv_meta) {
         Plan attached = p;
+        attached.attached = true;
         attached.view.recv_meta = reinterpret_cast<void*>(recv_meta);
         return attached;
       });

@@ -5,7 +5,7 @@
 
 namespace epcomm {
 
-/// Adds Buffer, Plan, the argument structs and the token-layout offsets to a module.
+/// Adds Buffer, Plan and the argument structs to a module.
 void bind_buffer(pybind11::module_& m);
 
 }  // namespace epcomm

@@ -4,6 +4,7 @@
 #include <condition_variable>
 #include <cstring>
 #include <mutex>
+#include <string>
 
 #include "epcomm/error.h"
 
@@ -22,7 +23,9 @@ struct Meeting {
   std::mutex mutex;
   std::condition_variable changed;
   std::vector<char> gathered, published;
+  size_t bytes = 0;  // of the exchange that is gathering
   int arrived = 0;
+  bool broken = false;  // some rank gave up; what is gathered has holes
   uint64_t generation = 0;
 };
 
@@ -38,7 +41,14 @@ class InProcessBootstrap final : public Bootstrap {
   void all_gather(const void* in, void* out, size_t bytes) override {
     const size_t total = bytes * static_cast<size_t>(size_);
     std::unique_lock lock(meeting_->mutex);
-    if (meeting_->arrived == 0) meeting_->gathered.assign(total, 0);
+    if (meeting_->broken) throw PeerLost(-1, Operation::kInit, 0, "an earlier exchange failed");
+    if (meeting_->arrived == 0) {
+      meeting_->bytes = bytes;
+      meeting_->gathered.assign(total, 0);
+    }
+    EPCOMM_CHECK(bytes == meeting_->bytes, "bytes is " + std::to_string(bytes) +
+                                               "; other ranks gather " +
+                                               std::to_string(meeting_->bytes));
     std::memcpy(meeting_->gathered.data() + bytes * static_cast<size_t>(rank_), in, bytes);
     const uint64_t generation = meeting_->generation;
     if (++meeting_->arrived == size_) {
@@ -48,6 +58,7 @@ class InProcessBootstrap final : public Bootstrap {
       meeting_->changed.notify_all();
     } else if (!meeting_->changed.wait_for(lock, timeout_,
                                            [&] { return meeting_->generation != generation; })) {
+      meeting_->broken = true;
       throw PeerLost(-1, Operation::kInit, 0,
                      "some rank did not join an exchange of the bootstrap");
     }

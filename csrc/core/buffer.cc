@@ -25,7 +25,7 @@ namespace {
 struct Agreement {
   char transport[24];
   int64_t num_experts, hidden, topk, max_tokens, dtype, expert_to_rank, window_bytes, timeout_ms;
-  char transport_options[96];
+  char transport_options[256];
   char refusal[320];  // why this rank cannot take part; empty = it can
 };
 
@@ -49,7 +49,7 @@ constexpr AgreementField kAgreementFields[] = {
     {"expert_to_rank",
      [](const Agreement& a) { return "table #" + std::to_string(a.expert_to_rank); }},
     {"window_bytes", [](const Agreement& a) { return std::to_string(a.window_bytes); }},
-    {"timeout (ms)", [](const Agreement& a) { return std::to_string(a.timeout_ms); }},
+    {"timeout", [](const Agreement& a) { return std::to_string(a.timeout_ms) + " ms"; }},
 };
 
 template <size_t N>
@@ -61,7 +61,7 @@ void copy_text(char (&to)[N], const std::string& from) {
 int64_t table_hash(const std::vector<int32_t>& table) {
   uint64_t hash = 14695981039346656037u;
   for (int32_t v : table) hash = (hash ^ static_cast<uint32_t>(v)) * 1099511628211u;
-  return static_cast<int64_t>(hash >> 40);
+  return static_cast<int64_t>(hash);
 }
 
 void check_options(const BufferOptions& o, int num_ranks) {
@@ -124,6 +124,17 @@ struct Buffer::State {
 
   Dims dims(int topk) const {
     return {num_ranks, options.config.num_experts, experts.local_experts(rank), topk, caps.cuda};
+  }
+  // Most rows that a rank with so many experts can receive in one call.
+  int64_t max_recv_rows(const RouteArgs& args, int64_t local_experts) const {
+    const int64_t tokens = int64_t{num_ranks} * options.config.max_tokens;
+    if (args.layout == Layout::kToken) return tokens;
+    if (args.layout == Layout::kPadded) return tokens * local_experts;
+    const int64_t alignment = args.expert_alignment;
+    const int64_t rows =
+        tokens * std::min<int64_t>(args.topk, local_experts) + (alignment - 1) * local_experts;
+    return static_cast<int64_t>(
+        align_up(static_cast<size_t>(rows), static_cast<size_t>(alignment)));
   }
   Transport& usable() const {
     if (transport == nullptr) throw BufferUnusable("this Buffer was destroyed; make a new one");
@@ -265,13 +276,11 @@ size_t Buffer::recv_meta_bytes(int topk, int num_recv) const {
 int64_t Buffer::max_recv_tokens() const { return int64_t{num_ranks()} * config().max_tokens; }
 
 int64_t Buffer::max_recv_rows(Layout layout, int topk, int expert_alignment) const {
-  const int64_t tokens = max_recv_tokens(), local = local_experts();
-  if (layout == Layout::kToken) return tokens;
-  if (layout == Layout::kPadded) return tokens * local;
-  const int64_t rows =
-      tokens * std::min<int64_t>(topk, local) + int64_t{expert_alignment - 1} * local;
-  return static_cast<int64_t>(
-      align_up(static_cast<size_t>(rows), static_cast<size_t>(expert_alignment)));
+  RouteArgs args;
+  args.layout = layout;
+  args.topk = topk;
+  args.expert_alignment = expert_alignment;
+  return state_->max_recv_rows(args, local_experts());
 }
 
 Allocation Buffer::allocate(size_t bytes) { return state_->usable().allocate(bytes); }
@@ -289,8 +298,9 @@ Plan Buffer::route(const RouteArgs& args) {
                value("topk", args.topk, "1 to the Buffer's topk = ", c.topk));
   EPCOMM_CHECK(args.expert_alignment >= 1 && args.expert_alignment <= (1 << 20),
                value("expert_alignment", args.expert_alignment, "1 to ", 1 << 20));
+  // The rank with the most experts decides for all, so that all refuse or none.
   EPCOMM_CHECK(
-      max_recv_rows(args.layout, args.topk, args.expert_alignment) < INT32_MAX,
+      state_->max_recv_rows(args, max_local_experts()) < INT32_MAX,
       "the receive tensor of this layout would need 2^31 rows or more; use a smaller max_tokens");
   if (!state_->caps.cuda) {  // device-side transports check ids where they are
     for (int64_t i = 0; i < int64_t{args.num_tokens} * args.topk; ++i) {
@@ -325,8 +335,7 @@ void Buffer::dispatch(const Plan& plan, const DispatchArgs& args) {
   EPCOMM_CHECK(args.scale_bytes >= 0, value("scale_bytes", args.scale_bytes, "at least ", 0));
   EPCOMM_CHECK((args.scale_bytes > 0) == (args.scales != nullptr) || plan.num_tokens == 0,
                "scales and scale_bytes must be given together");
-  EPCOMM_CHECK(args.needed_bytes != 0 || plan.view.recv_meta != nullptr,
-               "plan has no receive block attached");
+  EPCOMM_CHECK(args.needed_bytes != 0 || plan.attached, "plan has no receive block attached");
   transport.dispatch(plan, args);
 }
 
@@ -337,8 +346,7 @@ void Buffer::combine(const Plan& plan, const CombineArgs& args) {
                "dtype of combine must be bfloat16, float16 or float32");
   EPCOMM_CHECK(args.hidden == config().hidden,
                value("hidden", args.hidden, "the Buffer's hidden = ", config().hidden));
-  EPCOMM_CHECK(plan.view.recv_meta != nullptr,
-               "plan was routed but never dispatched; dispatch with it first");
+  EPCOMM_CHECK(plan.attached, "plan was routed but never dispatched; dispatch with it first");
   transport.combine(plan, args);
 }
 

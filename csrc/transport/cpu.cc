@@ -9,10 +9,12 @@
 
 #include <algorithm>
 #include <cstring>
+#include <string>
 #include <utility>
 
 #include "core/arena.h"
 #include "core/host_rows.h"
+#include "epcomm/error.h"
 #include "epcomm/window.h"
 #include "transport/cpu_channel.h"
 
@@ -22,23 +24,25 @@ namespace {
 constexpr size_t kMaxDefaultArena = size_t{1} << 40;
 
 // Memory is taken only where it is touched, so the default is generous: several worst cases at
-// once.
-size_t arena_bytes(const BufferOptions& options) {
-  if (options.window_bytes != 0) return options.window_bytes;
-  const Config& c = options.config;
-  const size_t row = static_cast<size_t>(c.hidden) * 4 + kMaxTopk * 8 + 64;
-  const size_t worst = static_cast<size_t>(c.max_tokens) * static_cast<size_t>(c.num_experts) * row;
-  return std::min(align_up(4 * worst + (size_t{64} << 20), 4096), kMaxDefaultArena);
+// once, in the layout that needs most.
+size_t arena_bytes(const TransportContext& context) {
+  if (context.options.window_bytes != 0) return context.options.window_bytes;
+  const Config& c = context.options.config;
+  const size_t row = static_cast<size_t>(c.hidden) * 4 + kMaxTopk * 12 + 64;
+  const size_t rows = static_cast<size_t>(context.bootstrap.size()) *
+                      static_cast<size_t>(c.max_tokens) *
+                      static_cast<size_t>(context.experts.max_local_experts());
+  return std::min(align_up(4 * rows * row + (size_t{64} << 20), 4096), kMaxDefaultArena);
 }
 
-// The window and who uses which part of it; shared with every allocation, so that tensors outlive
-// the Buffer that returned them.
-struct HostArena {
-  HostArena(Bootstrap& bootstrap, size_t control_bytes, size_t bytes, double timeout_s)
-      : window(make_host_window(bootstrap, control_bytes + bytes, timeout_s)),
-        base(window->peer(bootstrap.rank()) + control_bytes),
-        pieces(bytes) {}
-  std::unique_ptr<Window> window;
+// This rank's piece of the window and who uses which part of it; shared with every allocation, so
+// that tensors outlive the Buffer that returned them.
+struct OwnArena {
+  OwnArena(const Window& window, size_t control_bytes)
+      : piece(window.own()),
+        base(piece.get() + control_bytes),
+        pieces(window.bytes() - control_bytes) {}
+  std::shared_ptr<char> piece;
   char* base;
   Arena pieces;
 };
@@ -65,10 +69,11 @@ class CpuTransport final : public Transport {
         rank_(context.bootstrap.rank()),
         num_ranks_(context.bootstrap.size()),
         dims_{num_ranks_, config_.num_experts, experts_.local_experts(rank_), config_.topk, false},
-        arena_(std::make_shared<HostArena>(context.bootstrap, ControlLayout(dims_).arena,
-                                           arena_bytes(context.options),
-                                           context.options.timeout_s)),
-        channel_(context.bootstrap, *arena_->window, dims_, context.options.timeout_s) {
+        window_(make_host_window(context.bootstrap,
+                                 ControlLayout(dims_).arena + arena_bytes(context),
+                                 context.options.timeout_s)),
+        arena_(std::make_shared<OwnArena>(*window_, ControlLayout(dims_).arena)),
+        channel_(context.bootstrap, *window_, dims_, context.options.timeout_s) {
     caps_.token_layout = caps_.expert_layout = caps_.padded_layout = true;
     caps_.symmetric_outputs = true;
   }
@@ -94,6 +99,7 @@ class CpuTransport final : public Transport {
   // Row at which peer's group of each expert starts for tokens of this rank.
   void expert_bases(const RouteArgs& args, std::vector<int32_t>& base) const;
   void place(const RouteArgs& args) const;
+  void check_outputs(const Plan& plan, const DispatchArgs& args) const;
   void send_rows(const Plan& plan, const DispatchArgs& args, int peer) const;
   void place_received(const Plan& plan, const DispatchArgs& args) const;
   void send_partials(const Plan& plan, const CombineArgs& args, int peer) const;
@@ -114,11 +120,10 @@ class CpuTransport final : public Transport {
     for (int r = 0; r < contributor; ++r) base += view.rank_count[source * num_ranks_ + r];
     return base;
   }
-  char* at(int rank, uint64_t offset) const { return arena_->window->peer(rank) + offset; }
+  char* at(int rank, uint64_t offset) const { return window_->peer(rank) + offset; }
   uint64_t offset_of(const void* p) const {
-    return p == nullptr
-               ? 0
-               : static_cast<uint64_t>(static_cast<const char*>(p) - arena_->window->peer(rank_));
+    return p == nullptr ? 0
+                        : static_cast<uint64_t>(static_cast<const char*>(p) - window_->peer(rank_));
   }
 
   const ExpertMap& experts_;
@@ -126,7 +131,8 @@ class CpuTransport final : public Transport {
   int rank_, num_ranks_;
   Dims dims_;
   Caps caps_;
-  std::shared_ptr<HostArena> arena_;
+  std::unique_ptr<Window> window_;
+  std::shared_ptr<OwnArena> arena_;
   CpuChannel channel_;
 };
 
@@ -212,6 +218,10 @@ RouteResult CpuTransport::route(const RouteArgs& args) {
   entry.signature.layout = args.layout;
   entry.signature.topk = args.topk;
   entry.signature.expert_alignment = args.expert_alignment;
+  entry.signature.dtype = args.dtype;
+  entry.signature.row_bytes = args.row_bytes;
+  entry.signature.scale_bytes = args.scale_bytes;
+  entry.signature.weighted = args.weighted;
   channel_.enter_all(entry, counts.data());
   for (int s = 0; s < num_ranks_; ++s) {
     const int32_t* theirs = channel_.counts(s);
@@ -223,6 +233,7 @@ RouteResult CpuTransport::route(const RouteArgs& args) {
   *args.plan.num_recv = token_base(args.plan, num_ranks_, rank_);
 
   RouteResult result;
+  result.epoch = channel_.epoch();
   if (args.host_sync) {
     result.num_recv_tokens = *args.plan.num_recv;
     result.num_recv_rows = args.layout == Layout::kToken
@@ -234,7 +245,31 @@ RouteResult CpuTransport::route(const RouteArgs& args) {
   return result;
 }
 
+// Peers write to these addresses: a wrong one must be refused here, not met there.
+void CpuTransport::check_outputs(const Plan& plan, const DispatchArgs& args) const {
+  auto inside = [this](const void* p, int64_t bytes) {
+    const char* begin = static_cast<const char*>(p);
+    const char* end = arena_->piece.get() + window_->bytes();
+    return bytes == 0 || (begin >= arena_->base && begin <= end && end - begin >= bytes);
+  };
+  const bool by_token = plan.layout == Layout::kToken;
+  const int64_t tokens = *plan.view.num_recv;
+  const int64_t rows = by_token ? tokens : plan.view.expert_offset[dims_.local_experts];
+  EPCOMM_CHECK(args.recv_capacity >= tokens && args.row_capacity >= rows,
+               "recv_capacity and row_capacity are " + std::to_string(args.recv_capacity) +
+                   " and " + std::to_string(args.row_capacity) + "; this plan receives " +
+                   std::to_string(tokens) + " tokens in " + std::to_string(rows) + " rows");
+  EPCOMM_CHECK(
+      inside(args.recv_x, rows * args.row_bytes) &&
+          inside(args.recv_scales, rows * args.scale_bytes) &&
+          inside(plan.view.recv_meta,
+                 tokens * static_cast<int64_t>(MetaLayout(plan.topk).record_bytes)),
+      "recv_x, recv_scales and recv_meta must lie in memory from Buffer::allocate and hold "
+      "what the plan receives");
+}
+
 void CpuTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
+  if (args.needed_bytes == 0) check_outputs(plan, args);
   channel_.begin(Operation::kDispatch);
   Entry entry;
   entry.signature.operation = Operation::kDispatch;
@@ -245,6 +280,7 @@ void CpuTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
   entry.signature.row_bytes = args.row_bytes;
   entry.signature.scale_bytes = args.scale_bytes;
   entry.signature.weighted = args.topk_weights != nullptr;
+  entry.signature.plan = static_cast<int32_t>(plan.result.epoch);
   entry.full = args.needed_bytes != 0;
   entry.needed_bytes = args.needed_bytes;
   entry.free_bytes = args.free_bytes;
@@ -341,6 +377,7 @@ void CpuTransport::combine(const Plan& plan, const CombineArgs& args) {
   entry.signature.expert_alignment = plan.expert_alignment;
   entry.signature.row_bytes = static_cast<int32_t>(row_bytes);
   entry.signature.weighted = args.topk_weights != nullptr;
+  entry.signature.plan = static_cast<int32_t>(plan.result.epoch);
   const Allocation piece = allocate(partial_bytes + weight_bytes);
   if (piece.data == nullptr) {
     entry.full = 1;

@@ -60,7 +60,8 @@ std::vector<Field> fields(const CallSignature& s) {
           {"expert_alignment", s.expert_alignment},
           {"row_bytes", s.row_bytes},
           {"scale_bytes", s.scale_bytes},
-          {"weighted (topk_weights given)", s.weighted}};
+          {"topk_weights", s.weighted},
+          {"plan", s.plan}};
 }
 
 std::string field_text(size_t index, int32_t value) {
@@ -70,6 +71,8 @@ std::string field_text(size_t index, int32_t value) {
   if (index == 0) return operation_name(static_cast<Operation>(value));
   if (index == 1 && value >= 0 && value < 4) return kLayouts[value];
   if (index == 2 && value >= 0 && value < 6) return kDtypes[value];
+  if (index == 7) return value != 0 ? "given" : "not given";
+  if (index == 8) return "routed in epoch " + std::to_string(value);
   return std::to_string(value);
 }
 
@@ -116,11 +119,11 @@ void CpuChannel::enter_all(const Entry& entry, const int32_t* counts) {
     if (counts != nullptr)
       std::memcpy(window + layout_.counts(rank_, epoch_), counts,
                   static_cast<size_t>(num_counts_) * sizeof(int32_t));
-    // Release: covers the entry and the counts; paired with the acquire in wait().
+    // Release: covers the entry and the counts; paired with the acquire in missing().
     inbox(peer, rank_).entered.store(epoch_, std::memory_order_release);
     ring(peer);
   }
-  for (int i = 0; i < num_ranks_; ++i) wait(&Inbox::entered, (rank_ + i) % num_ranks_);
+  wait_all(&Inbox::entered);
 
   const auto mine = fields(entry.signature);
   for (size_t f = 0; f < mine.size(); ++f) {
@@ -140,28 +143,34 @@ void CpuChannel::enter_all(const Entry& entry, const int32_t* counts) {
 }
 
 void CpuChannel::signal_done(int peer) {
-  // Release: covers all rows written for peer in this call; paired with the acquire in wait().
+  // Release: covers all rows written for peer in this call; paired with the acquire in missing().
   inbox(peer, rank_).done.store(epoch_, std::memory_order_release);
   ring(peer);
 }
 
-void CpuChannel::wait_all_done() {
-  for (int i = 0; i < num_ranks_; ++i) wait(&Inbox::done, (rank_ + i) % num_ranks_);
-}
+void CpuChannel::wait_all_done() { wait_all(&Inbox::done); }
 
 void CpuChannel::ring(int peer) {
   Header& h = header(peer);
-  // Sequentially consistent, as in wait(): either the waiter sees the new count or we see the
+  // Sequentially consistent, as in wait_all(): either the waiter sees the new count or we see the
   // waiter.
   h.doorbell.fetch_add(1, std::memory_order_seq_cst);
   if (h.waiters.load(std::memory_order_seq_cst) != 0) futex_wake_all(h.doorbell);
 }
 
-void CpuChannel::wait(std::atomic<uint64_t> Inbox::* word, int peer) {
-  const std::atomic<uint64_t>& signal = inbox(rank_, peer).*word;
+// The first rank, counted from this one, that has not signalled; -1 if all have.
+int CpuChannel::missing(std::atomic<uint64_t> Inbox::* word) const {
+  for (int i = 0; i < num_ranks_; ++i) {
+    const int peer = (rank_ + i) % num_ranks_;
+    if ((inbox(rank_, peer).*word).load(std::memory_order_acquire) < epoch_) return peer;
+  }
+  return -1;
+}
+
+void CpuChannel::wait_all(std::atomic<uint64_t> Inbox::* word) {
   // A few turns without sleeping: often the signal is there, or its sender only needs this core.
   for (int spin = 0; spin < 4; ++spin) {
-    if (signal.load(std::memory_order_acquire) >= epoch_) return;
+    if (missing(word) < 0) return;
     ::sched_yield();
   }
   const Deadline deadline(timeout_s_);
@@ -169,17 +178,18 @@ void CpuChannel::wait(std::atomic<uint64_t> Inbox::* word, int peer) {
   for (;;) {
     own.waiters.fetch_add(1, std::memory_order_seq_cst);
     const uint32_t rung = own.doorbell.load(std::memory_order_seq_cst);
-    const bool there = signal.load(std::memory_order_acquire) >= epoch_;
-    if (!there) futex_wait(own.doorbell, rung, deadline.left_ms(kSliceMs));
+    int late = missing(word);
+    if (late >= 0) futex_wait(own.doorbell, rung, deadline.left_ms(kSliceMs));
     own.waiters.fetch_sub(1, std::memory_order_relaxed);
-    if (there || signal.load(std::memory_order_acquire) >= epoch_) return;
+    if (late < 0 || (late = missing(word)) < 0) return;
     check_faults();
-    if (!window_.alive(peer)) {
-      // It may have signalled as its last act.
-      if (signal.load(std::memory_order_acquire) >= epoch_) return;
-      give_up(peer, "its process ended or its Buffer was destroyed");
+    for (int peer = 0; peer < num_ranks_; ++peer) {
+      // Dead first, then silent: it may have signalled as its last act.
+      if (!window_.alive(peer) &&
+          (inbox(rank_, peer).*word).load(std::memory_order_acquire) < epoch_)
+        give_up(peer, "its process ended or its Buffer was destroyed");
     }
-    if (deadline.passed()) give_up(peer, "it did not answer within the timeout");
+    if (deadline.passed()) give_up(late, "it did not answer within the timeout");
   }
 }
 

@@ -32,6 +32,7 @@ struct CallSignature {
   int32_t row_bytes = 0;
   int32_t scale_bytes = 0;
   int32_t weighted = 0;
+  int32_t plan = 0;  ///< of a dispatch or combine: epoch in which its plan was routed
 };
 
 /// What a rank announces when it enters a call. Offsets are in its own window.
@@ -51,6 +52,8 @@ class CpuChannel {
  public:
   CpuChannel(Bootstrap& bootstrap, Window& window, const Dims& dims, double timeout_s);
 
+  /// Number of the call that runs, or ran last.
+  uint64_t epoch() const { return epoch_; }
   /// Starts the next call. Throws at once if a peer was lost before, or gave this rank up.
   void begin(Operation operation);
   /// Announces this rank's entry (and counts, if not null) to all, waits for all, and checks that
@@ -70,7 +73,8 @@ class CpuChannel {
   Inbox& inbox(int owner, int source) const;
   Header& header(int owner) const;
   void ring(int peer);
-  void wait(std::atomic<uint64_t> Inbox::* word, int peer);
+  int missing(std::atomic<uint64_t> Inbox::* word) const;
+  void wait_all(std::atomic<uint64_t> Inbox::* word);
   void check_faults();
   [[noreturn]] void give_up(int peer, const char* why);
 

@@ -295,14 +295,9 @@ RouteResult NcclTransport::read_counts(const RouteArgs& args) {
   auto word = [this](int rank, int index) {
     return counts_.as<int32_t>()[rank * announce_layout_.words() + index];
   };
-  static constexpr const char* kFields[] = {"layout",
-                                            "topk",
-                                            "expert_alignment",
-                                            "dtype",
-                                            "row_bytes",
-                                            "scale_bytes",
-                                            "weighted (topk_weights given)",
-                                            "host_sync"};
+  static constexpr const char* kFields[] = {"layout",       "topk",      "expert_alignment",
+                                            "dtype",        "row_bytes", "scale_bytes",
+                                            "topk_weights", "host_sync"};
   for (int f = 0; f < AnnounceLayout::kSignatureWords; ++f) {
     std::vector<std::string> values;
     for (int r = 0; r < num_ranks_; ++r)

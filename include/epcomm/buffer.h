@@ -84,10 +84,10 @@ class Buffer {
   Plan route(const RouteArgs& args);
   /// Collective. plan.view must have its receive block attached.
   void dispatch(const Plan& plan, const DispatchArgs& args);
-  /// Collective. y[t] = bias[t] + sum over ranks r, ascending, of round(partial), in fp32, rounded
-  /// once to dtype. partial is the sum over the distinct rows of rank r that carry token t; with
-  /// topk_weights, the sum over k, ascending, of topk_weights[t, k] * (the row that carries (t,
-  /// k)).
+  /// Collective. y[t] = (sum over ranks r, ascending, of round(partial)) + bias[t], in fp32,
+  /// rounded once to dtype. partial is the sum over the distinct rows of rank r that carry token t;
+  /// with topk_weights, the sum over k, ascending, of topk_weights[t, k] * (the row that carries
+  /// (t, k)).
   void combine(const Plan& plan, const CombineArgs& args);
 
   /// Local, not collective. Later calls throw BufferUnusable. Allocations stay readable.

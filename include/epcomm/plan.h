@@ -11,6 +11,7 @@ namespace epcomm {
 /// belong to the caller, who keeps them alive and unchanged as long as the plan is used.
 struct Plan {
   uint64_t buffer_id = 0;  ///< the Buffer that made it; no other accepts it
+  bool attached = false;   ///< view has its receive block
   Layout layout = Layout::kUnset;
   int32_t expert_alignment = 1;
   int32_t num_tokens = 0;  ///< T on this rank

@@ -128,6 +128,7 @@ struct RouteArgs {
 
 /// Host-known numbers of a routing. -1 where host_sync was off.
 struct RouteResult {
+  uint64_t epoch = 0;                      ///< of the route call: names the plan alike on all ranks
   int32_t num_recv_tokens = -1;            ///< N
   int32_t num_recv_rows = -1;              ///< rows of the receive tensor in this layout
   std::vector<int32_t> tokens_per_expert;  ///< [L]; empty where unknown

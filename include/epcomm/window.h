@@ -15,6 +15,8 @@ class Window {
   virtual size_t bytes() const = 0;
   /// Address, in this process, of the piece that rank owns. Zero-filled when the window is made.
   virtual char* peer(int rank) const = 0;
+  /// The piece of this rank; outlives the Window, the pieces of other ranks do not.
+  virtual std::shared_ptr<char> own() const = 0;
   /// False once the process behind rank is known to be gone. True does not prove that it is alive.
   virtual bool alive(int rank) const = 0;
 };

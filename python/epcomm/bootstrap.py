@@ -26,9 +26,6 @@ class Bootstrap(Protocol):
     def all_gather(self, data: bytes) -> list[bytes]:
         """Every rank's data, by rank. All ranks pass the same number of bytes."""
 
-    def barrier(self) -> None:
-        """Returns when every rank has entered."""
-
 
 class TorchBootstrap:
     """A `Bootstrap` over any torch process group: gloo, NCCL or both; the world or a subgroup.
@@ -74,6 +71,3 @@ class TorchBootstrap:
                 0,
             ) from error
         return [t.cpu().numpy().tobytes() for t in gathered]
-
-    def barrier(self) -> None:
-        self.all_gather(b"\0")

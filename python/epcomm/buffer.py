@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from . import checks, env, native
 from .bootstrap import Bootstrap, TorchBootstrap
 from .checks import dtype_name
+from .errors import Error
 from .events import Event
 from .quant import quantize_fp8
 from .results import Combined, Plan, Recv, Rows
@@ -69,15 +71,16 @@ class Buffer:
         transport_options: Mapping[str, object] | None = None,
     ) -> None:
         bootstrap = _bootstrap(group, timeout)
-        if timeout is None:
-            timeout = env.number("EPCOMM_TIMEOUT", 30.0)
-        if window_bytes is None:
-            window_bytes = int(env.number("EPCOMM_WINDOW_BYTES", 0))
         try:
             if transport == "auto":
                 transport = native.choose_transport()
             self._module = native.module_of(transport)
             checks.choice("dtype", dtype, checks.ROW_DTYPES)
+            if timeout is None:
+                timeout = env.number("EPCOMM_TIMEOUT", 30.0)
+            if window_bytes is None:
+                window_bytes = int(env.number("EPCOMM_WINDOW_BYTES", 0))
+            table = () if expert_to_rank is None else expert_to_rank
             options = {
                 "num_experts": checks.integer("num_experts", num_experts),
                 "hidden": checks.integer("hidden", hidden),
@@ -85,12 +88,12 @@ class Buffer:
                 "max_tokens": checks.integer("max_tokens", max_tokens),
                 "dtype": self._dtype(dtype),
                 "transport": transport,
-                "expert_to_rank": checks.integers("expert_to_rank", expert_to_rank or ()),
+                "expert_to_rank": checks.integers("expert_to_rank", table),
                 "timeout": checks.seconds("timeout", timeout),
                 "window_bytes": checks.integer("window_bytes", window_bytes, 0, 2**62),
                 "transport_options": {str(k): str(v) for k, v in (transport_options or {}).items()},
             }
-        except (TypeError, ValueError) as error:
+        except Exception as error:
             native.refuse(bootstrap, str(error))
             raise
         self._native = self._module.Buffer(bootstrap, **options)
@@ -201,7 +204,7 @@ class Buffer:
             )
         if plan is not None:
             self._limits.plan(plan)
-        checks.async_arguments(async_op, return_recv_hook, num_sms)
+        checks.call_arguments(async_op, return_recv_hook, previous_event, num_sms)
         if quant is not None:
             x = self._quantise(x, quant)
         rows, scales = self._limits.rows(x)
@@ -230,10 +233,18 @@ class Buffer:
         args.topk_weights = _address(topk_weights)
         args.num_sms = num_sms or 0
         args.stream = 0 if stream is None else stream.cuda_stream
-        if plan is None:
-            assert topk_idx is not None
-            plan = self._route(topk_idx, layout, expert_alignment, host_sync, args)
-        recv = self._send(plan, rows, scales, args)
+        try:
+            if plan is None:
+                assert topk_idx is not None
+                plan = self._route(topk_idx, layout, expert_alignment, host_sync, args)
+            recv = self._send(plan, rows, scales, args)
+        except (Error, ValueError):
+            raise  # the same on all ranks that are in this call
+        except BaseException:
+            # This rank alone has failed half-way (no memory for a tensor, an interrupt): its peers
+            # are in a call that it will not finish, and learn of it by this.
+            self.destroy()
+            raise
         used = (rows, scales, topk_idx, topk_weights, recv.topk_idx, recv.topk_weights)
         received = recv.x if isinstance(recv.x, tuple) else (recv.x,)
         block = (recv.plan.send_block, recv.plan.recv_block)
@@ -280,7 +291,7 @@ class Buffer:
         """
         self._native.check_usable()
         self._limits.plan(plan)
-        checks.async_arguments(async_op, return_recv_hook, num_sms)
+        checks.call_arguments(async_op, return_recv_hook, previous_event, num_sms)
         limits = self._limits
         limits.tensor("x", x, limits.row_dtypes(), self._shape(plan, self.hidden))
         limits.row_memory("x", x)
@@ -388,8 +399,7 @@ class Buffer:
             raise AssertionError("dispatch with a full window must raise")
         if plan.recv_block is None:
             meta = received.pop()
-            # The address even where nothing is received: an empty tensor would hide it.
-            attached = plan.native.with_recv_block(_address(meta))
+            attached = plan.native.with_recv_block(meta.data_ptr())
             plan = dataclasses.replace(plan, native=attached, recv_block=meta)
         args.recv_x = received[0].data_ptr()
         if scales is not None:
@@ -423,14 +433,14 @@ class Buffer:
             return [torch.empty(s, dtype=d, device=self._device) for d, s in wanted]
         tensors = []
         for dtype, shape in wanted:
+            if math.prod(shape) == 0:  # takes no room, so it never fails for want of it
+                tensors.append(torch.empty(shape, dtype=dtype, device=self._device))
+                continue
             piece = self._native.allocate(math.prod(shape) * dtype.itemsize)
             if piece is None:
                 return None
-            if math.prod(shape) == 0:
-                tensors.append(torch.empty(shape, dtype=dtype, device=self._device))
-            else:
-                # The tensor's storage holds the piece, which returns to the window with it.
-                tensors.append(torch.frombuffer(piece, dtype=dtype).view(shape))
+            # The tensor's storage holds the piece, which returns to the window with it.
+            tensors.append(torch.frombuffer(piece, dtype=dtype).view(shape))
         return tensors
 
     def _quantise(self, x: Rows, kind: str) -> Rows:
@@ -456,7 +466,10 @@ def _bootstrap(group: Any, timeout: Any) -> Bootstrap:
     if group is None or isinstance(group, dist.ProcessGroup):
         # A timeout that the Buffer will refuse must still let the ranks tell each other so.
         valid = isinstance(timeout, (int, float)) and timeout > 0 and math.isfinite(timeout)
-        return TorchBootstrap(group, timeout if valid else env.number("EPCOMM_TIMEOUT", 30.0))
+        if not valid:
+            with contextlib.suppress(ValueError):
+                timeout, valid = env.number("EPCOMM_TIMEOUT", 30.0), True
+        return TorchBootstrap(group, timeout if valid and timeout > 0 else 30.0)
     if not isinstance(group, Bootstrap):
         raise TypeError(
             f"group is a {type(group).__name__}; expected a torch.distributed.ProcessGroup, None, "

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .events import Event
 from .results import Plan, Rows
 
 ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -158,8 +159,15 @@ class Limits:
             )
 
 
-def async_arguments(async_op: bool, return_recv_hook: bool, num_sms: int | None) -> None:
+def call_arguments(
+    async_op: bool, return_recv_hook: bool, previous_event: Any, num_sms: int | None
+) -> None:
     """Checks the arguments that say how a call runs."""
+    if previous_event is not None and not isinstance(previous_event, (Event, torch.cuda.Event)):
+        raise TypeError(
+            f"previous_event is a {type(previous_event).__name__}; expected the event of a call, a "
+            "torch.cuda.Event or None"
+        )
     if async_op and return_recv_hook:
         raise ValueError("async_op and return_recv_hook are both True; expected at most one")
     if num_sms is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 from types import ModuleType
@@ -10,6 +11,7 @@ import torch
 
 from . import _core, env
 from .bootstrap import Bootstrap
+from .errors import Error
 
 _logger = logging.getLogger("epcomm")
 
@@ -38,7 +40,8 @@ def module_of(transport: str) -> ModuleType:
 
 def refuse(bootstrap: Bootstrap, why: str) -> None:
     """Tells the other ranks, which are making a Buffer, that this one cannot take part."""
-    _core.refuse(bootstrap, why)
+    with contextlib.suppress(Error):  # the reason why matters more than who did not hear it
+        _core.refuse(bootstrap, why)
 
 
 def choose_transport() -> str:

@@ -22,6 +22,8 @@ class Plan:
     send other rows the same way. Usable any number of times, by the Buffer that made it, as long
     as that lives. R = num_ranks, L = local_experts.
 
+    The tensors below are the plan's own memory: read them, never write them.
+
     Attributes:
         layout: "token", "expert" or "padded".
         expert_alignment: rows that group starts of the expert layout are multiples of.
