@@ -178,10 +178,7 @@ void bind_plan(py::module_& m) {
       .def_property_readonly("tokens_per_expert",
                              [](const Plan& p) { return p.result.tokens_per_expert; })
       .def("with_recv_block", [](const Plan& p, uintptr_t recv_meta) {
-        Plan attached = p;
-        attached.attached = true;
-        attached.view.recv_meta = reinterpret_cast<void*>(recv_meta);
-        return attached;
+        return p.with_recv_block(reinterpret_cast<void*>(recv_meta));
       });
 }
 

@@ -19,6 +19,15 @@ struct Plan {
   bool host_sync = true;
   PlanView view;
   RouteResult result;
+
+  /// The same plan with its receive block: num_recv tokens' records (Buffer::recv_meta_bytes),
+  /// which may be null where that is 0.
+  Plan with_recv_block(void* recv_meta) const {
+    Plan plan = *this;
+    plan.attached = true;
+    plan.view.recv_meta = recv_meta;
+    return plan;
+  }
 };
 
 }  // namespace epcomm

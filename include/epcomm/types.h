@@ -136,7 +136,8 @@ struct RouteResult {
   std::vector<int32_t> chunk_count;
 };
 
-/// Step 2, dispatch: rows to the ranks of their experts. Collective.
+/// Step 2, dispatch: rows to the ranks of their experts. Collective. A null pointer means "not
+/// given", and ranks must agree on what is given: a rank without tokens passes any other address.
 struct DispatchArgs {
   // What this rank sends.
   const void* x = nullptr;              ///< [num_tokens, row_bytes]

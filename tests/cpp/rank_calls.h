@@ -67,7 +67,7 @@ inline void dispatch(Buffer& buffer, const Batch& batch, Received& to) {
   to.rows = buffer.allocate(static_cast<size_t>(to.num_rows) * static_cast<size_t>(row_bytes));
   if (to.meta.data == nullptr || to.rows.data == nullptr)
     throw std::runtime_error("the test's window is full");
-  to.plan.view.recv_meta = to.meta.data;
+  to.plan = to.plan.with_recv_block(to.meta.data);
   std::memset(to.rows.data, 0xff, to.rows.bytes);  // NaN, so that a row that nobody writes shows
   const bool by_token = to.plan.layout == Layout::kToken;
   const int entries = by_token ? received * batch.topk : to.num_rows;
