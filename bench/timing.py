@@ -22,9 +22,9 @@ CADENCES = (SEPARATE, BACK_TO_BACK)
 Call = Callable[[], Any]
 
 # Clock cycles that a GPU spins before a timed piece, so that the host is done launching it: about
-# 0.2 ms for one call, and 0.1 ms, more than a launch takes, for each call of a back-to-back run.
-SPIN_CYCLES = 400_000
-SPIN_CYCLES_PER_CALL = 200_000
+# 1 ms for one call, and 0.3 ms, more than a launch takes, for each call of a back-to-back run.
+SPIN_CYCLES = 2_000_000
+SPIN_CYCLES_PER_CALL = 600_000
 
 
 @dataclasses.dataclass(frozen=True)

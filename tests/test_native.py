@@ -28,10 +28,10 @@ class Alone:
 @pytest.mark.parametrize(
     ("archs", "runs", "does_not"),
     [
-        ("80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0)]),
-        ("86", [(8, 6), (8, 9)], [(8, 0)]),
+        ("80", [(8, 0), (8, 6), (9, 0), (12, 0)], [(7, 5)]),
+        ("86-real", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
         ("90a", [(9, 0)], [(8, 9), (10, 0)]),
-        ("80 90a 100a", [(8, 9), (9, 0), (10, 0)], [(7, 5), (10, 3), (12, 0)]),
+        ("80-real 90a 100a", [(8, 9), (9, 0), (10, 0)], [(7, 5), (10, 3), (12, 0)]),
     ],
 )
 def test_which_gpus_a_build_runs_on(
@@ -44,14 +44,14 @@ def test_which_gpus_a_build_runs_on(
 class OtherGpu:
     """Stands for _cuda on a GPU that it was not built for."""
 
-    archs = "80 90a"
+    archs = "90a 100a"
 
     def device_status(self) -> dict[str, object]:
         return {"count": 1, "reason": "", "capability": "12.0"}
 
 
 def test_gpu_that_the_build_has_no_code_for() -> None:
-    with pytest.raises(ValueError, match=r"80 90a.*12\.0.*EPCOMM_CUDA_ARCHS=120"):
+    with pytest.raises(ValueError, match=r"90a 100a.*12\.0.*EPCOMM_CUDA_ARCHS=120"):
         native.check_device(OtherGpu())  # type: ignore[arg-type]
 
 

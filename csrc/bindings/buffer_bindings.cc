@@ -237,6 +237,7 @@ void bind_buffer(py::module_& m) {
       .def_property_readonly("local_experts", &Buffer::local_experts)
       .def_property_readonly("max_recv_tokens", &Buffer::max_recv_tokens)
       .def("check_usable", &Buffer::check_usable)
+      .def("check_faults", &Buffer::check_faults)
       .def("max_recv_rows", &Buffer::max_recv_rows)
       .def("send_block", &Buffer::send_block)
       .def("recv_meta_bytes", &Buffer::recv_meta_bytes)

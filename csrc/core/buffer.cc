@@ -245,9 +245,16 @@ std::vector<std::string> transport_names() {
   return names;
 }
 
-Buffer::~Buffer() = default;
+Buffer::~Buffer() {
+  // In a forked child the transport's threads and its GPU state are the parent's: left alone.
+  if (state_ != nullptr && ::getpid() != state_->pid) (void)state_->transport.release();
+}
 
 void Buffer::check_usable() const { state_->usable().check(); }
+
+void Buffer::check_faults() const {
+  if (state_->transport != nullptr && ::getpid() == state_->pid) state_->transport->check();
+}
 
 int Buffer::rank() const { return state_->rank; }
 int Buffer::num_ranks() const { return state_->num_ranks; }

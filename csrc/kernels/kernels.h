@@ -21,13 +21,18 @@ constexpr int num_tiles(int64_t num_tokens) {
 }
 
 /// First tile of chunk c of a batch cut into chunks; chunk_tile(tiles, chunks, chunks) == tiles.
-/// The first chunk is small, an eighth: while it is sent (or, in a combine, summed, last) nothing
-/// else is left to overlap with. The others are alike.
+/// The first chunk is small, because nothing hides its packing (or, in a combine, its sum, which
+/// comes last); each next one is three times as large: its packing hides behind the exchange
+/// before.
 EPCOMM_HOST_DEVICE constexpr int chunk_tile(int tiles, int chunks, int c) {
   if (c <= 0) return 0;
   if (c >= chunks) return tiles;
-  const int first = (tiles + 7) / 8;
-  return first + (tiles - first) * (c - 1) / (chunks - 1);
+  int64_t before = 1, all = 1;
+  for (int i = 0; i < chunks; ++i) {
+    if (i < c) before *= 3;
+    all *= 3;
+  }
+  return static_cast<int>((tiles * (before - 1) + all - 2) / (all - 1));
 }
 
 /// First token of chunk c of a batch of T tokens: the same on all ranks that know T.
@@ -57,6 +62,8 @@ struct RouteKernelArgs {
   const void* topk_idx;
   DeviceExperts experts;
   PlanView plan;
+  /// Null, or pinned host memory [3]: 1 + position of a bad id, the id, K. Written if there is one.
+  volatile int32_t* bad_index;
   int32_t* tile_count;       ///< scratch [num_tiles(T), R + E]
   int32_t* announce;         ///< [AnnounceLayout::words()] of this rank
   const int32_t* announced;  ///< [R, words()] of all ranks; read by launch_assign

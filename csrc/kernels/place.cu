@@ -27,6 +27,15 @@ __device__ __forceinline__ void store_index(void* array, IndexType type, int64_t
     static_cast<int64_t*>(array)[i] = value;
 }
 
+// What arrives is not trusted: an exchange that was cut short leaves whatever was in the memory,
+// and that must not become an address.
+__device__ __forceinline__ int32_t valid_row(const PlaceArgs& args, int32_t row) {
+  return row >= 0 && row < args.row_capacity ? row : -1;
+}
+__device__ __forceinline__ int32_t valid_expert(const PlaceArgs& args, int32_t expert) {
+  return expert >= 0 && expert < args.dims.num_experts ? expert : -1;
+}
+
 // Copies a job's part of a row to the distinct rows that carry the token; lane k holds slot k's
 // row. Returns the lanes that stand for these rows.
 __device__ __forceinline__ uint32_t place_payload(const PlaceArgs& args, const RowJob& job,
@@ -60,7 +69,7 @@ __device__ __forceinline__ void place_scales(const PlaceArgs& args, const char* 
 __device__ __forceinline__ void place_outputs(const PlaceArgs& args, int64_t n,
                                               const TokenSlots& slots, bool is_first) {
   const int lane = lane_index(), topk = args.dims.topk;
-  const bool here = slots.row >= 0;
+  const bool here = slots.row >= 0 && slots.expert >= 0;
   float weight = here ? __fadd_rn(0.0f, slots.weight) : 0.0f;
   int64_t entry = n * topk + lane;
   bool writes = lane < topk;
@@ -101,7 +110,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
     const int64_t i = job.row + ranges.to_source[s];
     void* record = meta.row(source.meta, i);
     TokenSlots slots;
-    if (lane < topk) slots.row = meta.row(record, 0)[lane];
+    if (lane < topk) slots.row = valid_row(args, meta.row(record, 0)[lane]);
     const uint32_t firsts =
         source.x == nullptr
             ? distinct_rows(slots.row)
@@ -110,12 +119,15 @@ __global__ void __launch_bounds__(kRowThreads, 1)
     if (source.scales != nullptr && args.rows.scale_bytes != 0)
       place_scales(args, source.scales + i * args.rows.scale_bytes, slots.row, firsts);
     if (lane < topk) {
-      slots.expert = meta.topk_idx(record, 0)[lane];
+      slots.expert = valid_expert(args, meta.topk_idx(record, 0)[lane]);
       slots.weight = meta.topk_weights(record, 0)[lane];
     }
     slots.token = *meta.token(record, 0);
     void* kept = meta.row(args.plan.recv_meta, job.row);
-    if (kept != record) write_record(meta, kept, slots, true);
+    if (kept != record)
+      write_record(meta, kept, slots, true);
+    else if (lane < topk)
+      meta.row(kept, 0)[lane] = slots.row;  // combine trusts the plan's records
     place_outputs(args, job.row, slots, (firsts >> lane & 1) != 0);
   }
 }
@@ -143,9 +155,9 @@ __global__ void __launch_bounds__(kRowThreads, 1)
     if (n < 0 || n >= place.recv_capacity) continue;
     TokenSlots slots;
     if (lane < topk) {
-      const int32_t expert = args.topk_idx[entry * topk + lane];
+      const int32_t expert = valid_expert(place, args.topk_idx[entry * topk + lane]);
       if (expert >= 0 && place.experts.rank[expert] == place.rank)
-        slots.row = args.row[entry * topk + lane];
+        slots.row = valid_row(place, args.row[entry * topk + lane]);
     }
     const uint32_t firsts =
         place_payload(place, job, args.x + entry * place.rows.row_bytes, slots.row);
@@ -154,7 +166,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
       place_scales(place, args.scales + entry * place.rows.scale_bytes, slots.row, firsts);
     const bool weighted = args.topk_weights != nullptr;
     if (lane < topk) {
-      slots.expert = args.topk_idx[entry * topk + lane];
+      slots.expert = valid_expert(place, args.topk_idx[entry * topk + lane]);
       if (weighted) slots.weight = args.topk_weights[entry * topk + lane];
     }
     slots.token = t;

@@ -147,6 +147,12 @@ __device__ __forceinline__ void announce_column(const RouteKernelArgs& args, int
   if (column != 0) return;
   int64_t bad_value = bad_position == 0 ? 0 : load_id(args, bad_position - 1);
   bad_value = max(min(bad_value, int64_t{INT32_MAX}), int64_t{INT32_MIN});
+  if (bad_position != 0 && args.bad_index != nullptr) {
+    args.bad_index[1] = static_cast<int32_t>(bad_value);
+    args.bad_index[2] = args.dims.topk;
+    __threadfence_system();  // the host takes the position as the sign that the rest is there
+    args.bad_index[0] = bad_position;
+  }
   args.announce[AnnounceLayout::kNumTokens] = args.num_tokens;
   args.announce[AnnounceLayout::kBadIndex] = bad_position;
   args.announce[AnnounceLayout::kBadValue] = static_cast<int32_t>(bad_value);
@@ -203,6 +209,11 @@ __device__ __forceinline__ int32_t earlier_tiles(const RouteKernelArgs& args, in
   return sum;
 }
 
+// A count that was announced, kept in range: an exchange that was cut short leaves anything.
+__device__ __forceinline__ int32_t valid_count(const RouteKernelArgs& args, int32_t count) {
+  return min(max(count, 0), args.max_tokens);
+}
+
 // base of the ranks. The first block also fills rank_count and num_recv.
 __device__ __forceinline__ void rank_bases(const RouteKernelArgs& args, const TileMemory& tile) {
   const int num_ranks = tile.num_ranks;
@@ -212,7 +223,7 @@ __device__ __forceinline__ void rank_bases(const RouteKernelArgs& args, const Ti
   for (int r = thread_index(); r < num_ranks; r += kThreads) {
     int32_t before = 0, total = 0;
     for (int s = 0; s < num_ranks; ++s) {
-      const int32_t count = counts[s * stride + r];
+      const int32_t count = valid_count(args, counts[s * stride + r]);
       if (s < args.rank) before += count;
       total += count;
       if (blockIdx.x == 0) args.plan.rank_count[s * num_ranks + r] = count;
@@ -233,7 +244,7 @@ __device__ __forceinline__ void expert_bases(const RouteKernelArgs& args, const 
   for (int e = thread_index(); e < num_experts; e += kThreads) {
     int32_t before = 0, total = 0;
     for (int s = 0; s < num_ranks; ++s) {
-      const int32_t count = counts[int64_t{s} * layout.words() + e];
+      const int32_t count = valid_count(args, counts[int64_t{s} * layout.words() + e]);
       if (s < args.rank) before += count;
       total += count;
       if (blockIdx.x == 0) args.plan.expert_count[int64_t{s} * num_experts + e] = count;

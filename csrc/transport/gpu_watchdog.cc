@@ -1,6 +1,9 @@
 #include "transport/gpu_watchdog.h"
 
+#include <unistd.h>
+
 #include <chrono>
+#include <cstdio>
 #include <cstring>
 #include <fstream>
 #include <utility>
@@ -17,10 +20,13 @@ constexpr double kDeadPeerGraceS =
 constexpr double kDrainPeersS = 1.0;
 constexpr int64_t kGaveUpBase = 2;  // so that an unknown rank, -1, is not 0
 
-// All ranks on one machine? The boot id names a running kernel.
+// Can all ranks share a host window: one running kernel (named by its boot id), one network
+// namespace (of the unix sockets), one user?
 bool one_machine(Bootstrap& bootstrap) {
-  char mine[40] = {};
+  char mine[128] = {};
   std::ifstream("/proc/sys/kernel/random/boot_id").read(mine, 36);
+  if (::readlink("/proc/self/ns/net", mine + 40, 40) < 0) mine[0] = 0;
+  std::snprintf(mine + 80, 40, "%u", static_cast<unsigned>(::geteuid()));
   std::vector<char> all(sizeof mine * static_cast<size_t>(bootstrap.size()));
   bootstrap.all_gather(mine, all.data(), sizeof mine);
   for (int r = 0; r < bootstrap.size(); ++r)
@@ -38,11 +44,13 @@ struct GpuWatchdog::Progress {
   std::atomic<int64_t> gave_up;        // kGaveUpBase + rank that this rank lost; 0 = none
 };
 
-GpuWatchdog::GpuWatchdog(Bootstrap& bootstrap, double timeout_s, std::function<void()> abort)
+GpuWatchdog::GpuWatchdog(Bootstrap& bootstrap, double timeout_s, std::function<void()> abort,
+                         std::function<bool()> failed)
     : rank_(bootstrap.rank()),
       num_ranks_(bootstrap.size()),
       timeout_s_(timeout_s),
       abort_(std::move(abort)),
+      failed_(std::move(failed)),
       words_(2 * sizeof(uint64_t)) {
   if (one_machine(bootstrap)) window_ = make_host_window(bootstrap, 4096, timeout_s);
   thread_ = std::thread([this] { watch(); });
@@ -143,10 +151,13 @@ void GpuWatchdog::watch() {
       if (lost != 0)
         return raise_fault(static_cast<int>(lost - kGaveUpBase), "another rank reported it", r);
     }
+    if (failed_()) return raise_fault(latecomer(progress_count(now)), "the connection to it broke");
     if (deadline.passed())
       return raise_fault(latecomer(progress_count(now)), "it did not answer within the timeout");
   }
 }
+
+void GpuWatchdog::abandon(const std::string& why) { raise_fault(rank_, why, rank_); }
 
 void GpuWatchdog::raise_fault(int rank, const std::string& why, int by_rank) {
   const uint64_t word = begun();
@@ -156,6 +167,7 @@ void GpuWatchdog::raise_fault(int rank, const std::string& why, int by_rank) {
   }
   {
     std::lock_guard lock(mutex_);
+    if (fault_) return;  // the watchdog and a failing call may meet
     fault_ = Fault{rank, by_rank, progress_operation(word), progress_count(word), why};
   }
   abort_();

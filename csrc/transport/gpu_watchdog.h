@@ -21,19 +21,23 @@
 namespace epcomm {
 
 /// Each call marks its begin and its end on the stream. If a call has begun and does not end within
-/// the timeout, or the process of a peer is gone, the watchdog calls abort once (it must make the
-/// waiting kernels leave) and from then on check() throws PeerLost.
+/// the timeout, failed() says that the connection broke, or the process of a peer is gone, the
+/// watchdog calls abort once (it must make the waiting kernels leave) and from then on check()
+/// throws PeerLost.
 ///
 /// On one machine ranks tell each other their progress through a small shared window, so that the
 /// rank that holds the others up can be named; across machines PeerLost::rank is -1.
 class GpuWatchdog {
  public:
   /// Collective.
-  GpuWatchdog(Bootstrap& bootstrap, double timeout_s, std::function<void()> abort);
+  GpuWatchdog(Bootstrap& bootstrap, double timeout_s, std::function<void()> abort,
+              std::function<bool()> failed);
   ~GpuWatchdog();
 
   void begin(Operation operation, cudaStream_t stream);
   void end(Operation operation, cudaStream_t stream);
+  /// This rank cannot go on: its peers raise PeerLost that names it. Aborts.
+  void abandon(const std::string& why);
   /// Throws PeerLost if a peer was lost, Evicted if the peers gave this rank up.
   void check() const;
   /// Blocks the host until the event is complete. Throws as check() when a peer is lost meanwhile.
@@ -66,6 +70,7 @@ class GpuWatchdog {
   int rank_, num_ranks_;
   double timeout_s_;
   std::function<void()> abort_;
+  std::function<bool()> failed_;
   PinnedMemory words_;  // [0] begun, [1] ended; written by the GPU
   std::unique_ptr<Window>
       window_;  // one Progress per rank, in that rank's piece; null across machines

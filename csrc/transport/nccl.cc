@@ -22,10 +22,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <map>
 #include <string>
+#include <thread>
 #include <vector>
 
+#include "core/clock.h"
 #include "core/expert_map.h"
 #include "kernels/kernels.h"
 #include "transport/gpu_memory.h"
@@ -112,6 +115,42 @@ class NcclTransport final : public Transport {
   size_t free_bytes() const override { return 0; }
 
  private:
+  // One call on the stream, from its construction to end(). Calls share the staging memory, so one
+  // on another stream than the last starts after it. A call that throws in between is half-way: it
+  // tells the peers, and nothing more can be sent.
+  class Call {
+   public:
+    Call(NcclTransport& transport, Operation operation, cudaStream_t stream)
+        : transport_(transport), operation_(operation), stream_(stream) {
+      EPCOMM_CUDA_TRY(cudaStreamIsCapturing(stream, &capturing_));
+      transport_.watchdog_.check();
+      // Inside a capture the order between calls is the graph's, and outside events do not count.
+      if (capturing_ == cudaStreamCaptureStatusNone && transport_.last_stream_ != stream)
+        EPCOMM_CUDA_TRY(cudaStreamWaitEvent(stream, transport_.last_call_.get(), 0));
+      transport_.watchdog_.begin(operation, stream);
+    }
+    ~Call() {
+      if (!ended_) transport_.watchdog_.abandon("it failed half-way through a call");
+    }
+    Call(const Call&) = delete;
+    Call& operator=(const Call&) = delete;
+    void end() {
+      transport_.watchdog_.end(operation_, stream_);
+      if (capturing_ == cudaStreamCaptureStatusNone) {
+        EPCOMM_CUDA_TRY(cudaEventRecord(transport_.last_call_.get(), stream_));
+        transport_.last_stream_ = stream_;
+      }
+      ended_ = true;
+    }
+
+   private:
+    NcclTransport& transport_;
+    Operation operation_;
+    cudaStream_t stream_;
+    cudaStreamCaptureStatus capturing_ = cudaStreamCaptureStatusNone;
+    bool ended_ = false;
+  };
+
   // Where the rows of one region (payload, scales, records) of a send or receive buffer start.
   struct Region {
     char *x, *scales, *meta;
@@ -143,6 +182,7 @@ class NcclTransport final : public Transport {
   Options options_;
   Dims dims_;
   Caps caps_;
+  double timeout_s_;
   int num_sms_ = 0;
   size_t widest_row_;  // bytes of a row with its scales and record
   AnnounceLayout announce_layout_;
@@ -150,9 +190,10 @@ class NcclTransport final : public Transport {
   GpuWatchdog watchdog_;
   DeviceMemory expert_rank_, expert_local_, tile_count_, announce_, send_, stage_, weights_;
   PinnedMemory counts_;
-  PinnedMemory bad_index_;  // header of the last announcement made without host_sync
-  Stream side_;             // packs ahead of, or sums behind, the exchanges on the caller's stream
-  Event fork_, join_, chunk_done_[kMaxChunks], counts_ready_;
+  PinnedMemory bad_index_;              // see RouteKernelArgs; for calls without host_sync
+  cudaStream_t last_stream_ = nullptr;  // that last_call_ was recorded on
+  Stream side_;  // packs ahead of, or sums behind, the exchanges on the caller's stream
+  Event last_call_, fork_, join_, chunk_done_[kMaxChunks], counts_ready_;
 };
 
 DeviceMemory to_device(const std::vector<int32_t>& values) {
@@ -169,16 +210,19 @@ NcclTransport::NcclTransport(const TransportContext& context)
       num_ranks_(context.bootstrap.size()),
       options_(parse(context.options.transport_options)),
       dims_{num_ranks_, config_.num_experts, experts_.local_experts(rank_), config_.topk},
+      timeout_s_(context.options.timeout_s),
       widest_row_(static_cast<size_t>(config_.hidden) *
                       static_cast<size_t>(dtype_bytes(config_.dtype)) +
                   MetaLayout(config_.topk).record_bytes + kBlockAlignment),
       announce_layout_{num_ranks_, config_.num_experts},
       comm_(context.bootstrap, context.options.timeout_s),
-      watchdog_(context.bootstrap, context.options.timeout_s, [this] { comm_.abort(); }),
+      watchdog_(
+          context.bootstrap, context.options.timeout_s, [this] { comm_.abort(); },
+          [this] { return comm_.failed(); }),
       expert_rank_(to_device(experts_.ranks())),
       expert_local_(to_device(experts_.locals())),
       counts_(static_cast<size_t>(announce_layout_.words() * num_ranks_) * sizeof(int32_t)),
-      bad_index_(AnnounceLayout::kHeaderWords * sizeof(int32_t)) {
+      bad_index_(3 * sizeof(int32_t)) {
   const size_t ranks = static_cast<size_t>(num_ranks_),
                tokens = static_cast<size_t>(config_.max_tokens);
   const size_t words = static_cast<size_t>(announce_layout_.words());
@@ -202,16 +246,20 @@ NcclTransport::NcclTransport(const TransportContext& context)
   EPCOMM_CUDA_TRY(cudaDeviceGetAttribute(&num_sms_, cudaDevAttrMultiProcessorCount, device));
 }
 
-NcclTransport::~NcclTransport() { watchdog_.drain(); }
+NcclTransport::~NcclTransport() {
+  // What was launched may not have begun yet; the memory below it goes next.
+  const Deadline deadline(timeout_s_);
+  while (cudaEventQuery(last_call_.get()) == cudaErrorNotReady && !deadline.passed())
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  watchdog_.drain();
+}
 
 // Expert ids of an earlier route that nobody waited for: reported before the next one sends
 // anything.
 void NcclTransport::report_bad_index() {
-  int32_t* header = bad_index_.as<int32_t>();
-  const int bad = std::atomic_ref(header[AnnounceLayout::kBadIndex]).exchange(0);
-  if (bad != 0)
-    throw bad_index(rank_, bad - 1, header[AnnounceLayout::kSignature + 1],
-                    header[AnnounceLayout::kBadValue]);
+  auto* words = bad_index_.as<int32_t>();
+  const int bad = std::atomic_ref(words[0]).exchange(0);
+  if (bad != 0) throw bad_index(rank_, bad - 1, words[2], words[1]);
 }
 
 // position: t * topk + k.
@@ -242,7 +290,7 @@ RouteResult NcclTransport::route(const RouteArgs& args) {
   check_fits("x", args.row_bytes, args.scale_bytes);
   report_bad_index();
   const auto stream = static_cast<cudaStream_t>(args.stream);
-  watchdog_.begin(Operation::kRoute, stream);
+  Call call(*this, Operation::kRoute, stream);
   RouteKernelArgs k{};
   k.dims = dims_;
   k.dims.topk = args.topk;
@@ -266,6 +314,7 @@ RouteResult NcclTransport::route(const RouteArgs& args) {
   k.topk_idx = args.topk_idx;
   k.experts = {expert_rank_.as<int32_t>(), expert_local_.as<int32_t>()};
   k.plan = args.plan;
+  k.bad_index = args.host_sync ? nullptr : bad_index_.as<int32_t>();
   k.tile_count = tile_count_.as<int32_t>();
   k.announce = announce_.as<int32_t>();
   k.announced = args.plan.announced;
@@ -279,14 +328,8 @@ RouteResult NcclTransport::route(const RouteArgs& args) {
     EPCOMM_CUDA_TRY(cudaEventRecord(counts_ready_.get(), stream));
   }
   launch_assign(k, stream);
-  watchdog_.end(Operation::kRoute, stream);
-  if (!args.host_sync) {
-    // Nobody waits here for the verdict on the expert ids; the next call reports it.
-    EPCOMM_CUDA_TRY(cudaMemcpyAsync(bad_index_.as<char>(), announce_.get(),
-                                    AnnounceLayout::kHeaderWords * sizeof(int32_t),
-                                    cudaMemcpyDeviceToHost, stream));
-    return {};
-  }
+  call.end();
+  if (!args.host_sync) return {};
   watchdog_.wait(counts_ready_.get());
   return read_counts(args);
 }
@@ -391,7 +434,7 @@ PlaceArgs NcclTransport::place_args(const Plan& plan, const DispatchArgs& args) 
 void NcclTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
   check_fits("x", args.row_bytes, args.scale_bytes);
   const auto stream = static_cast<cudaStream_t>(args.stream);
-  watchdog_.begin(Operation::kDispatch, stream);
+  Call call(*this, Operation::kDispatch, stream);
   switch (algorithm(plan)) {
     case Algorithm::kExact:
       dispatch_exact(plan, args, stream);
@@ -402,7 +445,7 @@ void NcclTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
     default:
       dispatch_static(plan, args, stream);
   }
-  watchdog_.end(Operation::kDispatch, stream);
+  call.end();
 }
 
 void NcclTransport::dispatch_exact(const Plan& plan, const DispatchArgs& args,
@@ -433,12 +476,7 @@ void NcclTransport::dispatch_exact(const Plan& plan, const DispatchArgs& args,
   }
   pack.chunks = options_.chunks;
   launch_pack(pack, args.num_sms, stream);
-  order_after(side_.get(), stream, fork_);
-  for (int c = 1; c < options_.chunks; ++c) {
-    pack.chunk = c;
-    launch_pack(pack, beside(args.num_sms), side_.get());
-    EPCOMM_CUDA_TRY(cudaEventRecord(chunk_done_[c].get(), side_.get()));
-  }
+  EPCOMM_CUDA_TRY(cudaEventRecord(fork_.get(), stream));
   for (int c = 0; c < options_.chunks; ++c) {
     if (c > 0) EPCOMM_CUDA_TRY(cudaStreamWaitEvent(stream, chunk_done_[c].get(), 0));
     std::vector<Message> messages;
@@ -455,6 +493,13 @@ void NcclTransport::dispatch_exact(const Plan& plan, const DispatchArgs& args,
       messages.push_back({peer, from.meta, out * record, to.meta, in * record});
     }
     comm_.exchange(messages, options_.schedule, stream);
+    if (c > 0 || options_.chunks == 1) continue;
+    // After the first exchange, so that NCCL's kernel is there first and gets its SMs.
+    EPCOMM_CUDA_TRY(cudaStreamWaitEvent(side_.get(), fork_.get(), 0));
+    for (pack.chunk = 1; pack.chunk < options_.chunks; ++pack.chunk) {
+      launch_pack(pack, beside(args.num_sms), side_.get());
+      EPCOMM_CUDA_TRY(cudaEventRecord(chunk_done_[pack.chunk].get(), side_.get()));
+    }
   }
   if (!in_place) launch_clear_outputs(place, stream);
   launch_place(place, args.num_sms, stream);
@@ -566,8 +611,9 @@ SumArgs NcclTransport::sum_args(const Plan& plan, const CombineArgs& args) const
 }
 
 void NcclTransport::combine(const Plan& plan, const CombineArgs& args) {
+  check_fits("x", int64_t{args.hidden} * dtype_bytes(args.dtype), 0);
   const auto stream = static_cast<cudaStream_t>(args.stream);
-  watchdog_.begin(Operation::kCombine, stream);
+  Call call(*this, Operation::kCombine, stream);
   switch (algorithm(plan)) {
     case Algorithm::kExact:
       combine_exact(plan, args, stream);
@@ -578,7 +624,7 @@ void NcclTransport::combine(const Plan& plan, const CombineArgs& args) {
     default:
       combine_static(plan, args, stream);
   }
-  watchdog_.end(Operation::kCombine, stream);
+  call.end();
 }
 
 void NcclTransport::combine_exact(const Plan& plan, const CombineArgs& args, cudaStream_t stream) {
@@ -621,7 +667,7 @@ void NcclTransport::combine_exact(const Plan& plan, const CombineArgs& args, cud
     launch_sum(sum, beside(args.num_sms), side_.get());
   }
   launch_sum(sum, args.num_sms, stream);
-  order_after(stream, side_.get(), join_);
+  if (options_.chunks > 1) order_after(stream, side_.get(), join_);
 }
 
 void NcclTransport::combine_static(const Plan& plan, const CombineArgs& args, cudaStream_t stream) {

@@ -8,7 +8,6 @@
 #include <string>
 #include <thread>
 
-#include "core/clock.h"
 #include "epcomm/error.h"
 #include "transport/gpu_memory.h"
 
@@ -41,28 +40,23 @@ void check_own_gpus(const std::vector<Introduction>& all) {
               " use the same GPU; call torch.cuda.set_device with a GPU of its own on each rank");
 }
 
-// ncclCommInitRank has no timeout. It runs on a thread of its own; if a peer never comes, the
-// thread is left to NCCL's own error handling and this rank goes on.
-ncclComm_t init_bounded(const NcclApi& api, int rank, int num_ranks, const ncclUniqueId& id,
-                        double timeout_s) {
-  int device = 0;
-  EPCOMM_CUDA_TRY(cudaGetDevice(&device));
-  auto made = std::make_shared<std::promise<ncclComm_t>>();
-  std::future<ncclComm_t> future = made->get_future();
-  std::thread([made, &api, rank, num_ranks, id, device] {
-    try {
-      EPCOMM_CUDA_TRY(cudaSetDevice(device));
-      ncclComm_t comm = nullptr;
-      EPCOMM_NCCL_TRY(api.CommInitRank(&comm, num_ranks, id, rank));
-      made->set_value(comm);
-    } catch (...) {
-      made->set_exception(std::current_exception());
-    }
-  }).detach();
-  if (future.wait_for(std::chrono::duration<double>(timeout_s)) != std::future_status::ready)
-    throw PeerLost(-1, Operation::kInit, 0, "some rank did not join the NCCL communicator in time");
-  return future.get();
-}
+// Closes an NCCL group also when a call in it throws: the depth of groups is NCCL's, per thread,
+// and shared with torch.
+class Group {
+ public:
+  explicit Group(const NcclApi& api) : api_(api) { EPCOMM_NCCL_TRY(api_.GroupStart()); }
+  ~Group() {
+    if (open_) api_.GroupEnd();
+  }
+  void end() {
+    open_ = false;
+    EPCOMM_NCCL_TRY(api_.GroupEnd());
+  }
+
+ private:
+  const NcclApi& api_;
+  bool open_ = true;
+};
 
 }  // namespace
 
@@ -73,24 +67,41 @@ NcclComm::NcclComm(Bootstrap& bootstrap, double timeout_s)
   std::vector<Introduction> all(static_cast<size_t>(num_ranks_));
   bootstrap.all_gather(&mine, all.data(), sizeof mine);
   check_own_gpus(all);
-  comm_ = init_bounded(api_, rank_, num_ranks_, all[0].id, timeout_s);
-  try {
-    connect(timeout_s);
-  } catch (...) {
-    abort();
-    throw;
-  }
+
+  // Neither ncclCommInitRank nor the first use of a pair has a timeout. Both run on a thread of
+  // their own; if a peer never comes, the thread is left to NCCL's own error handling and this rank
+  // goes on.
+  EPCOMM_CUDA_TRY(cudaGetDevice(&device_));
+  auto made = std::make_shared<std::promise<ncclComm_t>>();
+  std::future<ncclComm_t> future = made->get_future();
+  std::thread([made, &api = api_, rank = rank_, num_ranks = num_ranks_, id = all[0].id,
+               device = device_] {
+    try {
+      EPCOMM_CUDA_TRY(cudaSetDevice(device));
+      ncclComm_t comm = nullptr;
+      EPCOMM_NCCL_TRY(api.CommInitRank(&comm, num_ranks, id, rank));
+      NcclComm(api, comm, device, rank, num_ranks).connect();
+      made->set_value(comm);
+    } catch (...) {
+      made->set_exception(std::current_exception());
+    }
+  }).detach();
+  if (future.wait_for(std::chrono::duration<double>(timeout_s)) != std::future_status::ready)
+    throw PeerLost(-1, Operation::kInit, 0, "some rank did not join the NCCL communicator in time");
+  comm_ = future.get();
 }
+
+NcclComm::NcclComm(const NcclApi& api, ncclComm_t comm, int device, int rank, int num_ranks)
+    : api_(api), rank_(rank), num_ranks_(num_ranks), device_(device), comm_(comm) {}
 
 NcclComm::~NcclComm() { abort(); }
 
 // First use of a pair or of a collective makes NCCL allocate and handshake; that belongs in set-up.
-void NcclComm::connect(double timeout_s) {
+void NcclComm::connect() {
   const size_t n = static_cast<size_t>(num_ranks_);
   const size_t bytes = size_t{1} << 20;  // large enough for every channel of a pair
   const DeviceMemory send(n * bytes), recv(n * bytes);
   const Stream stream;
-  const Event done;
   std::vector<Message> messages;
   for (int p = 0; p < num_ranks_; ++p)
     if (p != rank_)
@@ -99,15 +110,14 @@ void NcclComm::connect(double timeout_s) {
   exchange(messages, Schedule::kGrouped, stream.get());
   all_gather(send.get(), recv.get(), bytes, stream.get());
   reduce_scatter(send.as<float>(), recv.as<float>(), bytes / sizeof(float), stream.get());
-  EPCOMM_CUDA_TRY(cudaEventRecord(done.get(), stream.get()));
-  const Deadline deadline(timeout_s);
-  while (cudaEventQuery(done.get()) == cudaErrorNotReady) {
-    if (deadline.passed()) {
-      abort();  // before the memory above is freed, which waits for the kernels that use it
-      throw PeerLost(-1, Operation::kInit, 0, "some rank did not answer over NCCL in time");
-    }
-    std::this_thread::yield();
-  }
+  EPCOMM_CUDA_TRY(cudaStreamSynchronize(stream.get()));
+  comm_ = nullptr;  // the caller's
+}
+
+bool NcclComm::failed() const {
+  ncclResult_t state = ncclSuccess;
+  if (aborted_ || api_.CommGetAsyncError(comm_, &state) != ncclSuccess) return false;
+  return state != ncclSuccess && state != ncclInProgress;
 }
 
 void NcclComm::exchange(const std::vector<Message>& messages, Schedule schedule,
@@ -116,14 +126,14 @@ void NcclComm::exchange(const std::vector<Message>& messages, Schedule schedule,
   const int rounds = shifted ? num_ranks_ - 1 : 1;
   for (int round = 1; round <= rounds; ++round) {
     const int to = (rank_ + round) % num_ranks_, from = (rank_ - round + num_ranks_) % num_ranks_;
-    EPCOMM_NCCL_TRY(api_.GroupStart());
+    Group group(api_);
     for (const Message& m : messages) {
       if (m.send_bytes != 0 && (!shifted || m.peer == to))
         EPCOMM_NCCL_TRY(api_.Send(m.send, m.send_bytes, ncclUint8, m.peer, comm_, stream));
       if (m.recv_bytes != 0 && (!shifted || m.peer == from))
         EPCOMM_NCCL_TRY(api_.Recv(m.recv, m.recv_bytes, ncclUint8, m.peer, comm_, stream));
     }
-    EPCOMM_NCCL_TRY(api_.GroupEnd());
+    group.end();
   }
 }
 
@@ -141,7 +151,8 @@ void NcclComm::abort() {
   // this gets a moment, and then goes on by itself until the last of them is gone.
   auto done = std::make_shared<std::promise<void>>();
   std::future<void> future = done->get_future();
-  std::thread([done, comm = comm_, &api = api_] {
+  std::thread([done, comm = comm_, &api = api_, device = device_] {
+    cudaSetDevice(device);  // else NCCL makes a context on device 0
     api.CommAbort(comm);
     done->set_value();
   }).detach();

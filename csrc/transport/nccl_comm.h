@@ -43,14 +43,18 @@ class NcclComm {
   void all_gather(const void* send, void* recv, size_t bytes, cudaStream_t stream);
   /// recv = sum over ranks of their block for this rank, fp32. The order of the sum is NCCL's.
   void reduce_scatter(const float* send, float* recv, size_t count, cudaStream_t stream);
+  /// True once NCCL has met an error that no call has reported.
+  bool failed() const;
   /// Makes all kernels of the communicator leave, on any thread, once. Nothing can be sent
   /// afterwards.
   void abort();
 
  private:
-  void connect(double timeout_s);
+  NcclComm(const NcclApi& api, ncclComm_t comm, int device, int rank, int num_ranks);
+  void connect();
   const NcclApi& api_;
   int rank_, num_ranks_;
+  int device_ = 0;
   ncclComm_t comm_ = nullptr;
   std::atomic<bool> aborted_{false};
 };

@@ -55,6 +55,9 @@ class Buffer {
 
   /// Throws BufferUnusable after destroy() and in a forked process.
   void check_usable() const;
+  /// Throws PeerLost or Evicted if a call that had returned already was cut short since. For
+  /// callers that have waited for the end of a GPU call; nothing to report after destroy().
+  void check_faults() const;
 
   int rank() const;
   int num_ranks() const;

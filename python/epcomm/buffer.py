@@ -105,7 +105,7 @@ class Buffer:
         self.caps = self._native.caps
         on_gpu = self.caps.cuda
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else _CPU
-        self._order = CallOrder(self._device, self._native.check_usable)
+        self._order = CallOrder(self._device, self._native.check_faults)
         self._limits = checks.Limits(self._native.id, self._device, hidden, topk, max_tokens, dtype)
 
     @property
@@ -222,7 +222,9 @@ class Buffer:
         if topk_weights is not None:
             self._limits.tensor("topk_weights", topk_weights, (torch.float32,), (num_tokens, topk))
 
-        stream = self._order.begin(async_op or return_recv_hook, previous_event)
+        call = self._order.begin(
+            async_op or return_recv_hook, previous_event, (rows, scales, topk_idx, topk_weights)
+        )
         args = self._module.DispatchArgs()
         args.x = rows.data_ptr()
         args.dtype = self._dtype(rows.dtype)
@@ -232,12 +234,13 @@ class Buffer:
             args.scale_bytes = scales.shape[1] * scales.element_size()
         args.topk_weights = _address(topk_weights)
         args.num_sms = num_sms or 0
-        args.stream = 0 if stream is None else stream.cuda_stream
+        args.stream = call.stream
         try:
-            if plan is None:
-                assert topk_idx is not None
-                plan = self._route(topk_idx, layout, expert_alignment, host_sync, args)
-            recv = self._send(plan, rows, scales, args)
+            with call.allocating():
+                if plan is None:
+                    assert topk_idx is not None
+                    plan = self._route(topk_idx, layout, expert_alignment, host_sync, args)
+                recv = self._send(plan, rows, scales, args)
         except (Error, ValueError):
             raise  # the same on all ranks that are in this call
         except BaseException:
@@ -245,10 +248,9 @@ class Buffer:
             # are in a call that it will not finish, and learn of it by this.
             self.destroy()
             raise
-        used = (rows, scales, topk_idx, topk_weights, recv.topk_idx, recv.topk_weights)
         received = recv.x if isinstance(recv.x, tuple) else (recv.x,)
         block = (recv.plan.send_block, recv.plan.recv_block)
-        event = self._order.end(stream, (*used, *received, *block))
+        event = call.end((*received, recv.topk_idx, recv.topk_weights, *block))
         return dataclasses.replace(recv, event=event, hook=event.wait if return_recv_hook else None)
 
     def combine(
@@ -303,13 +305,18 @@ class Buffer:
         if bias is not None:
             limits.tensor("bias", bias, (x.dtype,), shape)
             limits.row_memory("bias", bias)
-        if out is None:
-            out = torch.empty(shape, dtype=x.dtype, device=self._device)
-        else:
+        if out is not None:
             limits.tensor("out", out, (x.dtype,), shape)
             limits.row_memory("out", out)
 
-        stream = self._order.begin(async_op or return_recv_hook, previous_event)
+        block = (plan.send_block, plan.recv_block)
+        call = self._order.begin(
+            async_op or return_recv_hook, previous_event, (x, topk_weights, bias, out, *block)
+        )
+        made = None
+        if out is None:
+            with call.allocating():
+                out = made = torch.empty(shape, dtype=x.dtype, device=self._device)
         args = self._module.CombineArgs()
         args.x = x.data_ptr()
         args.out = out.data_ptr()
@@ -318,10 +325,9 @@ class Buffer:
         args.topk_weights = _address(topk_weights)
         args.bias = _address(bias)
         args.num_sms = num_sms or 0
-        args.stream = 0 if stream is None else stream.cuda_stream
+        args.stream = call.stream
         self._native.combine(plan.native, args)
-        block = (plan.send_block, plan.recv_block)
-        event = self._order.end(stream, (x, topk_weights, bias, out, *block))
+        event = call.end((made,))
         if async_op or return_recv_hook:
             return Combined(out, event, event.wait if return_recv_hook else None)
         return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import re
 from types import ModuleType
 
 import torch
@@ -76,12 +77,18 @@ def check_device(cuda: ModuleType) -> None:
 
 
 def _runs_on(archs: list[str], major: int, minor: int) -> bool:
-    """Machine code runs on its major version from its minor on; "a" code on exactly its chip."""
+    """ "90a" and "90-real" are machine code: for exactly that chip; for it and later minors.
+
+    A plain number also holds PTX, which the driver compiles for any later GPU.
+    """
     for arch in archs:
-        number = int(arch.rstrip("a"))
-        if arch.endswith("a"):
-            if (major, minor) == divmod(number, 10):
-                return True
-        elif number // 10 == major and number % 10 <= minor:
+        match = re.fullmatch(r"(\d+)(\d)([a-z]?)(-real|-virtual)?", arch)
+        if match is None:
+            continue
+        has, exact, kind = (int(match[1]), int(match[2])), match[3] != "", match[4]
+        same_major = has[0] == major and has[1] <= minor
+        if has == (major, minor) or (not exact and same_major):
+            return True
+        if not exact and kind != "-real" and has <= (major, minor):
             return True
     return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 
 import torch
@@ -9,12 +10,65 @@ import torch
 from .events import Event
 
 
-class CallOrder:
-    """The streams of a Buffer.
+class Call:
+    """One call of a Buffer, on one stream.
 
     A call runs on the caller's current stream, or, with async_op or a hook, on the Buffer's own
     communication stream, which starts after the caller's stream (or after previous_event) and which
     the caller joins by the event. On the CPU a call is complete when it returns.
+
+    Tensors that the call makes are allocated on its stream, so that their memory is free when the
+    call's work reaches it; the caller's stream is recorded on them, and the call's on its inputs.
+    """
+
+    def __init__(
+        self,
+        own: torch.cuda.Stream | None,
+        current: torch.cuda.Stream | None,
+        inputs: Iterable[torch.Tensor | None],
+        check: Callable[[], None],
+    ) -> None:
+        self._own = own
+        self._current = current
+        self._inputs = tuple(t for t in inputs if t is not None)
+        self._check = check
+        self._capturing = current is not None and torch.cuda.is_current_stream_capturing()
+        # Recorded before the launch: the work may be under way when an error ends the call.
+        if own is not None and not self._capturing:
+            for t in self._inputs:
+                t.record_stream(own)
+
+    @property
+    def stream(self) -> int:
+        """Address of the stream that the call runs on, 0 on the CPU."""
+        stream = self._own or self._current
+        return 0 if stream is None else int(stream.cuda_stream)
+
+    def allocating(self) -> contextlib.AbstractContextManager[object]:
+        """Where tensors of the call are made."""
+        if self._own is None:
+            return contextlib.nullcontext()
+        return torch.cuda.stream(self._own)
+
+    def end(self, made: Iterable[torch.Tensor | None] = ()) -> Event:
+        """The event of the call's completion. made: the tensors that the call made."""
+        if self._current is None:
+            return Event()
+        event = torch.cuda.Event()
+        event.record(self._own or self._current)
+        if self._own is None:
+            return Event(event, check=self._check)
+        outputs = tuple(t for t in made if t is not None)
+        if self._capturing:
+            # A graph's pool knows no other streams: the event keeps the tensors until it is gone.
+            return Event(event, (*self._inputs, *outputs), self._check)
+        for t in outputs:
+            t.record_stream(self._current)
+        return Event(event, check=self._check)
+
+
+class CallOrder:
+    """Makes the calls of one Buffer.
 
     Args:
         device: of the Buffer's tensors.
@@ -26,34 +80,20 @@ class CallOrder:
         self._check = check
         self._own = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
-    def begin(self, own_stream: bool, previous_event: Event | None) -> torch.cuda.Stream | None:
-        """Orders the call after what must come before; returns its stream, None on the CPU."""
+    def begin(
+        self,
+        own_stream: bool,
+        previous_event: Event | torch.cuda.Event | None,
+        inputs: Iterable[torch.Tensor | None],
+    ) -> Call:
+        """Orders a call after what must come before it."""
         if self._own is None:
             if previous_event is not None:
                 previous_event.synchronize()
-            return None
+            return Call(None, None, (), self._check)
         current = torch.cuda.current_stream(self._device)
-        stream = self._own if own_stream else current
         if previous_event is not None:
-            previous_event.wait(stream)
+            previous_event.wait(self._own if own_stream else current)
         elif own_stream:
-            stream.wait_stream(current)
-        return stream
-
-    def end(
-        self, stream: torch.cuda.Stream | None, tensors: Iterable[torch.Tensor | None]
-    ) -> Event:
-        """The event of the call's completion; keeps `tensors` from being reused before it."""
-        if stream is None:
-            return Event()
-        keep: tuple[torch.Tensor, ...] = ()
-        if stream == self._own:
-            used = tuple(t for t in tensors if t is not None)
-            if torch.cuda.is_current_stream_capturing():
-                keep = used  # recording a stream on a tensor is not possible in a graph's pool
-            else:
-                for t in used:
-                    t.record_stream(stream)
-        event = torch.cuda.Event()
-        event.record(stream)
-        return Event(event, keep, self._check)
+            self._own.wait_stream(current)
+        return Call(self._own if own_stream else None, current, inputs, self._check)
