@@ -43,7 +43,7 @@ enum class Algorithm { kAuto, kExact, kStatic, kAllGather };
 struct Options {
   Algorithm algorithm = Algorithm::kAuto;
   Schedule schedule = Schedule::kGrouped;
-  int chunks = 3;
+  int chunks = 2;
 };
 
 Options parse(const std::map<std::string, std::string>& given) {
