@@ -1,0 +1,168 @@
+// Moves rows with NCCL, which finds a way between any two GPUs. A token crosses once per
+// destination rank.
+//
+// route (nccl.cc): counts on the device, one all-gather of the counts, slots on the device. Rows go
+// one of three ways (transport_options "algorithm"; nccl_dispatch.cc, nccl_combine.cc):
+//
+// exact: the host knows all counts (host_sync=True). Rows are packed by destination and sent with
+// ncclSend/ncclRecv in as many bytes as there are, in pieces, so that packing one piece overlaps
+// sending the one before. In layout "token" rows are received in their final place.
+//
+// static: the host knows nothing; every pair exchanges max_tokens rows. Can be captured into a
+// graph.
+//
+// allgather: every rank gets every row and keeps its own; the way back is a reduce-scatter in fp32,
+// whose order of summation is NCCL's (results may differ in the last bit from the other ways). Can
+// be captured. Moves as many bytes as static.
+//
+// auto: exact where the host knows the counts, else static. docs/nccl.md has the measurements.
+//
+// Memory, made with the Buffer: send_ and stage_ hold max_tokens rows per rank each (for allgather
+// at least fp32 rows), announce_ what this rank tells the others when it routes.
+#pragma once
+
+#include <chrono>
+#include <string>
+
+#include "core/expert_map.h"
+#include "kernels/kernels.h"
+#include "transport/gpu_memory.h"
+#include "transport/gpu_watchdog.h"
+#include "transport/nccl_comm.h"
+#include "transport/transport.h"
+
+namespace epcomm {
+
+enum class NcclAlgorithm { kAuto, kExact, kStatic, kAllGather };
+
+struct NcclOptions {
+  NcclAlgorithm algorithm = NcclAlgorithm::kAuto;
+  Schedule schedule = Schedule::kGrouped;
+  int chunks = 2;
+};
+
+// Host-side counts of a plan made with host_sync.
+struct PlanCounts {
+  const RouteResult& result;
+  int num_ranks, chunks;
+  int64_t chunk(int c, int source, int destination) const {
+    return result
+        .chunk_count[static_cast<size_t>((c * num_ranks + source) * num_ranks + destination)];
+  }
+  int64_t total(int source, int destination) const { return before(chunks, source, destination); }
+  // Tokens of the chunks before c.
+  int64_t before(int c, int source, int destination) const {
+    int64_t n = 0;
+    for (int i = 0; i < c; ++i) n += chunk(i, source, destination);
+    return n;
+  }
+  // Index of source's first token at destination.
+  int64_t recv_base(int source, int destination) const {
+    int64_t n = 0;
+    for (int s = 0; s < source; ++s) n += total(s, destination);
+    return n;
+  }
+  // Index of destination's first token among those that source sends.
+  int64_t send_base(int source, int destination) const {
+    int64_t n = 0;
+    for (int d = 0; d < destination; ++d) n += total(source, d);
+    return n;
+  }
+};
+
+class NcclTransport final : public Transport {
+ public:
+  explicit NcclTransport(const TransportContext& context);
+  ~NcclTransport() override;
+
+  const Caps& caps() const override { return caps_; }
+  RouteResult route(const RouteArgs& args) override;
+  void dispatch(const Plan& plan, const DispatchArgs& args) override;
+  void combine(const Plan& plan, const CombineArgs& args) override;
+  void check() override { watchdog_.check(); }
+  Allocation allocate(size_t) override { return {}; }
+  size_t free_bytes() const override { return 0; }
+
+ private:
+  // One call on the stream, from its construction to end(). Calls share the staging memory, so one
+  // on another stream than the last starts after it. A call that throws in between is half-way: it
+  // tells the peers, and nothing more can be sent.
+  class Call {
+   public:
+    Call(NcclTransport& transport, Operation operation, cudaStream_t stream)
+        : transport_(transport), operation_(operation), stream_(stream) {
+      EPCOMM_CUDA_TRY(cudaStreamIsCapturing(stream, &capturing_));
+      transport_.watchdog_.check();
+      // Inside a capture the order between calls is the graph's, and outside events do not count.
+      if (capturing_ == cudaStreamCaptureStatusNone && transport_.last_stream_ != stream)
+        EPCOMM_CUDA_TRY(cudaStreamWaitEvent(stream, transport_.last_call_.get(), 0));
+      transport_.watchdog_.begin(operation, stream);
+    }
+    ~Call() {
+      if (!ended_) transport_.watchdog_.abandon("it failed half-way through a call");
+    }
+    Call(const Call&) = delete;
+    Call& operator=(const Call&) = delete;
+    void end() {
+      transport_.watchdog_.end(operation_, stream_);
+      if (capturing_ == cudaStreamCaptureStatusNone) {
+        EPCOMM_CUDA_TRY(cudaEventRecord(transport_.last_call_.get(), stream_));
+        transport_.last_stream_ = stream_;
+      }
+      ended_ = true;
+    }
+
+   private:
+    NcclTransport& transport_;
+    Operation operation_;
+    cudaStream_t stream_;
+    cudaStreamCaptureStatus capturing_ = cudaStreamCaptureStatusNone;
+    bool ended_ = false;
+  };
+
+  // Where the rows of one region (payload, scales, records) of a send or receive buffer start.
+  struct Region {
+    char *x, *scales, *meta;
+  };
+  static Region region(char* base, int64_t rows, const RowSpec& spec);
+  size_t region_bytes(int64_t rows, const RowSpec& spec, size_t record_bytes) const;
+
+  NcclAlgorithm algorithm(const Plan& plan) const;
+  // SMs for a kernel that runs while NCCL's kernel does and must leave it room.
+  int beside(int num_sms) const { return num_sms == 0 ? num_sms_ * 3 / 8 : num_sms; }
+  void check_fits(const char* what, int64_t row_bytes, int64_t scale_bytes) const;
+  void report_bad_index();
+  InvalidArgument bad_index(int rank, int position, int topk, int value) const;
+  RouteResult read_counts(const RouteArgs& args);
+  PlaceArgs place_args(const Plan& plan, const DispatchArgs& args) const;
+  PackArgs pack_args(const Plan& plan, const DispatchArgs& args) const;
+  void dispatch_exact(const Plan& plan, const DispatchArgs& args, cudaStream_t stream);
+  void dispatch_static(const Plan& plan, const DispatchArgs& args, cudaStream_t stream);
+  void dispatch_gathered(const Plan& plan, const DispatchArgs& args, cudaStream_t stream);
+  PartialArgs partial_args(const Plan& plan, const CombineArgs& args, cudaStream_t stream);
+  SumArgs sum_args(const Plan& plan, const CombineArgs& args) const;
+  void combine_exact(const Plan& plan, const CombineArgs& args, cudaStream_t stream);
+  void combine_static(const Plan& plan, const CombineArgs& args, cudaStream_t stream);
+  void combine_gathered(const Plan& plan, const CombineArgs& args, cudaStream_t stream);
+
+  Config config_;
+  const ExpertMap& experts_;
+  int rank_, num_ranks_;
+  NcclOptions options_;
+  Dims dims_;
+  Caps caps_;
+  double timeout_s_;
+  int num_sms_ = 0;
+  size_t widest_row_;  // bytes of a row with its scales and record
+  AnnounceLayout announce_layout_;
+  NcclComm comm_;
+  GpuWatchdog watchdog_;
+  DeviceMemory expert_rank_, expert_local_, tile_count_, announce_, send_, stage_, weights_;
+  PinnedMemory counts_;
+  PinnedMemory bad_index_;              // see RouteKernelArgs; for calls without host_sync
+  cudaStream_t last_stream_ = nullptr;  // that last_call_ was recorded on
+  Stream side_;  // packs ahead of, or sums behind, the exchanges on the caller's stream
+  Event last_call_, fork_, join_, chunk_done_[kMaxChunks], counts_ready_;
+};
+
+}  // namespace epcomm
