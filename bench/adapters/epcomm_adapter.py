@@ -108,7 +108,11 @@ class EpcommAdapter(Adapter):
 
     def _wrong_rows(self, recv: Any) -> int:
         x, scales = self._rows(recv)
-        return self._workload.wrong_received(x, scales, self._workload.received)
+        wrong = self._workload.wrong_received(x, scales, self._workload.received)
+        for rows in (x, scales):
+            if rows is not None:  # the next call may get this memory, and must write it again
+                rows.view(torch.uint8).fill_(0xFF)
+        return wrong
 
     def _wrong_dispatch(self, recv: Any) -> int:
         counts = recv.tokens_per_expert.tolist()

@@ -42,7 +42,9 @@ class TorchAdapter(Adapter):
                 if workload.num_scales
                 else None
             )
-            return workload.wrong_received(x, got, arrived)
+            wrong = workload.wrong_received(x, got, arrived)
+            received.fill_(0xFF)  # the next call must write every byte again
+            return wrong
 
         return self._operation("dispatch", packed, wrong)
 
@@ -54,7 +56,9 @@ class TorchAdapter(Adapter):
 
         def wrong(received: torch.Tensor) -> int:
             expected = (workload.rows(packed.ids, dtype) * packed.factors[:, None]).to(dtype)
-            return workload.wrong_elements(received.view(dtype), expected)
+            wrong = workload.wrong_elements(received.view(dtype), expected)
+            received.fill_(0xFF)
+            return wrong
 
         return self._operation("combine", outputs.view(torch.uint8), wrong)
 
