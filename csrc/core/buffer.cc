@@ -10,6 +10,7 @@
 #include <optional>
 #include <vector>
 
+#include "core/checks.h"
 #include "core/expert_map.h"
 #include "kernels/token_layout.h"
 #include "transport/transport.h"
@@ -314,12 +315,8 @@ Plan Buffer::route(const RouteArgs& args) {
       const int64_t id = args.index_type == IndexType::kInt32
                              ? static_cast<const int32_t*>(args.topk_idx)[i]
                              : static_cast<const int64_t*>(args.topk_idx)[i];
-      EPCOMM_CHECK(
-          id >= -1 && id < c.num_experts,
-          "topk_idx[" + std::to_string(i / args.topk) + ", " + std::to_string(i % args.topk) +
-              "] on rank " + std::to_string(rank()) + " (token " + std::to_string(i / args.topk) +
-              ", slot " + std::to_string(i % args.topk) + ") is " + std::to_string(id) +
-              "; expected an expert in [0, " + std::to_string(c.num_experts) + ") or -1 for none");
+      EPCOMM_CHECK(id >= -1 && id < c.num_experts,
+                   bad_expert_id(rank(), i, args.topk, id, c.num_experts));
       args.plan.topk_idx[i] = static_cast<int32_t>(id);
     }
   }

@@ -4,10 +4,10 @@
 // an Entry (what it is about to do and where its results shall land) and its counts into its inbox
 // in every window, then it signals; it is *done* with a peer when all rows for it are written.
 //
-// Memory order: signal() stores the epoch with release after the plain stores that it covers;
-// wait() loads it with acquire before the plain loads. Entries alternate between two slots: a
-// source can be at most one call ahead, because it cannot finish call e + 1 before this rank has
-// entered e + 1, and this rank enters e + 1 only after it has read everything of e.
+// Memory order: enter_all() and signal_done() store the epoch with release after the plain stores
+// that it covers; missing() loads it with acquire before the plain loads. Entries alternate between
+// two slots: a source can be at most one call ahead, because it cannot finish call e + 1 before
+// this rank has entered e + 1, and this rank enters e + 1 only after it has read everything of e.
 #pragma once
 
 #include <atomic>

@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "core/checks.h"
 #include "core/clock.h"
 #include "transport/nccl_transport.h"
 
@@ -106,15 +107,7 @@ NcclTransport::~NcclTransport() {
 void NcclTransport::report_bad_index() {
   auto* words = bad_index_.as<int32_t>();
   const int bad = std::atomic_ref(words[0]).exchange(0);
-  if (bad != 0) throw bad_index(rank_, bad - 1, words[2], words[1]);
-}
-
-// position: t * topk + k.
-InvalidArgument NcclTransport::bad_index(int rank, int position, int topk, int value) const {
-  return InvalidArgument(
-      "topk_idx on rank " + std::to_string(rank) + " (token " + std::to_string(position / topk) +
-      ", slot " + std::to_string(position % topk) + ") is " + std::to_string(value) +
-      "; expected an expert in [0, " + std::to_string(config_.num_experts) + ") or -1 for none");
+  EPCOMM_CHECK(bad == 0, bad_expert_id(rank_, bad - 1, words[2], words[1], config_.num_experts));
 }
 
 NcclAlgorithm NcclTransport::algorithm(const Plan& plan) const {
@@ -196,9 +189,11 @@ RouteResult NcclTransport::read_counts(const RouteArgs& args) {
                     [&](const std::string& v) { return v != values[0]; }))
       throw ConfigMismatch(kFields[f], values);
   }
-  for (int r = 0; r < num_ranks_; ++r)
-    if (const int bad = word(r, AnnounceLayout::kBadIndex); bad != 0)
-      throw bad_index(r, bad - 1, args.topk, word(r, AnnounceLayout::kBadValue));
+  for (int r = 0; r < num_ranks_; ++r) {
+    const int bad = word(r, AnnounceLayout::kBadIndex);
+    EPCOMM_CHECK(bad == 0, bad_expert_id(r, bad - 1, args.topk, word(r, AnnounceLayout::kBadValue),
+                                         config_.num_experts));
+  }
   RouteResult result;
   result.chunk_count.resize(static_cast<size_t>(options_.chunks * num_ranks_ * num_ranks_));
   for (int c = 0; c < options_.chunks; ++c)

@@ -92,7 +92,6 @@ class NcclTransport final : public Transport {
     Call(NcclTransport& transport, Operation operation, cudaStream_t stream)
         : transport_(transport), operation_(operation), stream_(stream) {
       EPCOMM_CUDA_TRY(cudaStreamIsCapturing(stream, &capturing_));
-      transport_.watchdog_.check();
       // Inside a capture the order between calls is the graph's, and outside events do not count.
       if (capturing_ == cudaStreamCaptureStatusNone && transport_.last_stream_ != stream)
         EPCOMM_CUDA_TRY(cudaStreamWaitEvent(stream, transport_.last_call_.get(), 0));
@@ -132,7 +131,6 @@ class NcclTransport final : public Transport {
   int beside(int num_sms) const { return num_sms == 0 ? num_sms_ * 3 / 8 : num_sms; }
   void check_fits(const char* what, int64_t row_bytes, int64_t scale_bytes) const;
   void report_bad_index();
-  InvalidArgument bad_index(int rank, int position, int topk, int value) const;
   RouteResult read_counts(const RouteArgs& args);
   PlaceArgs place_args(const Plan& plan, const DispatchArgs& args) const;
   PackArgs pack_args(const Plan& plan, const DispatchArgs& args) const;

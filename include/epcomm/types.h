@@ -128,9 +128,9 @@ struct RouteArgs {
 
 /// Host-known numbers of a routing. -1 where host_sync was off.
 struct RouteResult {
-  uint64_t epoch = 0;                      ///< of the route call: names the plan alike on all ranks
-  int32_t num_recv_tokens = -1;            ///< N
-  int32_t num_recv_rows = -1;              ///< rows of the receive tensor in this layout
+  uint64_t epoch = 0;            ///< of the route call, alike on all ranks; 0: plans not compared
+  int32_t num_recv_tokens = -1;  ///< N
+  int32_t num_recv_rows = -1;    ///< rows of the receive tensor in this layout
   std::vector<int32_t> tokens_per_expert;  ///< [L]; empty where unknown
   /// For transports that send a batch in pieces: [pieces, R source, R destination] tokens.
   std::vector<int32_t> chunk_count;

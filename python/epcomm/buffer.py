@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -77,7 +76,7 @@ class Buffer:
             self._module = native.module_of(transport)
             checks.choice("dtype", dtype, checks.ROW_DTYPES)
             if timeout is None:
-                timeout = env.number("EPCOMM_TIMEOUT", 30.0)
+                timeout = env.number("EPCOMM_TIMEOUT", _TIMEOUT_S)
             if window_bytes is None:
                 window_bytes = int(env.number("EPCOMM_WINDOW_BYTES", 0))
             table = () if expert_to_rank is None else expert_to_rank
@@ -160,7 +159,7 @@ class Buffer:
         host_sync: bool = True,
         async_op: bool = False,
         return_recv_hook: bool = False,
-        previous_event: Event | None = None,
+        previous_event: Event | torch.cuda.Event | None = None,
         num_sms: int | None = None,
     ) -> Recv:
         """Sends each token to the ranks that own its experts, once per rank. Collective.
@@ -263,7 +262,7 @@ class Buffer:
         out: torch.Tensor | None = None,
         async_op: bool = False,
         return_recv_hook: bool = False,
-        previous_event: Event | None = None,
+        previous_event: Event | torch.cuda.Event | None = None,
         num_sms: int | None = None,
     ) -> torch.Tensor | Combined:
         """Returns results to the tokens' ranks and sums them. Collective.
@@ -470,18 +469,23 @@ class Buffer:
 
 def _bootstrap(group: Any, timeout: Any) -> Bootstrap:
     if group is None or isinstance(group, dist.ProcessGroup):
+        if timeout is None:
+            timeout = _or_default(lambda: env.number("EPCOMM_TIMEOUT", _TIMEOUT_S))
         # A timeout that the Buffer will refuse must still let the ranks tell each other so.
-        valid = isinstance(timeout, (int, float)) and timeout > 0 and math.isfinite(timeout)
-        if not valid:
-            with contextlib.suppress(ValueError):
-                timeout, valid = env.number("EPCOMM_TIMEOUT", 30.0), True
-        return TorchBootstrap(group, timeout if valid and timeout > 0 else 30.0)
+        return TorchBootstrap(group, _or_default(lambda: checks.seconds("timeout", timeout)))
     if not isinstance(group, Bootstrap):
         raise TypeError(
             f"group is a {type(group).__name__}; expected a torch.distributed.ProcessGroup, None, "
             "or an object with the methods of epcomm.Bootstrap"
         )
     return group
+
+
+def _or_default(seconds: Callable[[], float]) -> float:
+    try:
+        return seconds()
+    except (TypeError, ValueError):
+        return _TIMEOUT_S
 
 
 def _address(tensor: torch.Tensor | None) -> int:
@@ -491,5 +495,6 @@ def _address(tensor: torch.Tensor | None) -> int:
     return tensor.data_ptr() or _PLACEHOLDER.data_ptr()
 
 
+_TIMEOUT_S = 30.0
 _CPU = torch.device("cpu")
 _PLACEHOLDER = torch.empty(16, dtype=torch.uint8)
