@@ -59,7 +59,7 @@ LAYERS = (
     Layer("csrc/bindings/*", ("epcomm/*", "bindings/*"), (*RUNTIME, "pybind11/*")),
     Layer(
         "tests/cpp/*",
-        ("epcomm/*", "core/*", "kernels/*.h", "transport/transport.h", "tests/cpp/*"),
+        ("epcomm/*", "core/*", "kernels/*.h", "transport/*.h", "tests/cpp/*"),
         (*RUNTIME, *SYSTEM),
     ),
 )

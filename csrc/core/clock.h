@@ -1,10 +1,15 @@
-// Deadlines on the monotonic clock.
+// Times and deadlines on the monotonic clock, which all processes of a machine share.
 #pragma once
 
 #include <algorithm>
 #include <chrono>
+#include <cstdint>
 
 namespace epcomm {
+
+inline int64_t monotonic_ns() {
+  return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 class Deadline {
  public:

@@ -27,6 +27,7 @@ struct CpuChannel::Inbox {
 struct CpuChannel::Header {
   std::atomic<uint32_t> doorbell;
   std::atomic<uint32_t> waiters;
+  std::atomic<int64_t> seen_ns;  // when the owner was last at work in a call, or waiting in one
 };
 
 namespace {
@@ -107,6 +108,7 @@ const int32_t* CpuChannel::counts(int peer) const {
 
 void CpuChannel::begin(Operation operation) {
   operation_ = operation;
+  show_up();
   check_faults();
   ++epoch_;
 }
@@ -143,6 +145,7 @@ void CpuChannel::enter_all(const Entry& entry, const int32_t* counts) {
 }
 
 void CpuChannel::signal_done(int peer) {
+  show_up();
   // Release: covers all rows written for peer in this call; paired with the acquire in missing().
   inbox(peer, rank_).done.store(epoch_, std::memory_order_release);
   ring(peer);
@@ -176,6 +179,7 @@ void CpuChannel::wait_all(std::atomic<uint64_t> Inbox::* word) {
   const Deadline deadline(timeout_s_);
   Header& own = header(rank_);
   for (;;) {
+    show_up();
     own.waiters.fetch_add(1, std::memory_order_seq_cst);
     const uint32_t rung = own.doorbell.load(std::memory_order_seq_cst);
     int late = missing(word);
@@ -189,8 +193,29 @@ void CpuChannel::wait_all(std::atomic<uint64_t> Inbox::* word) {
           (inbox(rank_, peer).*word).load(std::memory_order_acquire) < epoch_)
         give_up(peer, "its process ended or its Buffer was destroyed");
     }
-    if (deadline.passed()) give_up(late, "it did not answer within the timeout");
+    if (deadline.passed()) give_up(longest_unseen(word), "it did not answer within the timeout");
   }
+}
+
+void CpuChannel::show_up() {
+  // Relaxed: covers no other data.
+  header(rank_).seen_ns.store(monotonic_ns(), std::memory_order_relaxed);
+}
+
+// A rank may be missing only because it waits for the one that holds all up. Whoever waits shows up
+// every slice, so the culprit is the one not seen for longest. It is among the missing ranks: it
+// has not signalled all ranks of its step, hence nobody of a later one.
+int CpuChannel::longest_unseen(std::atomic<uint64_t> Inbox::* word) const {
+  int longest = -1;
+  int64_t oldest = 0;
+  for (int peer = 0; peer < num_ranks_; ++peer) {
+    if ((inbox(rank_, peer).*word).load(std::memory_order_acquire) >= epoch_) continue;
+    const int64_t seen = header(peer).seen_ns.load(std::memory_order_relaxed);
+    if (longest >= 0 && seen >= oldest) continue;
+    longest = peer;
+    oldest = seen;
+  }
+  return longest;
 }
 
 void CpuChannel::check_faults() {

@@ -75,6 +75,8 @@ class CpuChannel {
   void ring(int peer);
   int missing(std::atomic<uint64_t> Inbox::* word) const;
   void wait_all(std::atomic<uint64_t> Inbox::* word);
+  void show_up();
+  int longest_unseen(std::atomic<uint64_t> Inbox::* word) const;
   void check_faults();
   [[noreturn]] void give_up(int peer, const char* why);
 
