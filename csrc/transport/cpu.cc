@@ -12,8 +12,8 @@
 #include <string>
 #include <utility>
 
-#include "core/arena.h"
 #include "core/host_rows.h"
+#include "core/window_arena.h"
 #include "epcomm/error.h"
 #include "epcomm/window.h"
 #include "transport/cpu_channel.h"
@@ -34,18 +34,6 @@ size_t arena_bytes(const TransportContext& context) {
                       static_cast<size_t>(context.experts.max_local_experts());
   return std::min(align_up(4 * rows * row + (size_t{64} << 20), 4096), kMaxDefaultArena);
 }
-
-// This rank's piece of the window and who uses which part of it; shared with every allocation, so
-// that tensors outlive the Buffer that returned them.
-struct OwnArena {
-  OwnArena(const Window& window, size_t control_bytes)
-      : piece(window.own()),
-        base(piece.get() + control_bytes),
-        pieces(window.bytes() - control_bytes) {}
-  std::shared_ptr<char> piece;
-  char* base;
-  Arena pieces;
-};
 
 void store_index(void* array, IndexType type, int64_t i, int32_t value) {
   if (type == IndexType::kInt32)
@@ -72,7 +60,7 @@ class CpuTransport final : public Transport {
         window_(make_host_window(context.bootstrap,
                                  ControlLayout(dims_).arena + arena_bytes(context),
                                  context.options.timeout_s)),
-        arena_(std::make_shared<OwnArena>(*window_, ControlLayout(dims_).arena)),
+        arena_(*window_, ControlLayout(dims_).arena),
         channel_(context.bootstrap, *window_, dims_, context.options.timeout_s) {
     caps_.token_layout = caps_.expert_layout = caps_.padded_layout = true;
     caps_.symmetric_outputs = true;
@@ -83,15 +71,8 @@ class CpuTransport final : public Transport {
   void dispatch(const Plan& plan, const DispatchArgs& args) override;
   void combine(const Plan& plan, const CombineArgs& args) override;
 
-  Allocation allocate(size_t bytes) override {
-    const auto offset = arena_->pieces.allocate(bytes);
-    if (!offset) return {};
-    auto arena = arena_;
-    char* data = arena_->base + *offset;
-    return {data, bytes,
-            std::shared_ptr<void>(data, [arena, at = *offset](void*) { arena->pieces.free(at); })};
-  }
-  size_t free_bytes() const override { return arena_->pieces.largest_free(); }
+  Allocation allocate(size_t bytes) override { return arena_.allocate(bytes); }
+  size_t free_bytes() const override { return arena_.largest_free(); }
 
  private:
   // Counts of one route call, from this rank's expert ids.
@@ -132,7 +113,7 @@ class CpuTransport final : public Transport {
   Dims dims_;
   Caps caps_;
   std::unique_ptr<Window> window_;
-  std::shared_ptr<OwnArena> arena_;
+  WindowArena arena_;
   CpuChannel channel_;
 };
 
@@ -248,9 +229,7 @@ RouteResult CpuTransport::route(const RouteArgs& args) {
 // Peers write to these addresses: a wrong one must be refused here, not met there.
 void CpuTransport::check_outputs(const Plan& plan, const DispatchArgs& args) const {
   auto inside = [this](const void* p, int64_t bytes) {
-    const char* begin = static_cast<const char*>(p);
-    const char* end = arena_->piece.get() + window_->bytes();
-    return bytes == 0 || (begin >= arena_->base && begin <= end && end - begin >= bytes);
+    return bytes == 0 || arena_.contains(p, static_cast<size_t>(bytes));
   };
   const bool by_token = plan.layout == Layout::kToken;
   const int64_t tokens = *plan.view.num_recv;
