@@ -1,14 +1,9 @@
 #include "transport/gpu_watchdog.h"
 
-#include <unistd.h>
-
 #include <chrono>
-#include <cstdio>
-#include <cstring>
-#include <fstream>
 #include <utility>
-#include <vector>
 
+#include "core/fd_exchange.h"
 #include "kernels/mark.h"
 
 namespace epcomm {
@@ -19,22 +14,6 @@ constexpr double kDeadPeerGraceS =
     0.3;  // a peer may exit right after its last call; let ours finish
 constexpr double kDrainPeersS = 1.0;
 constexpr int64_t kGaveUpBase = 2;  // so that an unknown rank, -1, is not 0
-
-// Can all ranks share a host window: one running kernel (named by its boot id), one network
-// namespace (of the unix sockets), one user?
-bool one_machine(Bootstrap& bootstrap) {
-  char mine[128] = {};
-  std::ifstream("/proc/sys/kernel/random/boot_id").read(mine, 36);
-  if (::readlink("/proc/self/ns/net", mine + 40, 40) < 0) mine[0] = 0;
-  std::snprintf(mine + 80, 40, "%u", static_cast<unsigned>(::geteuid()));
-  std::vector<char> all(sizeof mine * static_cast<size_t>(bootstrap.size()));
-  bootstrap.all_gather(mine, all.data(), sizeof mine);
-  for (int r = 0; r < bootstrap.size(); ++r)
-    if (mine[0] == 0 ||
-        std::memcmp(mine, all.data() + sizeof mine * static_cast<size_t>(r), sizeof mine) != 0)
-      return false;
-  return true;
-}
 
 }  // namespace
 
@@ -52,7 +31,7 @@ GpuWatchdog::GpuWatchdog(Bootstrap& bootstrap, double timeout_s, std::function<v
       abort_(std::move(abort)),
       failed_(std::move(failed)),
       words_(2 * sizeof(uint64_t)) {
-  if (one_machine(bootstrap)) window_ = make_host_window(bootstrap, 4096, timeout_s);
+  if (on_one_machine(bootstrap)) window_ = make_host_window(bootstrap, 4096, timeout_s);
   thread_ = std::thread([this] { watch(); });
 }
 
