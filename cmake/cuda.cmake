@@ -106,6 +106,8 @@ else()
   pybind11_add_module(_cuda MODULE NO_EXTRAS
     csrc/bindings/buffer_bindings.cc
     csrc/bindings/cuda_module.cc
+    csrc/bindings/py_bootstrap.cc
+    csrc/bindings/torch_pool.cc
     csrc/transport/registry_cuda.cc
     ${_cuda_sources})
   # The static runtime opens libcuda itself, so the module imports on a machine without a driver; libnccl

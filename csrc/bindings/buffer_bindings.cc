@@ -2,13 +2,13 @@
 
 #include <pybind11/stl.h>
 
-#include <cstring>
 #include <exception>
 #include <map>
 #include <optional>
 #include <string>
 #include <utility>
 
+#include "bindings/py_bootstrap.h"
 #include "epcomm/buffer.h"
 #include "epcomm/error.h"
 
@@ -16,42 +16,6 @@ namespace py = pybind11;
 
 namespace epcomm {
 namespace {
-
-// A Bootstrap written in Python: an object with rank, size and all_gather(bytes) -> list of bytes.
-class PyBootstrap final : public Bootstrap {
- public:
-  explicit PyBootstrap(py::object object)
-      : object_(std::move(object)),
-        rank_(object_.attr("rank").cast<int>()),
-        size_(object_.attr("size").cast<int>()) {}
-  ~PyBootstrap() override {
-    py::gil_scoped_acquire gil;
-    object_ = py::object();
-  }
-  int rank() const override { return rank_; }
-  int size() const override { return size_; }
-  void all_gather(const void* in, void* out, size_t bytes) override {
-    py::gil_scoped_acquire gil;
-    const auto all =
-        object_.attr("all_gather")(py::bytes(static_cast<const char*>(in), bytes)).cast<py::list>();
-    if (static_cast<int>(all.size()) != size_)
-      throw Error("bootstrap.all_gather returned " + std::to_string(all.size()) +
-                  " items; expected " + std::to_string(size_));
-    char* to = static_cast<char*>(out);
-    for (py::handle item : all) {
-      const auto piece = item.cast<std::string>();
-      if (piece.size() != bytes)
-        throw Error("bootstrap.all_gather returned an item of " + std::to_string(piece.size()) +
-                    " bytes; expected " + std::to_string(bytes));
-      std::memcpy(to, piece.data(), bytes);
-      to += bytes;
-    }
-  }
-
- private:
-  py::object object_;
-  int rank_, size_;
-};
 
 // Exceptions are the classes of epcomm.errors, made with their fields.
 template <class... Args>
@@ -219,6 +183,18 @@ void bind_buffer(py::module_& m) {
   m.def("refuse", [](py::object bootstrap, const std::string& why) {
     PyBootstrap wrapped(std::move(bootstrap));
     refuse(wrapped, why);
+  });
+
+  // Every rank's data, by rank, with the checks of what bootstrap returned.
+  m.def("all_gather", [](py::object bootstrap, const py::bytes& data) {
+    PyBootstrap wrapped(std::move(bootstrap));
+    const std::string mine = data;
+    std::string all(mine.size() * static_cast<size_t>(wrapped.size()), '\0');
+    wrapped.all_gather(mine.data(), all.data(), mine.size());
+    py::list pieces;
+    for (size_t at = 0; at < all.size(); at += mine.size())
+      pieces.append(py::bytes(all.data() + at, mine.size()));
+    return pieces;
   });
 
   using gil = py::call_guard<py::gil_scoped_release>;

@@ -1,9 +1,18 @@
 // _cuda: the GPU transports for Python. Imports without a GPU and without libcuda.
 #include <cuda_runtime_api.h>
+#include <pybind11/stl.h>
 
+#include <memory>
+#include <optional>
 #include <string>
+#include <utility>
 
 #include "bindings/buffer_bindings.h"
+#include "bindings/py_bootstrap.h"
+#include "bindings/torch_pool.h"
+#include "epcomm/graph.h"
+#include "epcomm/peer_access.h"
+#include "epcomm/symmetric_memory.h"
 
 namespace {
 
@@ -26,6 +35,66 @@ pybind11::dict device_status() {
   return status;
 }
 
+namespace py = pybind11;
+
+void bind_peer_access(py::module_& m) {
+  using epcomm::BadPair;
+  using epcomm::PeerAccess;
+  py::class_<BadPair>(m, "BadPair", py::module_local())
+      .def_readonly("from_rank", &BadPair::from)
+      .def_readonly("to_rank", &BadPair::to)
+      .def_readonly("reason", &BadPair::reason);
+  py::class_<PeerAccess>(m, "PeerAccess", py::module_local())
+      .def_readonly("bad_pairs", &PeerAccess::bad_pairs)
+      .def_readonly("failure", &PeerAccess::failure)
+      .def_property_readonly("good", &PeerAccess::good)
+      .def_property_readonly("text", &PeerAccess::text);
+  m.def(
+      "check_peer_access",
+      [](py::object bootstrap, double timeout_s, bool share_gpu) {
+        auto wrapped = std::make_unique<epcomm::PyBootstrap>(std::move(bootstrap));
+        py::gil_scoped_release release;
+        return epcomm::check_peer_access(*wrapped, timeout_s, share_gpu);
+      },
+      py::arg("bootstrap"), py::arg("timeout"), py::arg("share_gpu") = false);
+}
+
+// See python/epcomm/symmetric.py.
+void bind_symmetric_memory(py::module_& m) {
+  using epcomm::Buffer;
+  using epcomm::SymmetricMemory;
+  using gil = py::call_guard<py::gil_scoped_release>;
+  py::class_<SymmetricMemory>(m, "SymmetricMemory", py::module_local())
+      .def(py::init([](py::object bootstrap, size_t bytes, double timeout_s) {
+             auto wrapped = std::make_unique<epcomm::PyBootstrap>(std::move(bootstrap));
+             py::gil_scoped_release release;
+             return std::make_unique<SymmetricMemory>(*wrapped, bytes, timeout_s);
+           }),
+           py::arg("bootstrap"), py::arg("bytes"), py::arg("timeout"))
+      .def_property_readonly("bytes", &SymmetricMemory::bytes)
+      .def_property_readonly("share", &SymmetricMemory::share)
+      .def_property_readonly("free_bytes", &SymmetricMemory::free_bytes)
+      .def("peer", [](const SymmetricMemory& s,
+                      int rank) { return reinterpret_cast<uintptr_t>(s.peer(rank)); })
+      .def("alive", &SymmetricMemory::alive)
+      .def("allocate", [](SymmetricMemory& s, size_t bytes) -> std::optional<epcomm::Allocation> {
+        epcomm::Allocation piece = s.allocate(bytes);
+        if (piece.data == nullptr) return std::nullopt;
+        return piece;
+      });
+  m.def("set_pool_source", [](Buffer& source) {
+    epcomm::set_pool_source([&source](size_t bytes) { return source.allocate(bytes); });
+  });
+  m.def("set_pool_source", [](SymmetricMemory& source) {
+    epcomm::set_pool_source([&source](size_t bytes) { return source.allocate(bytes); });
+  });
+  m.def("set_pool_source", [](const py::none&) { epcomm::set_pool_source(nullptr); });
+  m.def("retain_in_capture", [](const epcomm::Allocation& piece, uintptr_t stream) {
+    return epcomm::retain_in_capture(reinterpret_cast<void*>(stream), piece.owner);
+  });
+  m.def("release_uncaptured", &epcomm::release_uncaptured, gil());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -35,4 +104,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("archs") = EPCOMM_CUDA_ARCH_LIST;
   m.def("device_status", &device_status);
   epcomm::bind_buffer(m);
+  bind_peer_access(m);
+  bind_symmetric_memory(m);
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +19,7 @@ from .events import Event
 from .quant import quantize_fp8
 from .results import Combined, Plan, Recv, Rows
 from .streams import CallOrder
+from .symmetric import tensors_of
 
 
 class Buffer:
@@ -104,6 +105,7 @@ class Buffer:
         self.caps = self._native.caps
         on_gpu = self.caps.cuda
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else _CPU
+        self._tensors = tensors_of(self._native, self._module, self._device)
         self._order = CallOrder(self._device, self._native.check_faults)
         self._limits = checks.Limits(self._native.id, self._device, hidden, topk, max_tokens, dtype)
 
@@ -133,6 +135,7 @@ class Buffer:
         Tensors that were returned stay valid. Later calls raise `BufferUnusable`; peers that still
         wait for this rank raise `PeerLost`.
         """
+        self._tensors.close()
         self._native.destroy()
 
     def __enter__(self) -> Buffer:
@@ -395,7 +398,7 @@ class Buffer:
         if plan.recv_block is None:
             meta_bytes = self._native.recv_meta_bytes(plan.topk, plan.recv_capacity)
             wanted.append((torch.uint8, (meta_bytes,)))
-        received = self._window_tensors(wanted)
+        received = self._tensors.make(wanted)
         if received is None:
             # The others must learn of it: the call goes on just far enough to raise on all ranks.
             args.needed_bytes = sum(math.prod(s) * d.itemsize for d, s in wanted)
@@ -430,24 +433,6 @@ class Buffer:
             event=Event(),
         )
 
-    def _window_tensors(
-        self, wanted: Sequence[tuple[torch.dtype, tuple[int, ...]]]
-    ) -> list[torch.Tensor] | None:
-        """Tensors in memory that peers can write; None if there is no room for all of them."""
-        if not self.caps.symmetric_outputs:
-            return [torch.empty(s, dtype=d, device=self._device) for d, s in wanted]
-        tensors = []
-        for dtype, shape in wanted:
-            if math.prod(shape) == 0:  # takes no room, so it never fails for want of it
-                tensors.append(torch.empty(shape, dtype=dtype, device=self._device))
-                continue
-            piece = self._native.allocate(math.prod(shape) * dtype.itemsize)
-            if piece is None:
-                return None
-            # The tensor's storage holds the piece, which returns to the window with it.
-            tensors.append(torch.frombuffer(piece, dtype=dtype).view(shape))
-        return tensors
-
     def _quantise(self, x: Rows, kind: str) -> Rows:
         if not isinstance(x, torch.Tensor):
             raise ValueError(f"quant is {kind!r} but x is a pair already; expected one tensor")
@@ -469,10 +454,7 @@ class Buffer:
 
 def _bootstrap(group: Any, timeout: Any) -> Bootstrap:
     if group is None or isinstance(group, dist.ProcessGroup):
-        if timeout is None:
-            timeout = _or_default(lambda: env.number("EPCOMM_TIMEOUT", _TIMEOUT_S))
-        # A timeout that the Buffer will refuse must still let the ranks tell each other so.
-        return TorchBootstrap(group, _or_default(lambda: checks.seconds("timeout", timeout)))
+        return TorchBootstrap(group, _seconds(timeout))
     if not isinstance(group, Bootstrap):
         raise TypeError(
             f"group is a {type(group).__name__}; expected a torch.distributed.ProcessGroup, None, "
@@ -481,9 +463,12 @@ def _bootstrap(group: Any, timeout: Any) -> Bootstrap:
     return group
 
 
-def _or_default(seconds: Callable[[], float]) -> float:
+def _seconds(timeout: Any) -> float:
+    """The timeout of set-up. One that the Buffer will refuse must still let ranks say so."""
     try:
-        return seconds()
+        if timeout is None:
+            timeout = env.number("EPCOMM_TIMEOUT", _TIMEOUT_S)
+        return checks.seconds("timeout", timeout)
     except (TypeError, ValueError):
         return _TIMEOUT_S
 
