@@ -71,9 +71,9 @@ class Buffer:
         transport_options: Mapping[str, object] | None = None,
     ) -> None:
         bootstrap = _bootstrap(group, timeout)
+        # Raises on all ranks or on none, so nobody needs to be told.
+        transport = native.agree_on_transport(bootstrap, transport, _seconds(timeout))
         try:
-            if transport == "auto":
-                transport = native.choose_transport()
             self._module = native.module_of(transport)
             checks.choice("dtype", dtype, checks.ROW_DTYPES)
             if timeout is None:

@@ -6,6 +6,8 @@ import contextlib
 import importlib
 import logging
 import re
+import struct
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -45,19 +47,91 @@ def refuse(bootstrap: Bootstrap, why: str) -> None:
         _core.refuse(bootstrap, why)
 
 
-def choose_transport() -> str:
-    """What `transport="auto"` stands for on this machine; logs the choice and its reason."""
-    forced = env.text("EPCOMM_TRANSPORT")
+@dataclass(frozen=True)
+class _Position:
+    """What a rank tells the others when they agree on a transport."""
+
+    named: str  # the transport that this rank asks for; "" = the group's choice
+    alone: str  # what it would take by itself
+    nvlink: bool  # could it take part in nvlink?
+
+    # The size never changes: ranks of different versions must get as far as comparing versions.
+    _FORMAT = "<56s56s?15x"
+
+    def packed(self) -> bytes:
+        return struct.pack(self._FORMAT, self.named.encode(), self.alone.encode(), self.nvlink)
+
+    @classmethod
+    def unpacked(cls, data: bytes) -> _Position:
+        named, alone, nvlink = struct.unpack(cls._FORMAT, data)
+        text = [t.rstrip(b"\0").decode(errors="replace") for t in (named, alone)]
+        return cls(text[0], text[1], nvlink)
+
+
+def agree_on_transport(bootstrap: Bootstrap, wanted: str, timeout: float) -> str:
+    """The transport that a Buffer takes; collective, also where it is named.
+
+    "auto" takes nvlink if every GPU of the group can address every other, on all ranks or on none;
+    else what each rank takes alone. A rank that names a transport (EPCOMM_TRANSPORT counts) gets
+    it, and so do ranks of the group that name none. Logs the choice and its reason, and rank 0 a
+    warning with all pairs that keep the group from nvlink.
+
+    Raises PeerLost if a rank does not answer.
+    """
+    forced = env.text("EPCOMM_TRANSPORT") if wanted == "auto" else None
+    alone, reason = _choose_alone() if wanted == "auto" else ("", "")
+    named = forced or ("" if wanted == "auto" else str(wanted))
+    mine = _Position(named, alone, alone == "nccl" and _has_nvlink())
+    group = [_Position.unpacked(data) for data in _core.all_gather(bootstrap, mine.packed())]
+    if wanted != "auto":
+        return wanted
+    others = [r for r, position in enumerate(group) if position.named]
     if forced is not None:
         choice, reason = forced, "EPCOMM_TRANSPORT says so"
-    elif not torch.cuda.is_available():
-        choice, reason = "cpu", "torch sees no GPU"
-    elif load_cuda() is None:
-        choice, reason = "cpu", f"this build has no GPU transport: {_core.cuda_status}"
+    elif others:
+        choice, reason = group[others[0]].named, f"rank {others[0]} asks for it"
+    elif all(position.nvlink for position in group):
+        choice, reason = _nvlink_or_nccl(bootstrap, timeout)
     else:
-        choice, reason = "nccl", "NCCL finds a way between any GPUs"
+        choice = alone
+        without = [r for r, position in enumerate(group) if not position.nvlink]
+        if any(position.nvlink for position in group):
+            reason += f"; nvlink is not in the build, or not for the GPU, of ranks {without}"
     _logger.info("transport auto: %s, because %s", choice, reason)
     return choice
+
+
+def _choose_alone() -> tuple[str, str]:
+    """What this rank can run, and why."""
+    if not torch.cuda.is_available():
+        return "cpu", "torch sees no GPU"
+    if load_cuda() is None:
+        return "cpu", f"this build has no GPU transport: {_core.cuda_status}"
+    return "nccl", "NCCL finds a way between any GPUs"
+
+
+def _has_nvlink() -> bool:
+    """Is the nvlink transport in this build, with kernels for this GPU?"""
+    cuda = load_cuda()
+    if cuda is None or "nvlink" not in cuda.transports():
+        return False
+    try:
+        check_device(cuda)
+    except ValueError:
+        return False
+    return True
+
+
+def _nvlink_or_nccl(bootstrap: Bootstrap, timeout: float) -> tuple[str, str]:
+    """Collective. nvlink if all pairs of GPUs have peer access."""
+    cuda = load_cuda()
+    assert cuda is not None  # every rank has nvlink
+    access = cuda.check_peer_access(bootstrap, timeout)
+    if access.good:
+        return "nvlink", "every GPU of the group can address every other"
+    if bootstrap.rank == 0:
+        _logger.warning("transport auto: nccl on all ranks instead of nvlink: %s", access.text)
+    return "nccl", f"not all GPUs can address each other: {access.text}"
 
 
 def check_device(cuda: ModuleType) -> None:

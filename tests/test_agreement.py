@@ -1,0 +1,137 @@
+"""How ranks agree on a transport; ranks are threads, and the GPU is a stand-in."""
+
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from epcomm import native
+
+
+class Group:
+    """An in-process bootstrap: one object per rank over shared slots."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.slots: list[bytes] = [b""] * size
+        self.barrier = threading.Barrier(size, timeout=20)
+
+    def of(self, rank: int) -> Any:
+        def all_gather(data: bytes) -> list[bytes]:
+            self.slots[rank] = data
+            self.barrier.wait()
+            gathered = list(self.slots)
+            self.barrier.wait()
+            return gathered
+
+        return SimpleNamespace(rank=rank, size=self.size, all_gather=all_gather)
+
+
+class Gpu:
+    """Stands for _cuda with the nvlink transport."""
+
+    archs = "90a"
+
+    def __init__(self, bad: str = "", names: tuple[str, ...] = ("nccl", "nvlink")) -> None:
+        self.names = list(names)
+        self.bad = bad
+        self.checks = 0
+
+    def transports(self) -> list[str]:
+        return self.names
+
+    def device_status(self) -> dict[str, object]:
+        return {"count": 1, "reason": "", "capability": "9.0"}
+
+    def check_peer_access(self, bootstrap: Any, timeout: float) -> Any:
+        assert timeout == 5.0
+        bootstrap.all_gather(b"x")  # collective
+        self.checks += 1
+        return SimpleNamespace(good=not self.bad, text=self.bad)
+
+
+def agree(monkeypatch: pytest.MonkeyPatch, wanted: list[str], gpus: list[Gpu | None]) -> list[str]:
+    """What each rank takes, given what it asks for and has."""
+    here = threading.local()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: here.gpu is not None)
+    monkeypatch.setattr(native, "load_cuda", lambda: here.gpu)
+    group = Group(len(wanted))
+
+    def run(rank: int) -> str:
+        here.gpu = gpus[rank]
+        return native.agree_on_transport(group.of(rank), wanted[rank], 5.0)
+
+    with ThreadPoolExecutor(len(wanted)) as threads:
+        return list(threads.map(run, range(len(wanted))))
+
+
+def test_auto_takes_nvlink_where_all_pairs_have_access(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = [Gpu() for _ in range(3)]
+    assert agree(monkeypatch, ["auto"] * 3, [*gpus]) == ["nvlink"] * 3
+    assert [gpu.checks for gpu in gpus] == [1, 1, 1]
+
+
+def test_auto_takes_nccl_on_all_ranks_and_warns_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = "rank 0 -> rank 2: no peer access; rank 2 -> rank 0: no peer access"
+    with caplog.at_level(logging.INFO, "epcomm"):
+        assert agree(monkeypatch, ["auto"] * 3, [Gpu(bad) for _ in range(3)]) == ["nccl"] * 3
+    warnings = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warnings) == 1 and bad in warnings[0] and "nccl on all ranks" in warnings[0]
+    chosen = [r.message for r in caplog.records if r.levelno == logging.INFO]
+    assert len(chosen) == 3 and all(bad in text for text in chosen)
+
+
+def test_a_build_without_nvlink_on_one_rank(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpus = [Gpu(), Gpu(names=("nccl",)), Gpu()]
+    with caplog.at_level(logging.INFO, "epcomm"):
+        assert agree(monkeypatch, ["auto"] * 3, [*gpus]) == ["nccl"] * 3
+    assert [gpu.checks for gpu in gpus] == [0, 0, 0]
+    assert "ranks [1]" in caplog.text
+
+
+def test_builds_without_nvlink_do_not_mention_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpus = [Gpu(names=("nccl",)) for _ in range(2)]
+    with caplog.at_level(logging.INFO, "epcomm"):
+        assert agree(monkeypatch, ["auto"] * 2, [*gpus]) == ["nccl"] * 2
+    assert "nvlink" not in caplog.text
+
+
+def test_a_gpu_that_the_build_has_no_kernels_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Gpu()
+    other.archs = "80-real"
+    assert agree(monkeypatch, ["auto"] * 2, [Gpu(), other]) == ["nccl"] * 2
+
+
+def test_ranks_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Left for the Buffer to refuse: ConfigMismatch names both.
+    assert agree(monkeypatch, ["auto"] * 2, [Gpu(), None]) == ["nccl", "cpu"]
+    assert agree(monkeypatch, ["auto"] * 2, [None, None]) == ["cpu"] * 2
+
+
+def test_a_rank_that_names_a_transport_decides_for_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = [Gpu() for _ in range(3)]
+    assert agree(monkeypatch, ["auto", "nccl", "auto"], [*gpus]) == ["nccl"] * 3
+    assert agree(monkeypatch, ["cpu", "auto", "nccl"], [*gpus]) == ["cpu", "cpu", "nccl"]
+    assert [gpu.checks for gpu in gpus] == [0, 0, 0]
+
+
+def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPCOMM_TRANSPORT", "cpu")
+    assert agree(monkeypatch, ["auto", "auto"], [Gpu(), Gpu()]) == ["cpu", "cpu"]
+    assert agree(monkeypatch, ["nccl", "nccl"], [Gpu(), Gpu()]) == ["nccl", "nccl"]
+
+
+def test_size_of_what_is_exchanged_never_changes() -> None:
+    position = native._Position("nccl", "cpu", True)
+    assert len(position.packed()) == 128
+    assert native._Position.unpacked(position.packed()) == position
