@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -93,44 +93,70 @@ class Machine:
         return SimpleNamespace(bytes=bytes_, address=4096, memory=bytearray(bytes_))
 
 
+@pytest.fixture
+def machine_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[int]], Machine]]:
+    machines = []
+
+    def make(room: list[int]) -> Machine:
+        machines.append(Machine(monkeypatch, room))
+        return machines[-1]
+
+    yield make
+    for machine in machines:
+        machine.capturing = False
+        machine.tensors.close()
+
+
 def check_made(tensors: list[torch.Tensor] | None) -> None:
     assert tensors is not None
     assert [(t.dtype, tuple(t.shape)) for t in tensors] == WANTED
 
 
-def test_pool_with_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(monkeypatch, [2])
+def test_pool_with_room(machine_with: Callable[[list[int]], Machine]) -> None:
+    machine = machine_with([2])
     check_made(machine.tensors.make(WANTED))
     assert machine.log == ["pool", "release"]
     assert machine.source is None  # other allocations of this thread do not end in the window
 
 
-def test_full_pool_gives_back_what_is_unused(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(monkeypatch, [1, 2])
+def test_full_pool_gives_back_what_is_unused(machine_with: Callable[[list[int]], Machine]) -> None:
+    machine = machine_with([1, 2])
     check_made(machine.tensors.make(WANTED))
     assert machine.log == ["pool", "release", "pool", "pool gone"]
 
 
-def test_full_pool_asks_torch_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(monkeypatch, [0, 1, 2])
+def test_full_pool_asks_torch_last(machine_with: Callable[[list[int]], Machine]) -> None:
+    machine = machine_with([0, 1, 2])
     check_made(machine.tensors.make(WANTED))
     assert machine.log[2:] == ["pool", "pool gone", "empty_cache"]
 
 
-def test_full_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(monkeypatch, [1, 1, 1])
+def test_full_window(machine_with: Callable[[list[int]], Machine]) -> None:
+    machine = machine_with([1, 1, 1])
     assert machine.tensors.make(WANTED) is None
     assert machine.source is None
 
 
-def test_close_gives_the_pool_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(monkeypatch, [])
+def test_close_gives_the_pool_back(machine_with: Callable[[list[int]], Machine]) -> None:
+    machine = machine_with([])
     machine.tensors.close()
     assert machine.log == ["pool", "pool gone"]
 
 
-def test_captured_tensors_are_held_by_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(monkeypatch, [])
+def test_a_pool_is_not_ended_during_a_capture(machine_with: Callable[[list[int]], Machine]) -> None:
+    machine = machine_with([])
+    machine.capturing = True
+    machine.tensors.close()
+    assert machine.log == ["pool"]
+    machine.capturing = False
+    machine_with([]).tensors.close()
+    assert machine.log == ["pool", "pool gone"]
+
+
+def test_captured_tensors_are_held_by_the_graph(
+    machine_with: Callable[[list[int]], Machine],
+) -> None:
+    machine = machine_with([])
     machine.capturing = True
     check_made(machine.tensors.make(WANTED))
     assert [piece.bytes for piece in machine.retained] == [48, 16]

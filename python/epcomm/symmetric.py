@@ -3,8 +3,8 @@
 On the CPU a tensor's storage owns a piece of the window, which returns when the tensor goes.
 
 On a GPU that is not enough: Python drops a tensor while kernels that use it are still queued, and
-the piece may be used again only when they are done. Two ways were weighed, by the sources of torch
-2.11 (c10/cuda/CUDACachingAllocator.cpp):
+the piece may be used again only when they are done. Two ways were weighed, by the source of torch's
+caching allocator (c10/cuda/CUDACachingAllocator.cpp):
 
 - Tensors over foreign memory (DLPack, __cuda_array_interface__), whose release records events.
   `Tensor.record_stream` does nothing on such tensors, so the release cannot know the streams that
@@ -116,7 +116,9 @@ class PoolTensors:
         self._module.release_uncaptured()
         tensors = self._pooled(wanted)
         if tensors is None:
-            self._pool = self._new_pool()  # the old one gives back the segments that are unused
+            full, self._pool = self._pool, self._new_pool()
+            _retire(full)  # gives back the segments that are unused
+            del full
             tensors = self._pooled(wanted)
         if tensors is None:
             # Segments that were in use when their pool was replaced went to torch's own cache.
@@ -125,7 +127,12 @@ class PoolTensors:
         return tensors
 
     def close(self) -> None:
-        self._pool = None
+        pool, self._pool = self._pool, None
+        _retire(pool)
+
+    def __del__(self) -> None:
+        if getattr(self, "_pool", None) is not None:
+            self.close()
 
     def _new_pool(self) -> Any:
         with torch.cuda.device(self._device):
@@ -174,6 +181,18 @@ class _DevicePiece:
             "data": (piece.address, False),
             "version": 2,
         }
+
+
+_retired: list[Any] = []
+
+
+def _retire(pool: Any) -> None:
+    """Ends a memory pool, which synchronises. While this thread captures a graph, torch would end
+    the process at that, so the pool waits for the next one that is retired."""
+    _retired.append(pool)
+    del pool
+    if not torch.cuda.is_current_stream_capturing():
+        _retired.clear()
 
 
 _allocators: dict[str, Any] = {}

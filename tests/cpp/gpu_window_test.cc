@@ -25,7 +25,8 @@ constexpr double kTimeout = 20;
 
 FakeMachine machine_of(int rank) {
   FakeMachine machine;
-  machine.visible = {{rank}};
+  machine.visible = {{50 + rank}, {rank}};
+  machine.current = 1;
   return machine;
 }
 
@@ -162,7 +163,7 @@ TEST(GpuWindow, FallsBackToIpcOnAllRanks) {
     run_threads(3, kTimeout, [&](std::shared_ptr<Bootstrap> b) {
       FakeMachine machine = machine_of(b->rank());
       if (b->rank() == 2) {
-        machine.visible[0].descriptor = *failing != 0;
+        machine.visible[1].descriptor = *failing != 0;
         machine.failing = failing;
         machine.code = kCuNotSupported;
       }
@@ -186,7 +187,7 @@ TEST(GpuWindow, DoesNotFallBackWhenMemoryIsShort) {
 
 TEST(GpuWindow, FailsOnAllRanksWhenIpcFailsToo) {
   const auto texts = errors_of(2, [](int rank, FakeMachine& machine) {
-    machine.visible[0].vmm = false;
+    machine.visible[1].vmm = false;
     if (rank == 0) machine.failing = "IpcOpenMemHandle";
   });
   EXPECT_NE(texts[1].find("window of rank 1: cuIpcOpenMemHandle"), std::string::npos) << texts[1];
@@ -197,8 +198,8 @@ TEST(GpuWindow, FailsOnAllRanksWhenIpcFailsToo) {
 TEST(GpuWindow, TakesFabricHandlesWhereThereAreNoDescriptors) {
   const auto status = run_processes(2, kTimeout, [](ForkedBootstrap& b) {
     FakeMachine machine = machine_of(b.rank());
-    machine.visible[0].fabric = true;
-    machine.visible[0].descriptor = b.rank() == 0;
+    machine.visible[1].fabric = true;
+    machine.visible[1].descriptor = b.rank() == 0;
     set_fake_machine(machine);
     return exchange_marks(b, WindowShare::kFabric) && fake_holdings() == FakeHoldings{};
   });
