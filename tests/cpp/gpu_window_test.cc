@@ -174,6 +174,19 @@ TEST(GpuWindow, FallsBackToIpcOnAllRanks) {
   }
 }
 
+// What was exported before the fallback keeps no memory: its descriptor is closed.
+TEST(GpuWindow, FallbackKeepsNoDescriptor) {
+  FakeMachine machine = machine_of(0);
+  machine.failing = "MemMap";
+  machine.code = kCuNotSupported;
+  set_fake_machine(machine);
+  const size_t files = open_files();
+  const auto alone = make_in_process_bootstraps(1, kTimeout);
+  const auto window = make_gpu_window(*alone[0], kBytes, kTimeout);
+  EXPECT_EQ(window->share(), WindowShare::kIpc);
+  EXPECT_EQ(open_files(), files);
+}
+
 // One rank refuses to export, another has no memory: no fallback, both are told.
 TEST(GpuWindow, DoesNotFallBackWhenMemoryIsShort) {
   const auto texts = errors_of(3, [](int rank, FakeMachine& machine) {
