@@ -40,24 +40,32 @@ bool has(const GpuDriver& driver, int attribute, CuDevice device) {
   return driver.DeviceGetAttribute(&value, attribute, device) == kCuSuccess && value != 0;
 }
 
+// Granularity of memory that can be passed on so; 0 if the driver refuses, as it does with fabric
+// handles on a machine whose fabric is not set up, though the device has the attribute.
+size_t granularity_of(const GpuDriver& driver, int handle_type, CuDevice device) {
+  CuMemoryProperties properties{};
+  properties.type = kCuPinned;
+  properties.handle_types = handle_type;
+  properties.location = {kCuOnDevice, device};
+  size_t granularity = 0;
+  const CuResult code =
+      driver.MemGetAllocationGranularity(&granularity, &properties, kCuRecommendedGranularity);
+  return code == kCuSuccess ? granularity : 0;
+}
+
 Offer look_at_gpu() {
   const GpuDriver& driver = GpuDriver::get();
   Offer offer{kIpcGranularity, 0, 0, 0};
   EPCOMM_DRIVER_TRY(driver.CurrentDevice(&offer.device));
   if (!has(driver, kCuVirtualMemorySupported, offer.device)) return offer;
-  offer.descriptor = has(driver, kCuDescriptorSupported, offer.device);
-  offer.fabric = has(driver, kCuFabricSupported, offer.device);
-  for (int handle_type : {kCuDescriptor, kCuFabric}) {
-    if (!(handle_type == kCuDescriptor ? offer.descriptor : offer.fabric)) continue;
-    CuMemoryProperties properties{};
-    properties.type = kCuPinned;
-    properties.handle_types = handle_type;
-    properties.location = {kCuOnDevice, offer.device};
-    size_t granularity = 0;
-    EPCOMM_DRIVER_TRY(
-        driver.MemGetAllocationGranularity(&granularity, &properties, kCuRecommendedGranularity));
+  const auto offers = [&](int attribute, int handle_type) {
+    if (!has(driver, attribute, offer.device)) return false;
+    const size_t granularity = granularity_of(driver, handle_type, offer.device);
     offer.granularity = std::max<uint64_t>(offer.granularity, granularity);
-  }
+    return granularity != 0;
+  };
+  offer.descriptor = offers(kCuDescriptorSupported, kCuDescriptor);
+  offer.fabric = offers(kCuFabricSupported, kCuFabric);
   return offer;
 }
 

@@ -227,6 +227,7 @@ GpuDriver make_driver() {
   d.CtxPopCurrent = [](CuContext*) { return kCuSuccess; };
   d.CtxSynchronize = [] { return kCuSuccess; };
   d.MemGetAllocationGranularity = [](size_t* bytes, const CuMemoryProperties*, int) {
+    INJECT("MemGetAllocationGranularity");
     *bytes = kGranularity;
     return kCuSuccess;
   };

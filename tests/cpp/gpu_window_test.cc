@@ -219,6 +219,19 @@ TEST(GpuWindow, TakesFabricHandlesWhereThereAreNoDescriptors) {
   EXPECT_EQ(status, std::vector<int>({0, 0}));
 }
 
+// The device has the attribute, but the driver refuses such memory.
+TEST(GpuWindow, IgnoresAFabricThatIsNotSetUp) {
+  run_threads(2, kTimeout, [](std::shared_ptr<Bootstrap> b) {
+    FakeMachine machine = machine_of(b->rank());
+    machine.visible[1].fabric = true;
+    machine.failing = "MemGetAllocationGranularity";
+    machine.code = kCuNotPermitted;
+    machine.successes = 1;  // of descriptors
+    set_fake_machine(machine);
+    EXPECT_TRUE(exchange_marks(*b, WindowShare::kDescriptor));
+  });
+}
+
 TEST(GpuWindow, OwnMemoryAndAllocationsOutliveTheWindow) {
   run_threads(2, kTimeout, [](std::shared_ptr<Bootstrap> b) {
     set_fake_machine(machine_of(b->rank()));
