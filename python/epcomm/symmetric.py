@@ -131,8 +131,11 @@ class PoolTensors:
         _retire(pool)
 
     def __del__(self) -> None:
-        if getattr(self, "_pool", None) is not None:
-            self.close()
+        try:
+            if self._pool is not None:
+                self.close()
+        except Exception:  # while Python exits, what close() needs may be gone, and all memory goes
+            pass
 
     def _new_pool(self) -> Any:
         with torch.cuda.device(self._device):
