@@ -32,6 +32,113 @@ __device__ __forceinline__ uint4 load_streaming(const void* p) {
   return v;
 }
 
+// Signals between GPUs: words in the memory of the rank that waits for them. A release covers all
+// that happened before it, in this thread or in threads that it was ordered after by a barrier or
+// an acquire; it is paired with the acquire of whoever sees the value.
+
+__device__ __forceinline__ void store_release_system(uint64_t* p, uint64_t value) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
+}
+__device__ __forceinline__ uint64_t load_acquire_system(const uint64_t* p) {
+  uint64_t value;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(p) : "memory");
+  return value;
+}
+/// Orders nothing; for words that are polled beside the signal waited for.
+__device__ __forceinline__ uint64_t load_relaxed_system(const uint64_t* p) {
+  uint64_t value;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(p) : "memory");
+  return value;
+}
+__device__ __forceinline__ void fence_system() { __threadfence_system(); }
+/// Nanoseconds; advances in steps of up to a microsecond.
+__device__ __forceinline__ uint64_t global_time_ns() {
+  uint64_t ns;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
+  return ns;
+}
+
+// Bulk copies (TMA), from sm_90 on: one thread moves up to a whole row between global memory, its
+// own or a peer's, and shared memory. Addresses and sizes are multiples of 16 bytes. Loads tell a
+// barrier in shared memory when they are complete; stores are counted in groups of the thread that
+// issued them.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr bool kHasBulkCopies = true;
+#else
+constexpr bool kHasBulkCopies = false;
+#endif
+
+/// A barrier in shared memory of which each phase ends when as many bytes as expected were loaded.
+using BulkBarrier = uint64_t;
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+__device__ __forceinline__ void barrier_init(BulkBarrier* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+/// After the inits of a thread, before a bulk load uses a barrier.
+__device__ __forceinline__ void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+/// Starts a phase that ends when bytes were loaded.
+__device__ __forceinline__ void barrier_expect(BulkBarrier* barrier, uint32_t bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+/// Until the phase of this parity (0 for the first) is over. What was loaded is visible then.
+__device__ __forceinline__ void barrier_wait(BulkBarrier* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      "  .reg .pred done;\n"
+      "again:\n"
+      "  mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "  @!done bra again;\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+__device__ __forceinline__ void bulk_load(void* shared, const void* global, uint32_t bytes,
+                                          BulkBarrier* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+__device__ __forceinline__ void bulk_store(void* global, const void* shared, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
+               "r"(shared_address(shared)), "r"(bytes)
+               : "memory");
+}
+/// Closes the group of the stores since the last commit; an empty group counts, too.
+__device__ __forceinline__ void bulk_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+/// Until at most kPending of this thread's newest groups still read shared memory.
+template <int kPending>
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+/// Until all stores of this thread are written: a release by this thread covers them.
+__device__ __forceinline__ void bulk_wait_written() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+/// Between plain stores to shared memory and a bulk store that reads them (by any thread that a
+/// barrier orders after this fence).
+__device__ __forceinline__ void fence_shared_for_bulk() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+/// Between an acquire and a bulk load of what it made visible; between written bulk stores and a
+/// release.
+__device__ __forceinline__ void fence_global_for_bulk() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+#endif
+
 // Element types of rows that are summed. Conversions to 16 bits round to nearest, ties to even.
 
 template <Dtype kDtype>
