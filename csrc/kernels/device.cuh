@@ -61,7 +61,7 @@ __device__ __forceinline__ uint64_t global_time_ns() {
 // Bulk copies (TMA), from sm_90 on: one thread moves up to a whole row between global memory, its
 // own or a peer's, and shared memory. Addresses and sizes are multiples of 16 bytes. Loads tell a
 // barrier in shared memory when they are complete; stores are counted in groups of the thread that
-// issued them.
+// issued them. Code that uses them is compiled under `if constexpr (kHasBulkCopies)`.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 constexpr bool kHasBulkCopies = true;
 #else
@@ -71,7 +71,6 @@ constexpr bool kHasBulkCopies = false;
 /// A barrier in shared memory of which each phase ends when as many bytes as expected were loaded.
 using BulkBarrier = uint64_t;
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
@@ -137,7 +136,6 @@ __device__ __forceinline__ void fence_shared_for_bulk() {
 __device__ __forceinline__ void fence_global_for_bulk() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
 }
-#endif
 
 // Element types of rows that are summed. Conversions to 16 bits round to nearest, ties to even.
 
@@ -189,6 +187,8 @@ struct Element<Dtype::kFloat32> {
   }
 };
 
+template <Dtype kDtype>
+constexpr int kElementBytes = dtype_bytes(kDtype);
 /// Elements of a 16-byte vector.
 template <Dtype kDtype>
 constexpr int kPerVector = 4 * Element<kDtype>::kPerWord;

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "epcomm/error.h"
+#include "epcomm/types.h"
 #include "kernels/cuda_error.h"
 
 namespace epcomm {
@@ -55,6 +56,22 @@ void launch(const char* name, void (*kernel)(Args...), const LaunchShape& shape,
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
   check_cuda(cudaLaunchKernelEx(&config, kernel, args...), name);
+}
+
+/// The kernel for a dtype of rows that are summed, of the three given.
+template <class Kernel>
+Kernel for_dtype(Dtype dtype, Kernel bfloat16, Kernel float16, Kernel float32) {
+  switch (dtype) {
+    case Dtype::kBfloat16:
+      return bfloat16;
+    case Dtype::kFloat16:
+      return float16;
+    case Dtype::kFloat32:
+      return float32;
+    default:
+      throw Error("rows of dtype " + std::to_string(static_cast<int>(dtype)) +
+                  " cannot be summed; expected bf16, fp16 or fp32");
+  }
 }
 
 }  // namespace epcomm

@@ -13,7 +13,6 @@
 // Sums are in fp32, start at 0 and run in the order that Buffer::combine documents; a product is
 // rounded before it is added. Every transport so gives the same bits.
 #include <algorithm>
-#include <string>
 
 #include "kernels/device.cuh"
 #include "kernels/kernels.h"
@@ -24,9 +23,6 @@ namespace epcomm {
 namespace {
 
 static_assert(sizeof(PartialArgs) <= kMaxKernelArgs && sizeof(SumArgs) <= kMaxKernelArgs);
-
-template <Dtype kDtype>
-constexpr int kElementBytes = dtype_bytes(kDtype);
 
 // fp32 sums of the elements that a lane holds at a time, in the places of a Batch.
 template <Dtype kDtype>
@@ -243,22 +239,6 @@ __global__ void __launch_bounds__(256) finish_kernel(const FinishArgs args) {
       for (int i = 0; i < n; ++i) x[i] = __fadd_rn(x[i], y[i]);
     }
     *reinterpret_cast<uint4*>(args.out + v * kVectorBytes) = vector_from_float<kDtype>(x);
-  }
-}
-
-// The kernel for a dtype, of the three given.
-template <class Kernel>
-Kernel for_dtype(Dtype dtype, Kernel bfloat16, Kernel float16, Kernel float32) {
-  switch (dtype) {
-    case Dtype::kBfloat16:
-      return bfloat16;
-    case Dtype::kFloat16:
-      return float16;
-    case Dtype::kFloat32:
-      return float32;
-    default:
-      throw Error("rows of dtype " + std::to_string(static_cast<int>(dtype)) +
-                  " cannot be summed; expected bf16, fp16 or fp32");
   }
 }
 

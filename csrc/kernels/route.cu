@@ -289,17 +289,28 @@ __device__ __forceinline__ void line_up_groups(const RouteKernelArgs& args, cons
   if (reports && lane == 0) args.plan.expert_offset[args.dims.local_experts] = end;
 }
 
-// slot and row of the tile's tokens.
+// The first row of a token at rank r: that of its first slot there.
+__device__ __forceinline__ int32_t first_row(const RouteKernelArgs& args, const TileMemory& tile,
+                                             const int32_t* ids, int r, int t) {
+  for (int k = 0; k < args.dims.topk; ++k)
+    if (ids[k] >= 0 && tile.owner(ids[k]) == r) return tile.place(tile.num_ranks + ids[k], t);
+  return -1;
+}
+
+// slot, row and first_row of the tile's tokens.
 __device__ __forceinline__ void write_places(const RouteKernelArgs& args, const TileMemory& tile) {
   const int num_ranks = tile.num_ranks, topk = args.dims.topk;
   const int64_t tile_begin = int64_t{blockIdx.x} * kTileTokens;
   const int tokens = static_cast<int>(min(args.num_tokens - tile_begin, int64_t{kTileTokens}));
+  const int32_t* ids = args.plan.topk_idx + tile_begin * topk;
   for (int i = thread_index(); i < tokens * num_ranks; i += kThreads) {
     const int t = i / num_ranks, r = i - t * num_ranks;
     const bool sent = (tile.mask(t / kWarpSize, r) >> (t % kWarpSize) & 1) != 0;
     args.plan.slot[tile_begin * num_ranks + i] = sent ? tile.place(r, t) : -1;
+    if (args.layout != Layout::kToken)
+      args.plan.first_row[tile_begin * num_ranks + i] =
+          sent ? first_row(args, tile, ids + t * topk, r, t) : -1;
   }
-  const int32_t* ids = args.plan.topk_idx + tile_begin * topk;
   for (int i = thread_index(); i < tokens * topk; i += kThreads) {
     const int32_t e = ids[i];
     int32_t row = -1;

@@ -59,7 +59,7 @@ struct AnnounceLayout {
 /// Send block of a plan: offsets of the arrays of PlanView that route fills.
 struct PlanSendLayout {
   size_t topk_idx, row, slot, rank_count, expert_count, expert_offset, tokens_per_expert, num_recv;
-  size_t announced;  ///< empty unless Dims::device
+  size_t announced, first_row;  ///< empty unless Dims::device
   size_t bytes;
 
   EPCOMM_HOST_DEVICE PlanSendLayout(const Dims& d, int64_t num_tokens) {
@@ -79,6 +79,7 @@ struct PlanSendLayout {
     num_recv = take(1);
     announced = take(
         d.device ? int64_t{d.num_ranks} * AnnounceLayout{d.num_ranks, d.num_experts}.words() : 0);
+    first_row = take(d.device ? num_tokens * d.num_ranks : 0);
     bytes = at;
   }
 };
@@ -97,6 +98,7 @@ inline void set_send_block(PlanView& view, void* block, const PlanSendLayout& la
   view.tokens_per_expert = at(layout.tokens_per_expert);
   view.num_recv = at(layout.num_recv);
   view.announced = at(layout.announced);
+  view.first_row = at(layout.first_row);
 }
 
 /// Metadata of one received token, written by its source rank. A plan's receive block is an array
@@ -141,7 +143,9 @@ struct ControlLayout {
   size_t arena;  ///< offset of allocatable memory in the window
 
   EPCOMM_HOST_DEVICE explicit ControlLayout(const Dims& d) {
-    const size_t counts = static_cast<size_t>(d.num_ranks) + static_cast<size_t>(d.num_experts);
+    const AnnounceLayout announcement{d.num_ranks, d.num_experts};
+    const size_t counts = d.device ? static_cast<size_t>(announcement.words())
+                                   : static_cast<size_t>(d.num_ranks + d.num_experts);
     entry_bytes = align_up(kEntryBytes + counts * sizeof(int32_t), kBlockAlignment);
     inbox_bytes = kSignalBytes + 2 * entry_bytes;
     arena = align_up(kHeaderBytes + inbox_bytes * static_cast<size_t>(d.num_ranks), 4096);
@@ -153,7 +157,8 @@ struct ControlLayout {
   EPCOMM_HOST_DEVICE size_t entry(int source, uint64_t epoch) const {
     return inbox(source) + kSignalBytes + (epoch & 1) * entry_bytes;
   }
-  /// int32 [num_ranks + num_experts]: tokens that source sends to each rank, to each expert.
+  /// int32 [num_ranks + num_experts]: tokens that source sends to each rank, to each expert; on a
+  /// GPU the whole announcement (AnnounceLayout).
   EPCOMM_HOST_DEVICE size_t counts(int source, uint64_t epoch) const {
     return entry(source, epoch) + kEntryBytes;
   }

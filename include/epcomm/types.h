@@ -103,6 +103,8 @@ struct PlanView {
   int32_t* tokens_per_expert = nullptr;  ///< [L] tokens received, without alignment padding
   int32_t* num_recv = nullptr;           ///< [1] N
   int32_t* announced = nullptr;          ///< GPU only: [R, AnnounceLayout::words()], by rank
+  int32_t* first_row = nullptr;          ///< GPU only: [T, R] first row at rank r that carries t,
+                                         ///< -1 = not sent; unused in kToken, where it is slot
   // The receive block, filled by dispatch: N records of MetaLayout, written by the source ranks.
   void* recv_meta = nullptr;
 };

@@ -1,0 +1,220 @@
+// Send: the data phase of a dispatch between GPUs that store into each other's memory. A row is
+// read once, and written once per destination rank, straight into its place in the tensor that the
+// receiver's caller gets.
+//
+// Buffers: x, scales [T, bytes], first_row [T, R], plan.topk_idx, row [T, K] and slot [T, R],
+// topk_weights [T, K] are read. In rank r's window, at the offsets that r announced: row
+// first_row[t, r] of recv_x and recv_scales, record slot[t, r] of recv_meta.
+// Launch: num_sms blocks, one per SM. The first warps of a block move rows: each has kStages pieces
+// of a row in shared memory, loads pieces ahead and stores each to all its destinations, lane i to
+// rank (this rank + 1 + i): no receiver is hit by all senders at once. The other warps write
+// records and scales. Without bulk copies (before sm_90) all warps copy through registers.
+// Memory order: kernels/link.cuh. Each thread waits until its bulk stores are written before its
+// block arrives at the end.
+#include <algorithm>
+
+#include "kernels/device.cuh"
+#include "kernels/kernels.h"
+#include "kernels/launch.cuh"
+#include "kernels/link.cuh"
+#include "kernels/rows.cuh"
+
+namespace epcomm {
+namespace {
+
+constexpr int kStages = 4;
+constexpr int kMaxRowWarps = 8;
+constexpr int kRecordWarps = 4;
+constexpr int kMaxPieceBytes = 16 << 10;
+constexpr size_t kSharedBytes = 220 << 10;  // for stages: an SM has 228 KB, a part of it reserved
+constexpr int kThreads = (kMaxRowWarps + kRecordWarps) * kWarpSize;
+
+// How a block is divided; the host and the kernel agree on it.
+struct SendShape {
+  int32_t row_warps;
+  int32_t pieces;       // of a row
+  int32_t piece_bytes;  // the last may be shorter
+};
+struct SendKernelArgs {
+  SendArgs send;
+  SendShape shape;
+};
+static_assert(sizeof(SendKernelArgs) <= kMaxKernelArgs);
+
+// The rank that a lane stores to; lanes from num_ranks on store nothing.
+__device__ __forceinline__ int rank_of_lane(const LinkArgs& link) {
+  return (link.rank + 1 + lane_index()) % link.num_ranks;
+}
+__device__ __forceinline__ int32_t destination(const SendArgs& args, int t) {
+  const int num_ranks = args.link.num_ranks;
+  return lane_index() < num_ranks ? args.first_row[int64_t{t} * num_ranks + rank_of_lane(args.link)]
+                                  : -1;
+}
+
+// One warp's share of the pieces, number w of `warps`.
+__device__ __forceinline__ void send_rows(const SendKernelArgs& args, const LinkCall& call, int w,
+                                          int warps, BulkBarrier* loaded, char* stages) {
+  const SendArgs& send = args.send;
+  const SendShape& shape = args.shape;
+  const int lane = lane_index();
+  const int64_t row_bytes = send.rows.row_bytes;
+  const int64_t jobs = int64_t{send.num_tokens} * shape.pieces;
+  const int count = static_cast<int>(jobs > w ? (jobs - w + warps - 1) / warps : 0);
+  const int peer = rank_of_lane(send.link);
+  char* rows =
+      lane < send.link.num_ranks ? call.at(send.link, peer, call.entry[peer].rows) : nullptr;
+  if (lane == 0)
+    for (int s = 0; s < kStages; ++s) barrier_init(loaded + s);
+  fence_barrier_init();
+  __syncwarp();
+
+  int32_t to[kStages];  // of the piece in each stage
+  auto piece_at = [&](int i) { return (int64_t{w} + int64_t{i} * warps); };
+  auto offset_of = [&](int64_t piece) {
+    return static_cast<int>(piece % shape.pieces) * shape.piece_bytes;
+  };
+  auto bytes_at = [&](int offset) {
+    return static_cast<uint32_t>(min(shape.piece_bytes, send.rows.row_bytes - offset));
+  };
+  auto load = [&](int i, int s, int32_t& row) {
+    const int64_t piece = piece_at(i);
+    const int t = static_cast<int>(piece / shape.pieces), offset = offset_of(piece);
+    if (lane == 0) {
+      barrier_expect(loaded + s, bytes_at(offset));
+      bulk_load(stages + s * shape.piece_bytes, send.x + t * row_bytes + offset, bytes_at(offset),
+                loaded + s);
+    }
+    row = destination(send, t);
+  };
+#pragma unroll
+  for (int s = 0; s < kStages - 1; ++s)
+    if (s < count) load(s, s, to[s]);
+  for (int first = 0; first < count; first += kStages) {
+#pragma unroll
+    for (int s = 0; s < kStages; ++s) {
+      const int i = first + s;
+      if (i >= count) break;
+      barrier_wait(loaded + s, static_cast<uint32_t>(i / kStages) & 1);
+      if (to[s] >= 0) {
+        const int offset = offset_of(piece_at(i));
+        bulk_store(rows + to[s] * row_bytes + offset, stages + s * shape.piece_bytes,
+                   bytes_at(offset));
+      }
+      bulk_commit();
+      if (i + kStages - 1 < count) {
+        // The stage to load into is that of the piece before, which may still be read.
+        bulk_wait_read<1>();
+        __syncwarp();
+        constexpr int kBefore = kStages - 1;
+        load(i + kStages - 1, (s + kBefore) % kStages, to[(s + kBefore) % kStages]);
+      }
+    }
+  }
+  bulk_wait_written();
+  fence_global_for_bulk();
+}
+
+// The same through registers, by all warps of the block.
+__device__ __forceinline__ void copy_rows(const SendArgs& args, const LinkCall& call) {
+  const int64_t row_bytes = args.rows.row_bytes;
+  const RowJobs jobs(args.num_tokens, args.rows.row_bytes);
+  for (int j = jobs.first; j < jobs.count; j += jobs.step) {
+    const RowJob job = jobs.at(j);
+    const int32_t row = destination(args, job.row);
+    const uint32_t lanes = __ballot_sync(kFullWarp, row >= 0);
+    Batch batch;
+    for (int v = job.begin + lane_index(); v - lane_index() < job.end; v += Batch::kStep) {
+      batch.load(args.x + job.row * row_bytes, v, job.end);
+      for (uint32_t rest = lanes; rest != 0;) {
+        const int i = take_lowest(rest), peer = (args.link.rank + 1 + i) % args.link.num_ranks;
+        const int64_t to = __shfl_sync(kFullWarp, row, i);
+        batch.store(call.at(args.link, peer, call.entry[peer].rows) + to * row_bytes, v, job.end);
+      }
+    }
+  }
+}
+
+// Records and scales of the tokens w, w + warps, ...
+__device__ __forceinline__ void send_records(const SendArgs& args, const LinkCall& call, int w,
+                                             int warps) {
+  const MetaLayout meta(args.dims.topk);
+  const int lane = lane_index(), topk = args.dims.topk, num_ranks = args.link.num_ranks;
+  const bool weighted = args.topk_weights != nullptr;
+  for (int t = w; t < args.num_tokens; t += warps) {
+    const int32_t first = destination(args, t);
+    const int32_t slot =
+        lane < num_ranks ? args.plan.slot[int64_t{t} * num_ranks + rank_of_lane(args.link)] : -1;
+    TokenSlots slots;
+    slots.token = t;
+    int owner = -1;
+    int32_t row = -1;
+    if (args.records && lane < topk) {
+      slots.expert = args.plan.topk_idx[int64_t{t} * topk + lane];
+      row = args.plan.row[int64_t{t} * topk + lane];
+      if (weighted) slots.weight = args.topk_weights[int64_t{t} * topk + lane];
+      if (slots.expert >= 0) owner = args.experts.rank[slots.expert];
+    }
+    for (uint32_t rest = __ballot_sync(kFullWarp, first >= 0); rest != 0;) {
+      const int i = take_lowest(rest), peer = (args.link.rank + 1 + i) % num_ranks;
+      const LinkEntry& there = call.entry[peer];
+      const int64_t n = __shfl_sync(kFullWarp, slot, i), to = __shfl_sync(kFullWarp, first, i);
+      if (args.records) {
+        slots.row = owner == peer ? row : -1;
+        write_record(meta, meta.row(call.at(args.link, peer, there.meta), n), slots, weighted);
+      }
+      if (args.rows.scale_bytes != 0)
+        copy_bytes(call.at(args.link, peer, there.scales) + to * args.rows.scale_bytes,
+                   args.scales + int64_t{t} * args.rows.scale_bytes, args.rows.scale_bytes);
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 1)
+    send_kernel(const __grid_constant__ SendKernelArgs args) {
+  __shared__ LinkCall call;
+  __shared__ BulkBarrier loaded[kMaxRowWarps * kStages];
+  const SendArgs& send = args.send;
+  const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+  if (link_enter(send.link, call)) {
+    const int warp = warp_index(), row_warps = args.shape.row_warps;
+    if constexpr (kHasBulkCopies) {
+      // Warps of one block have pieces far apart, so that few pieces, too, spread over all SMs.
+      if (warp < row_warps)
+        send_rows(args, call, warp * blocks + block, row_warps * blocks, loaded + warp * kStages,
+                  dynamic_shared() + warp * kStages * args.shape.piece_bytes);
+    } else {
+      copy_rows(send, call);
+    }
+    const int record_warps = static_cast<int>(blockDim.x) / kWarpSize - row_warps;
+    if (warp >= row_warps)
+      send_records(send, call, (warp - row_warps) * blocks + block, record_warps * blocks);
+  }
+  link_finish(send.link, call);
+}
+
+SendShape shape_of(const SendArgs& args) {
+  const int row_bytes = args.rows.row_bytes;
+  SendShape shape;
+  shape.pieces = (row_bytes + kMaxPieceBytes - 1) / kMaxPieceBytes;
+  shape.piece_bytes = static_cast<int32_t>(
+      align_up(static_cast<size_t>((row_bytes + shape.pieces - 1) / shape.pieces), kRowAlignment));
+  const size_t warps = kSharedBytes / (kStages * static_cast<size_t>(shape.piece_bytes));
+  shape.row_warps = static_cast<int32_t>(std::min<size_t>(warps, kMaxRowWarps));
+  return shape;
+}
+
+}  // namespace
+
+void launch_send(const SendArgs& args, int num_sms, cudaStream_t stream) {
+  check_aligned(args.x, "x");
+  const SendShape shape = shape_of(args);
+  const bool bulk = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+  const size_t stages =
+      bulk ? static_cast<size_t>(shape.row_warps * kStages) * static_cast<size_t>(shape.piece_bytes)
+           : 0;
+  launch("launch of send", send_kernel,
+         {persistent_blocks(num_sms), (shape.row_warps + kRecordWarps) * kWarpSize, stages}, stream,
+         SendKernelArgs{args, shape});
+}
+
+}  // namespace epcomm
