@@ -102,7 +102,8 @@ else()
   file(GLOB _cuda_sources CONFIGURE_DEPENDS
        ${PROJECT_SOURCE_DIR}/csrc/kernels/*.cu
        ${PROJECT_SOURCE_DIR}/csrc/transport/gpu_*.cc
-       ${PROJECT_SOURCE_DIR}/csrc/transport/nccl*.cc)
+       ${PROJECT_SOURCE_DIR}/csrc/transport/nccl*.cc
+       ${PROJECT_SOURCE_DIR}/csrc/transport/nvlink*.cc)
   pybind11_add_module(_cuda MODULE NO_EXTRAS
     csrc/bindings/buffer_bindings.cc
     csrc/bindings/cuda_module.cc

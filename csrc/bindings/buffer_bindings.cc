@@ -101,6 +101,7 @@ void bind_args(py::module_& m) {
       .def_readwrite("row_bytes", &DispatchArgs::row_bytes)
       .def_readwrite("scale_bytes", &DispatchArgs::scale_bytes)
       .def_readwrite("index_type", &DispatchArgs::index_type)
+      .def_readwrite("replay", &DispatchArgs::replay)
       .def_readwrite("recv_capacity", &DispatchArgs::recv_capacity)
       .def_readwrite("row_capacity", &DispatchArgs::row_capacity)
       .def_readwrite("needed_bytes", &DispatchArgs::needed_bytes)

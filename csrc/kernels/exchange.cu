@@ -42,13 +42,6 @@ __global__ void __launch_bounds__(kThreads, 1) enter_kernel(const __grid_constan
   link_enter(link, call);
 }
 
-__global__ void __launch_bounds__(kThreads, 1)
-    finish_kernel(const __grid_constant__ LinkArgs link) {
-  __shared__ LinkCall call;
-  if (thread_index() == 0) call.epoch = link.state->epoch + 1;
-  link_finish(link, call);
-}
-
 }  // namespace
 
 void launch_exchange(const LinkArgs& link, const int32_t* announce, int32_t* announced, int words,
@@ -59,10 +52,6 @@ void launch_exchange(const LinkArgs& link, const int32_t* announce, int32_t* ann
 
 void launch_enter(const LinkArgs& link, cudaStream_t stream) {
   launch("launch of enter", enter_kernel, {1, kThreads}, stream, link);
-}
-
-void launch_finish(const LinkArgs& link, cudaStream_t stream) {
-  launch("launch of finish", finish_kernel, {1, kThreads}, stream, link);
 }
 
 }  // namespace epcomm

@@ -59,6 +59,7 @@ struct RouteKernelArgs {
   int32_t expert_alignment;
   IndexType index_type;
   int32_t signature[AnnounceLayout::kSignatureWords];  ///< copied to announce
+  int32_t free_units;                                  ///< copied to announce
   const void* topk_idx;
   DeviceExperts experts;
   PlanView plan;
@@ -124,7 +125,8 @@ struct PlaceArgs {
   DeviceExperts experts;
   PlanView plan;
   /// Where received token n's payload, scales and record are: source s's tokens start at
-  /// source[s].x, in order. Null x: the payload is in recv_x already (layout kToken).
+  /// source[s].x, in order. Null x: payload and scales are in recv_x and recv_scales already, in
+  /// the token's first row. Null meta: the record is in plan.recv_meta already.
   PackTarget source[kMaxPackRanks];
   char* recv_x;
   char* recv_scales;
@@ -160,11 +162,10 @@ struct PartialArgs {
   Dtype dtype;
   int32_t hidden;
   int32_t chunk, chunks;
-  const int32_t* announced;   ///< [R, words()]: chunk counts of the sources
-  const char* x;              ///< rows of the layout
-  const float* topk_weights;  ///< [R, weight_stride tokens, K] of all sources, or null
-  int32_t weight_stride;      ///< tokens between sources
+  const int32_t* announced;  ///< [R, words()]: chunk counts of the sources
+  const char* x;             ///< rows of the layout
   PlanView plan;
+  const float* topk_weights[kMaxPackRanks];  ///< [R]: [tokens, K] of source s; all null = none
   char* target[kMaxPackRanks];  ///< [R]: partial row of token i (in source order) of source s at
                                 ///< target[s] + i * row
 };

@@ -84,8 +84,7 @@ __device__ __forceinline__ bool link_enter(const LinkArgs& link, LinkCall& call,
     call.epoch = link.state->epoch + 1;
     call.bad = link.state->lost != 0;
     call.last = 0;
-    if (blockIdx.x == 0 && call.bad == 0)
-      mark_progress(&link.progress[0], link.entry.signature[kFieldOperation]);
+    if (blockIdx.x == 0 && call.bad == 0) mark_progress(&link.progress[0], link.entry.signature[0]);
   }
   __syncthreads();
   if (call.bad != 0) return false;
@@ -97,7 +96,7 @@ __device__ __forceinline__ bool link_enter(const LinkArgs& link, LinkCall& call,
       const LinkEntry& entry = call.entry[r] = *reinterpret_cast<const LinkEntry*>(
           link.window[link.rank] + link.control.entry(r, call.epoch));
       refused = entry.needed_bytes != 0;
-      for (int f = 0; f < kLinkFields; ++f)
+      for (int f = 0; f < LinkEntry::kSignatureWords; ++f)
         refused |= entry.signature[f] != link.entry.signature[f];
     }
   }
@@ -114,6 +113,45 @@ __device__ __forceinline__ bool link_enter(const LinkArgs& link, LinkCall& call,
   }
   __syncthreads();
   return call.bad == 0;
+}
+
+/// Goes on with a call that an earlier kernel on the stream has entered: by every block, all
+/// threads. False: that kernel has given up. Ends with a barrier.
+__device__ __forceinline__ bool link_resume(const LinkArgs& link, LinkCall& call) {
+  const int r = thread_index();
+  if (r == 0) {
+    call.epoch = link.state->epoch + 1;
+    call.bad = link.state->lost != 0;
+  }
+  __syncthreads();
+  if (r < link.num_ranks)
+    call.entry[r] = *reinterpret_cast<const LinkEntry*>(link.window[link.rank] +
+                                                        link.control.entry(r, call.epoch));
+  __syncthreads();
+  return call.bad == 0;
+}
+
+/// Signals that what earlier kernels on the stream have stored into the peers' staging rows is
+/// complete (if this rank has pushed), and waits for the peers that push. By every block, all
+/// threads. False: it was given up. Ends with a barrier.
+__device__ __forceinline__ bool link_pushed(const LinkArgs& link, LinkCall& call, bool pushed) {
+  const int r = thread_index();
+  bool lost = false;
+  if (r < link.num_ranks) {
+    if (pushed && blockIdx.x == 0) {
+      fence_system();
+      store_release_system(&inbox(link, r, link.rank)->pushed, call.epoch);
+    }
+    if (call.entry[r].pushed != 0)
+      lost = !wait_signal(link, &inbox(link, link.rank, r)->pushed, call.epoch);
+  }
+  if (__syncthreads_or(lost) == 0) return true;
+  if (r == 0) {
+    call.bad = 1;
+    atomicExch(&link.state->lost, 1u);
+  }
+  __syncthreads();
+  return false;
 }
 
 /// Ends a call: by every block of its last kernel, all threads, when this block's stores are
@@ -148,7 +186,7 @@ __device__ __forceinline__ void link_finish(const LinkArgs& link, LinkCall& call
     return;
   }
   link.state->epoch = call.epoch;
-  mark_progress(&link.progress[1], link.entry.signature[kFieldOperation]);
+  mark_progress(&link.progress[1], link.entry.signature[0]);
 }
 
 }  // namespace epcomm

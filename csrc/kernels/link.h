@@ -22,43 +22,25 @@ namespace epcomm {
 
 constexpr int kMaxLinkRanks = 32;  ///< one lane of a warp per rank
 
-/// What all ranks must do alike in one call, in this order.
-enum LinkField : int {
-  kFieldOperation,
-  kFieldLayout,
-  kFieldDtype,
-  kFieldTopk,
-  kFieldAlignment,
-  kFieldRowBytes,
-  kFieldScaleBytes,
-  kFieldWeighted,
-  kFieldHostSync,
-  kFieldPlan,   ///< of a dispatch or combine: number of the route that made its plan
-  kFieldInput,  ///< of a combine: LinkInput
-  kLinkFields
-};
-
-/// Where the rows that a combine returns lie.
-enum LinkInput : int32_t {
-  kInputElsewhere = 1,  ///< anywhere: this rank stores them into the owners' staging rows
-  kInputInWindow = 2,   ///< in this rank's window: the owners load them
-};
-
 /// What a rank announces when it enters a call. Offsets are in its own window.
 struct LinkEntry {
-  int32_t signature[14];  ///< [kLinkFields], the rest 0
+  static constexpr int kSignatureWords = 10;
+  int32_t signature[kSignatureWords];  ///< what all ranks must do alike; by CallField
+  int32_t pushed;                      ///< combine: not 0 = this rank stores partial rows into the
+                                       ///< owners' staging; 0 = they load its rows
+  int32_t unused[3];
   uint64_t rows;          ///< dispatch: recv_x; combine: x
   uint64_t scales;        ///< dispatch: recv_scales
   uint64_t meta;          ///< dispatch: recv_meta
   uint64_t needed_bytes;  ///< not 0 = no room for the result
   uint64_t free_bytes;
 };
-static_assert(kLinkFields <= 14 && sizeof(LinkEntry) % 16 == 0 &&
-              sizeof(LinkEntry) <= ControlLayout::kEntryBytes);
+static_assert(sizeof(LinkEntry) % 16 == 0 && sizeof(LinkEntry) <= ControlLayout::kEntryBytes);
 
 /// Written by one source rank only; lies in the window of the rank that reads it.
 struct LinkInbox {
   uint64_t entered;  ///< epoch of the newest entry
+  uint64_t pushed;   ///< epoch of the last combine of which all partial rows are stored here
   uint64_t done;     ///< epoch of the last call in which the source has left this rank's memory
 };
 static_assert(sizeof(LinkInbox) <= ControlLayout::kSignalBytes);
@@ -81,7 +63,7 @@ struct LinkReport {
 struct LinkArgs {
   int32_t rank, num_ranks;
   char* window[kMaxLinkRanks];  ///< every rank's window, by its address here
-  ControlLayout control;
+  ControlLayout control = ControlLayout(Dims{});
   LinkState* state;
   LinkReport* report;
   uint64_t* progress;  ///< pinned [2]: calls begun, calls ended; see kernels/mark.h
@@ -95,9 +77,8 @@ struct LinkArgs {
 void launch_exchange(const LinkArgs& link, const int32_t* announce, int32_t* announced, int words,
                      cudaStream_t stream);
 
-/// The two halves of a call whose rows other kernels move: enter, and wait until all are done.
+/// The beginning of a call, for a kernel that knows nothing of the link and is launched next.
 void launch_enter(const LinkArgs& link, cudaStream_t stream);
-void launch_finish(const LinkArgs& link, cudaStream_t stream);
 
 /// The data phase of a dispatch, with its beginning and end. Each row is read once and written
 /// once per destination rank, into the first of its rows there.
@@ -117,16 +98,20 @@ struct SendArgs {
 /// Uses exactly num_sms SMs.
 void launch_send(const SendArgs& args, int num_sms, cudaStream_t stream);
 
-/// Combine, with its beginning and end, where every rank's rows are in its window, one row per
-/// received token: the owner of a token loads and sums its rows.
+/// The owner's side of a combine, with its end, and its beginning unless partial rows were pushed
+/// between. The owner of a token loads its rows from the windows of the ranks that have them (one
+/// row per received token), or from its own staging rows where a rank has pushed its partial rows,
+/// and sums.
 struct PullArgs {
   LinkArgs link;
   Dims dims;
   Dtype dtype;
   int32_t hidden;
   int32_t num_tokens;
-  const int32_t* slot;        ///< [T, R] row at rank r, -1 = none
-  const int32_t* topk_idx;    ///< [T, K]; read with topk_weights
+  int32_t max_tokens;
+  bool pushed;          ///< this rank has entered already, and pushed
+  const char* staging;  ///< row i of rank r's at r * max_tokens + i
+  PlanView plan;
   const float* topk_weights;  ///< [T, K], or null
   DeviceExperts experts;
   const void* bias;  ///< [T, hidden], or null

@@ -36,25 +36,21 @@ __device__ __forceinline__ int32_t valid_expert(const PlaceArgs& args, int32_t e
   return expert >= 0 && expert < args.dims.num_experts ? expert : -1;
 }
 
-// Copies a job's part of a row to the distinct rows that carry the token; lane k holds slot k's
-// row. Returns the lanes that stand for these rows.
-__device__ __forceinline__ uint32_t place_payload(const PlaceArgs& args, const RowJob& job,
-                                                  const char* from, int32_t row) {
+// Stores a job's part of the row at from, of which batch holds the first vectors, to the rows of
+// the target lanes; lane k holds slot k's row.
+__device__ __forceinline__ void copy_payload(const PlaceArgs& args, const RowJob& job,
+                                             const char* from, int32_t row, uint32_t targets,
+                                             Batch& batch) {
   const int64_t row_bytes = args.rows.row_bytes;
   int v = job.begin + lane_index();
-  // The payload is on its way before its rows are known.
-  Batch batch;
-  batch.load(from, v, job.end);
-  const uint32_t firsts = distinct_rows(row);
   for (int at = job.begin; at < job.end; at += Batch::kStep) {
-    for (uint32_t rest = firsts; rest != 0;) {
+    for (uint32_t rest = targets; rest != 0;) {
       const int64_t to = __shfl_sync(kFullWarp, row, take_lowest(rest));
       batch.store(args.recv_x + to * row_bytes, v, job.end);
     }
     v += Batch::kStep;
     batch.load(from, v, job.end);
   }
-  return firsts;
 }
 
 __device__ __forceinline__ void place_scales(const PlaceArgs& args, const char* from, int32_t row,
@@ -63,6 +59,35 @@ __device__ __forceinline__ void place_scales(const PlaceArgs& args, const char* 
     const int64_t to = __shfl_sync(kFullWarp, row, take_lowest(firsts));
     copy_bytes(args.recv_scales + to * args.rows.scale_bytes, from, args.rows.scale_bytes);
   }
+}
+
+// Copies a job's part of a row to the distinct rows that carry the token; lane k holds slot k's
+// row. Returns the lanes that stand for these rows.
+__device__ __forceinline__ uint32_t place_payload(const PlaceArgs& args, const RowJob& job,
+                                                  const char* from, int32_t row) {
+  // The payload is on its way before its rows are known.
+  Batch batch;
+  batch.load(from, job.begin + lane_index(), job.end);
+  const uint32_t firsts = distinct_rows(row);
+  copy_payload(args, job, from, row, firsts, batch);
+  return firsts;
+}
+
+// The payload is in the first row that carries the token: copies it to the others.
+__device__ __forceinline__ uint32_t duplicate_payload(const PlaceArgs& args, const RowJob& job,
+                                                      int32_t row) {
+  const uint32_t firsts = distinct_rows(row);
+  uint32_t others = firsts;
+  if (firsts == 0) return 0;
+  const int64_t first = __shfl_sync(kFullWarp, row, take_lowest(others));
+  if (others == 0) return firsts;
+  const char* from = args.recv_x + first * args.rows.row_bytes;
+  Batch batch;
+  batch.load(from, job.begin + lane_index(), job.end);
+  copy_payload(args, job, from, row, others, batch);
+  if (job.leads && args.rows.scale_bytes != 0)
+    place_scales(args, args.recv_scales + first * args.rows.scale_bytes, row, others);
+  return firsts;
 }
 
 // Local expert ids and weights: per slot in layout kToken, else per row.
@@ -106,15 +131,18 @@ __global__ void __launch_bounds__(kRowThreads, 1)
     const RowJob job = jobs.at(j);
     const int s = ranges.source(job.row, num_ranks);
     const PackTarget& source = args.source[s];
-    if (source.x == nullptr && !job.leads) continue;
+    const bool by_token = args.layout == Layout::kToken, in_place = source.x == nullptr;
+    if (in_place && by_token && !job.leads) continue;
     const int64_t i = job.row + ranges.to_source[s];
-    void* record = meta.row(source.meta, i);
+    void* record =
+        source.meta == nullptr ? meta.row(args.plan.recv_meta, job.row) : meta.row(source.meta, i);
     TokenSlots slots;
     if (lane < topk) slots.row = valid_row(args, meta.row(record, 0)[lane]);
-    const uint32_t firsts =
-        source.x == nullptr
-            ? distinct_rows(slots.row)
-            : place_payload(args, job, source.x + i * args.rows.row_bytes, slots.row);
+    uint32_t firsts;
+    if (!in_place)
+      firsts = place_payload(args, job, source.x + i * args.rows.row_bytes, slots.row);
+    else
+      firsts = by_token ? distinct_rows(slots.row) : duplicate_payload(args, job, slots.row);
     if (!job.leads) continue;
     if (source.scales != nullptr && args.rows.scale_bytes != 0)
       place_scales(args, source.scales + i * args.rows.scale_bytes, slots.row, firsts);

@@ -1,13 +1,15 @@
-// Pull: a combine in which the owner of a token loads its rows from the windows of the ranks that
-// have them, and sums. Nothing is staged.
+// Pull: the owner's side of a combine. The owner of a token loads its rows from the windows of the
+// ranks that have them, or the partial rows that a rank has pushed from its own staging, and sums.
 //
 // Buffers: rank r's rows lie in its window at the offset that it announced, row slot[t, r] for
-// token t; topk_weights, topk_idx [T, K] and bias [T, hidden] are this rank's own; out is written.
+// token t; partial rows of rank r at staging row r * max_tokens + (index of t among the tokens that
+// go to r). topk_weights, plan.topk_idx [T, K] and bias [T, hidden] are this rank's own; out is
+// written.
 // Launch: num_sms blocks, one per SM. A warp takes a piece of a token: it loads the piece of every
 // rank's row into shared memory (lane r that of rank r), kStages pieces ahead, and sums what has
 // come. Without bulk copies (before sm_90) it loads through registers.
-// Memory order: kernels/link.cuh. The rows are acquired with the entries of their ranks; `done`
-// says that they were read.
+// Memory order: kernels/link.cuh. The rows are acquired with the entries of their ranks, partial
+// rows with `pushed`; `done` says that they were read.
 #include <algorithm>
 
 #include "kernels/device.cuh"
@@ -53,23 +55,46 @@ __device__ __forceinline__ Piece piece_at(const PullKernelArgs& args, int64_t in
   piece.token = static_cast<int32_t>(index / args.shape.pieces);
   piece.offset = static_cast<int32_t>(index % args.shape.pieces) * args.shape.piece_bytes;
   piece.bytes = min(args.shape.piece_bytes, row_bytes - piece.offset);
-  if (lane < num_ranks) piece.row = pull.slot[int64_t{piece.token} * num_ranks + lane];
+  if (lane < num_ranks) piece.row = pull.plan.slot[int64_t{piece.token} * num_ranks + lane];
   if (pull.topk_weights != nullptr && lane < topk) {
-    const int32_t expert = pull.topk_idx[int64_t{piece.token} * topk + lane];
+    const int32_t expert = pull.plan.topk_idx[int64_t{piece.token} * topk + lane];
     piece.weight = pull.topk_weights[int64_t{piece.token} * topk + lane];
     if (expert >= 0) piece.owner = pull.experts.rank[expert];
   }
   return piece;
 }
 
+// Where a block finds the rows, in shared memory: row slot[t, r] of rank r at rows[r] + slot * row.
+struct RowSources {
+  const char* rows[kMaxLinkRanks];
+  uint32_t pushed;  // bit r: partial rows of rank r, weights already applied
+
+  // By the first warp.
+  __device__ __forceinline__ void fill(const PullArgs& pull, const LinkCall& call,
+                                       int64_t row_bytes) {
+    const int r = lane_index(), num_ranks = pull.link.num_ranks;
+    const bool there = r < num_ranks && call.entry[r].pushed != 0;
+    if (there) {
+      int64_t before = 0;  // slots at rank r of the tokens of lower ranks
+      for (int s = 0; s < pull.link.rank; ++s)
+        before += pull.plan.rank_count[int64_t{s} * num_ranks + r];
+      rows[r] = pull.staging + (int64_t{r} * pull.max_tokens - before) * row_bytes;
+    } else if (r < num_ranks) {
+      rows[r] = call.at(pull.link, r, call.entry[r].rows);
+    }
+    const uint32_t set = __ballot_sync(kFullWarp, there);
+    if (r == 0) pushed = set;
+  }
+};
+
 // Adds what rank r contributes: its row, or the rounded sum over its slots of weight * row.
 template <Dtype kDtype>
 __device__ __forceinline__ void add_rank(const PullArgs& pull, const Piece& piece, int r,
-                                         const uint4& vector, float* sum) {
+                                         bool weighted, const uint4& vector, float* sum) {
   constexpr int n = kPerVector<kDtype>;
   float x[n];
   vector_to_float<kDtype>(vector, x);
-  if (pull.topk_weights != nullptr) {
+  if (weighted) {
     float partial[n] = {};
     for (uint32_t slots = __ballot_sync(kFullWarp, piece.owner == r); slots != 0;) {
       const float weight = __shfl_sync(kFullWarp, piece.weight, take_lowest(slots));
@@ -84,7 +109,8 @@ __device__ __forceinline__ void add_rank(const PullArgs& pull, const Piece& piec
 
 // Sums one piece and stores it. rows(r) gives the address of the piece of rank r.
 template <Dtype kDtype, class Rows>
-__device__ __forceinline__ void sum_piece(const PullArgs& pull, const Piece& piece, Rows rows) {
+__device__ __forceinline__ void sum_piece(const PullArgs& pull, const Piece& piece, uint32_t pushed,
+                                          Rows rows) {
   constexpr int n = kPerVector<kDtype>;
   const int64_t row_bytes = int64_t{pull.hidden} * kElementBytes<kDtype>;
   const int64_t place = piece.token * row_bytes + piece.offset;
@@ -97,7 +123,8 @@ __device__ __forceinline__ void sum_piece(const PullArgs& pull, const Piece& pie
       const int r = take_lowest(rest);
       const char* row = rows(r);
       const uint4 vector = inside ? *reinterpret_cast<const uint4*>(row + at) : uint4{};
-      add_rank<kDtype>(pull, piece, r, vector, sum);
+      const bool weighted = pull.topk_weights != nullptr && (pushed >> r & 1) == 0;
+      add_rank<kDtype>(pull, piece, r, weighted, vector, sum);
     }
     if (!inside) continue;
     if (pull.bias != nullptr) {
@@ -113,14 +140,14 @@ __device__ __forceinline__ void sum_piece(const PullArgs& pull, const Piece& pie
 
 // One warp's share of the pieces, number w of `warps`.
 template <Dtype kDtype>
-__device__ __forceinline__ void pull_rows(const PullKernelArgs& args, const LinkCall& call, int w,
-                                          int warps, BulkBarrier* loaded, char* stages) {
+__device__ __forceinline__ void pull_rows(const PullKernelArgs& args, const RowSources& sources,
+                                          int w, int warps, BulkBarrier* loaded, char* stages) {
   const PullArgs& pull = args.pull;
   const int lane = lane_index(), num_ranks = pull.link.num_ranks;
   const int64_t row_bytes = int64_t{pull.hidden} * kElementBytes<kDtype>;
   const int64_t pieces = int64_t{pull.num_tokens} * args.shape.pieces;
   const int count = static_cast<int>(pieces > w ? (pieces - w + warps - 1) / warps : 0);
-  const char* theirs = lane < num_ranks ? call.at(pull.link, lane, call.entry[lane].rows) : nullptr;
+  const char* theirs = lane < num_ranks ? sources.rows[lane] : nullptr;
   if (lane == 0)
     for (int s = 0; s < kStages; ++s) barrier_init(loaded + s);
   fence_barrier_init();
@@ -152,7 +179,7 @@ __device__ __forceinline__ void pull_rows(const PullKernelArgs& args, const Link
       if (i + kBefore < count)
         load(i + kBefore, (s + kBefore) % kStages, ahead[(s + kBefore) % kStages]);
       barrier_wait(loaded + s, static_cast<uint32_t>(i / kStages) & 1);
-      sum_piece<kDtype>(pull, ahead[s], [&](int r) { return stage(s, r); });
+      sum_piece<kDtype>(pull, ahead[s], sources.pushed, [&](int r) { return stage(s, r); });
       __syncwarp();
     }
   }
@@ -161,15 +188,15 @@ __device__ __forceinline__ void pull_rows(const PullKernelArgs& args, const Link
 // The same through registers.
 template <Dtype kDtype>
 __device__ __forceinline__ void pull_through_registers(const PullKernelArgs& args,
-                                                       const LinkCall& call, int w, int warps) {
+                                                       const RowSources& sources, int w,
+                                                       int warps) {
   const PullArgs& pull = args.pull;
   const int64_t row_bytes = int64_t{pull.hidden} * kElementBytes<kDtype>;
   const int64_t pieces = int64_t{pull.num_tokens} * args.shape.pieces;
   for (int64_t p = w; p < pieces; p += warps) {
     const Piece piece = piece_at<kDtype>(args, p);
-    sum_piece<kDtype>(pull, piece, [&](int r) {
-      return call.at(pull.link, r, call.entry[r].rows) +
-             __shfl_sync(kFullWarp, piece.row, r) * row_bytes + piece.offset;
+    sum_piece<kDtype>(pull, piece, sources.pushed, [&](int r) {
+      return sources.rows[r] + __shfl_sync(kFullWarp, piece.row, r) * row_bytes + piece.offset;
     });
   }
 }
@@ -178,17 +205,22 @@ template <Dtype kDtype>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
     pull_kernel(const __grid_constant__ PullKernelArgs args) {
   __shared__ LinkCall call;
+  __shared__ RowSources sources;
   __shared__ BulkBarrier loaded[kMaxWarps * kStages];
   const LinkArgs& link = args.pull.link;
   const int blocks = static_cast<int>(gridDim.x), warps = static_cast<int>(blockDim.x) / kWarpSize;
-  if (link_enter(link, call)) {
+  const bool entered = args.pull.pushed ? link_resume(link, call) : link_enter(link, call);
+  if (entered && link_pushed(link, call, args.pull.pushed)) {
+    if (warp_index() == 0)
+      sources.fill(args.pull, call, int64_t{args.pull.hidden} * kElementBytes<kDtype>);
+    __syncthreads();
     const int warp = warp_index(), w = warp * blocks + static_cast<int>(blockIdx.x);
     if constexpr (kHasBulkCopies)
       pull_rows<kDtype>(
-          args, call, w, warps * blocks, loaded + warp * kStages,
+          args, sources, w, warps * blocks, loaded + warp * kStages,
           dynamic_shared() + warp * kStages * link.num_ranks * args.shape.piece_bytes);
     else
-      pull_through_registers<kDtype>(args, call, w, warps * blocks);
+      pull_through_registers<kDtype>(args, sources, w, warps * blocks);
   }
   link_finish(link, call);
 }

@@ -153,10 +153,9 @@ __global__ void __launch_bounds__(kRowThreads, 1)
     PartialToken token;
     token.row = lane < topk ? meta.row(record, 0)[lane] : -1;
     token.weight = 0.0f;
-    token.weighted = args.topk_weights != nullptr;
+    token.weighted = args.topk_weights[s] != nullptr;
     if (token.weighted) {
-      if (lane < topk)
-        token.weight = args.topk_weights[(int64_t{s} * args.weight_stride + t) * topk + lane];
+      if (lane < topk) token.weight = args.topk_weights[s][t * topk + lane];
       token.summands = __ballot_sync(kFullWarp, token.row >= 0);
     } else {
       token.summands = distinct_rows(token.row);

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <string>
 
+#include "core/call_fields.h"
 #include "core/clock.h"
 
 namespace epcomm {
@@ -48,33 +49,30 @@ void futex_wake_all(std::atomic<uint32_t>& word) {
   ::syscall(SYS_futex, &word, FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
 }
 
-struct Field {
-  const char* name;
-  int32_t value;
-};
-
-std::vector<Field> fields(const CallSignature& s) {
-  return {{"operation", static_cast<int32_t>(s.operation)},
-          {"layout", static_cast<int32_t>(s.layout)},
-          {"dtype", static_cast<int32_t>(s.dtype)},
-          {"topk", s.topk},
-          {"expert_alignment", s.expert_alignment},
-          {"row_bytes", s.row_bytes},
-          {"scale_bytes", s.scale_bytes},
-          {"topk_weights", s.weighted},
-          {"plan", s.plan}};
-}
-
-std::string field_text(size_t index, int32_t value) {
-  static constexpr const char* kLayouts[] = {"unset", "token", "expert", "padded"};
-  static constexpr const char* kDtypes[] = {"none",    "bfloat16",      "float16",
-                                            "float32", "float8_e4m3fn", "uint8"};
-  if (index == 0) return operation_name(static_cast<Operation>(value));
-  if (index == 1 && value >= 0 && value < 4) return kLayouts[value];
-  if (index == 2 && value >= 0 && value < 6) return kDtypes[value];
-  if (index == 7) return value != 0 ? "given" : "not given";
-  if (index == 8) return "routed in epoch " + std::to_string(value);
-  return std::to_string(value);
+int32_t value_of(const CallSignature& s, CallField field) {
+  switch (field) {
+    case CallField::kOperation:
+      return static_cast<int32_t>(s.operation);
+    case CallField::kLayout:
+      return static_cast<int32_t>(s.layout);
+    case CallField::kDtype:
+      return static_cast<int32_t>(s.dtype);
+    case CallField::kTopk:
+      return s.topk;
+    case CallField::kAlignment:
+      return s.expert_alignment;
+    case CallField::kRowBytes:
+      return s.row_bytes;
+    case CallField::kScaleBytes:
+      return s.scale_bytes;
+    case CallField::kWeighted:
+      return s.weighted;
+    case CallField::kHostSync:
+      return 0;  // ranks may differ: the counts are always known here
+    case CallField::kPlan:
+      return s.plan;
+  }
+  return 0;
 }
 
 }  // namespace
@@ -127,16 +125,12 @@ void CpuChannel::enter_all(const Entry& entry, const int32_t* counts) {
   }
   wait_all(&Inbox::entered);
 
-  const auto mine = fields(entry.signature);
-  for (size_t f = 0; f < mine.size(); ++f) {
-    std::vector<std::string> values;
-    bool differs = false;
-    for (int r = 0; r < num_ranks_; ++r) {
-      const int32_t value = fields(this->entry(r).signature)[f].value;
-      differs |= value != mine[f].value;
-      values.push_back(field_text(f, value));
-    }
-    if (differs) throw ConfigMismatch(mine[f].name, values);
+  for (int f = 0; f < kCallFields; ++f) {
+    const auto field = static_cast<CallField>(f);
+    std::vector<int32_t> values;
+    for (int r = 0; r < num_ranks_; ++r)
+      values.push_back(value_of(this->entry(r).signature, field));
+    check_call_field(field, values);
   }
   for (int r = 0; r < num_ranks_; ++r) {
     const Entry& theirs = this->entry(r);

@@ -56,6 +56,11 @@ void GpuWatchdog::check() const {
   throw PeerLost(fault_->rank, fault_->operation, fault_->epoch, fault_->why);
 }
 
+bool GpuWatchdog::faulty() const {
+  std::lock_guard lock(mutex_);
+  return fault_.has_value();
+}
+
 void GpuWatchdog::wait(cudaEvent_t event) const {
   for (int spin = 0;; ++spin) {
     const cudaError_t state = cudaEventQuery(event);
@@ -69,9 +74,9 @@ void GpuWatchdog::wait(cudaEvent_t event) const {
 
 void GpuWatchdog::drain() const {
   const Deadline own(timeout_s_);
-  while (progress_count(begun()) != progress_count(ended()) && !own.passed())
+  while (progress_count(begun()) != progress_count(ended()) && !own.passed() && !faulty())
     std::this_thread::sleep_for(kPeriod);
-  if (window_ == nullptr) return;
+  if (window_ == nullptr || faulty()) return;
   publish();
   const Deadline others(kDrainPeersS);
   for (int r = 0; r < num_ranks_; ++r) {

@@ -34,6 +34,9 @@ class GpuWatchdog {
               std::function<bool()> failed);
   ~GpuWatchdog();
 
+  /// The words that count calls begun and ended (kernels/mark.h), for transports whose own kernels
+  /// mark them; they need neither begin() nor end().
+  uint64_t* progress() const { return words_.as<uint64_t>(); }
   void begin(Operation operation, cudaStream_t stream);
   void end(Operation operation, cudaStream_t stream);
   /// This rank cannot go on: its peers raise PeerLost that names it. Aborts.
@@ -55,6 +58,7 @@ class GpuWatchdog {
     uint64_t epoch;
     std::string why;
   };
+  bool faulty() const;
   void watch();
   void publish() const;
   void raise_fault(int rank, const std::string& why, int by_rank = -1);

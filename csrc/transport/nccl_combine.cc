@@ -29,8 +29,9 @@ PartialArgs NcclTransport::partial_args(const Plan& plan, const CombineArgs& arg
         static_cast<size_t>(plan.num_tokens) * static_cast<size_t>(plan.topk) * sizeof(float),
         cudaMemcpyDeviceToDevice, stream));
     comm_.all_gather(mine, weights_.get(), bytes, stream);
-    p.topk_weights = weights_.as<float>();
-    p.weight_stride = config_.max_tokens;
+    for (int r = 0; r < num_ranks_; ++r)
+      p.topk_weights[r] =
+          reinterpret_cast<const float*>(weights_.get() + bytes * static_cast<size_t>(r));
   }
   return p;
 }

@@ -30,7 +30,7 @@ PackArgs NcclTransport::pack_args(const Plan& plan, const DispatchArgs& args) co
   p.x = static_cast<const char*>(args.x);
   p.scales = static_cast<const char*>(args.scales);
   p.topk_weights = args.topk_weights;
-  p.experts = {expert_rank_.as<int32_t>(), expert_local_.as<int32_t>()};
+  p.experts = route_.experts();
   p.plan = plan.view;
   return p;
 }
@@ -45,7 +45,7 @@ PlaceArgs NcclTransport::place_args(const Plan& plan, const DispatchArgs& args) 
   p.index_type = args.index_type;
   p.recv_capacity = args.recv_capacity;
   p.row_capacity = args.row_capacity;
-  p.experts = {expert_rank_.as<int32_t>(), expert_local_.as<int32_t>()};
+  p.experts = route_.experts();
   p.plan = plan.view;
   p.recv_x = static_cast<char*>(args.recv_x);
   p.recv_scales = static_cast<char*>(args.recv_scales);

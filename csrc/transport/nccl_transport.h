@@ -18,15 +18,16 @@
 // auto: exact where the host knows the counts, else static. docs/nccl.md has the measurements.
 //
 // Memory, made with the Buffer: send_ and stage_ hold max_tokens rows per rank each (for allgather
-// at least fp32 rows), announce_ what this rank tells the others when it routes.
+// at least fp32 rows).
 #pragma once
 
-#include <chrono>
 #include <string>
 
 #include "core/expert_map.h"
 #include "kernels/kernels.h"
+#include "transport/gpu_call_order.h"
 #include "transport/gpu_memory.h"
+#include "transport/gpu_route.h"
 #include "transport/gpu_watchdog.h"
 #include "transport/nccl_comm.h"
 #include "transport/transport.h"
@@ -84,17 +85,13 @@ class NcclTransport final : public Transport {
   size_t free_bytes() const override { return 0; }
 
  private:
-  // One call on the stream, from its construction to end(). Calls share the staging memory, so one
-  // on another stream than the last starts after it. A call that throws in between is half-way: it
-  // tells the peers, and nothing more can be sent.
+  // One call on the stream, from its construction to end(). A call that throws in between is
+  // half-way: it tells the peers, and nothing more can be sent.
   class Call {
    public:
     Call(NcclTransport& transport, Operation operation, cudaStream_t stream)
         : transport_(transport), operation_(operation), stream_(stream) {
-      EPCOMM_CUDA_TRY(cudaStreamIsCapturing(stream, &capturing_));
-      // Inside a capture the order between calls is the graph's, and outside events do not count.
-      if (capturing_ == cudaStreamCaptureStatusNone && transport_.last_stream_ != stream)
-        EPCOMM_CUDA_TRY(cudaStreamWaitEvent(stream, transport_.last_call_.get(), 0));
+      transport_.order_.begin(stream);
       transport_.watchdog_.begin(operation, stream);
     }
     ~Call() {
@@ -104,10 +101,7 @@ class NcclTransport final : public Transport {
     Call& operator=(const Call&) = delete;
     void end() {
       transport_.watchdog_.end(operation_, stream_);
-      if (capturing_ == cudaStreamCaptureStatusNone) {
-        EPCOMM_CUDA_TRY(cudaEventRecord(transport_.last_call_.get(), stream_));
-        transport_.last_stream_ = stream_;
-      }
+      transport_.order_.end(stream_);
       ended_ = true;
     }
 
@@ -115,7 +109,6 @@ class NcclTransport final : public Transport {
     NcclTransport& transport_;
     Operation operation_;
     cudaStream_t stream_;
-    cudaStreamCaptureStatus capturing_ = cudaStreamCaptureStatusNone;
     bool ended_ = false;
   };
 
@@ -130,8 +123,6 @@ class NcclTransport final : public Transport {
   // SMs for a kernel that runs while NCCL's kernel does and must leave it room.
   int beside(int num_sms) const { return num_sms == 0 ? num_sms_ * 3 / 8 : num_sms; }
   void check_fits(const char* what, int64_t row_bytes, int64_t scale_bytes) const;
-  void report_bad_index();
-  RouteResult read_counts(const RouteArgs& args);
   PlaceArgs place_args(const Plan& plan, const DispatchArgs& args) const;
   PackArgs pack_args(const Plan& plan, const DispatchArgs& args) const;
   void dispatch_exact(const Plan& plan, const DispatchArgs& args, cudaStream_t stream);
@@ -152,15 +143,13 @@ class NcclTransport final : public Transport {
   double timeout_s_;
   int num_sms_ = 0;
   size_t widest_row_;  // bytes of a row with its scales and record
-  AnnounceLayout announce_layout_;
+  GpuRoute route_;
   NcclComm comm_;
   GpuWatchdog watchdog_;
-  DeviceMemory expert_rank_, expert_local_, tile_count_, announce_, send_, stage_, weights_;
-  PinnedMemory counts_;
-  PinnedMemory bad_index_;              // see RouteKernelArgs; for calls without host_sync
-  cudaStream_t last_stream_ = nullptr;  // that last_call_ was recorded on
+  DeviceMemory send_, stage_, weights_;
+  GpuCallOrder order_;
   Stream side_;  // packs ahead of, or sums behind, the exchanges on the caller's stream
-  Event last_call_, fork_, join_, chunk_done_[kMaxChunks], counts_ready_;
+  Event fork_, join_, chunk_done_[kMaxChunks];
 };
 
 }  // namespace epcomm

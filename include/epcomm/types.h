@@ -154,6 +154,7 @@ struct DispatchArgs {
   void* recv_topk_idx = nullptr;  ///< kToken: [N, K] local ids; kExpert: [rows] local id; -1 = none
   float* recv_topk_weights = nullptr;  ///< kToken: [N, K]; kExpert, kPadded: [rows]; 0 = none
   IndexType index_type = IndexType::kInt64;
+  bool replay = false;        ///< recv_meta was filled by an earlier dispatch with this plan
   int32_t recv_capacity = 0;  ///< received tokens that recv_meta and outputs of kToken hold
   int32_t row_capacity = 0;   ///< rows that recv_x holds
   size_t needed_bytes = 0;

@@ -1,0 +1,169 @@
+// The nvlink transport: making it, and route.
+#include "transport/nvlink.h"
+
+#include <algorithm>
+#include <atomic>
+#include <string>
+#include <vector>
+
+#include "core/call_fields.h"
+#include "core/checks.h"
+#include "transport/nvlink_transport.h"
+
+namespace epcomm {
+namespace {
+
+constexpr size_t kPage = 4096;
+constexpr size_t kMostForPadded = size_t{2} << 30;
+
+size_t widest_row(const Config& config) {
+  return static_cast<size_t>(config.hidden) * static_cast<size_t>(dtype_bytes(config.dtype));
+}
+
+// Unlike memory of the host, memory of a GPU is taken when it is mapped: four full dispatches of
+// layout kToken, and two of kPadded where that is not out of all proportion.
+size_t arena_bytes(const TransportContext& context) {
+  if (context.options.window_bytes != 0) return context.options.window_bytes;
+  const Config& config = context.options.config;
+  const size_t row = widest_row(config) + MetaLayout(config.topk).record_bytes + kBlockAlignment;
+  const size_t tokens =
+      static_cast<size_t>(context.bootstrap.size()) * static_cast<size_t>(config.max_tokens);
+  const size_t padded = tokens * row * static_cast<size_t>(context.experts.max_local_experts());
+  return 4 * tokens * row + 2 * std::min(padded, kMostForPadded) + (size_t{64} << 20);
+}
+
+Dims device_dims(const TransportContext& context) {
+  const int rank = context.bootstrap.rank();
+  return {context.bootstrap.size(), context.options.config.num_experts,
+          context.experts.local_experts(rank), context.options.config.topk, true};
+}
+
+}  // namespace
+
+NvlinkLayout::NvlinkLayout(const TransportContext& context, const ControlLayout& control) {
+  const Config& config = context.options.config;
+  const size_t ranks = static_cast<size_t>(context.bootstrap.size()),
+               tokens = static_cast<size_t>(config.max_tokens);
+  weights = control.arena;
+  staging = align_up(weights + tokens * static_cast<size_t>(config.topk) * sizeof(float), kPage);
+  arena = align_up(staging + ranks * tokens * widest_row(config), kPage);
+  bytes = arena + arena_bytes(context);
+}
+
+NvlinkTransport::NvlinkTransport(const TransportContext& context)
+    : config_(context.options.config),
+      experts_(context.experts),
+      rank_(context.bootstrap.rank()),
+      num_ranks_(context.bootstrap.size()),
+      timeout_s_(context.options.timeout_s),
+      route_(config_, experts_, rank_, num_ranks_),
+      control_(device_dims(context)),
+      layout_(context, control_),
+      window_(make_gpu_window(context.bootstrap, layout_.bytes, timeout_s_)),
+      arena_(*window_, layout_.arena),
+      state_(sizeof(LinkState)),
+      report_(sizeof(LinkReport)),
+      watchdog_(
+          context.bootstrap, timeout_s_,
+          [this] {
+            std::atomic_ref(report_.as<LinkReport>()->abort).store(1, std::memory_order_release);
+          },
+          [] { return false; }) {
+  caps_.token_layout = caps_.expert_layout = caps_.padded_layout = true;
+  caps_.symmetric_outputs = true;
+  caps_.graph_capture = true;
+  caps_.cuda = true;
+}
+
+NvlinkTransport::~NvlinkTransport() {
+  // What was launched may not have begun yet; the memory below it goes next.
+  order_.drain(timeout_s_);
+  watchdog_.drain();
+}
+
+Dims NvlinkTransport::dims(int topk) const {
+  return {num_ranks_, config_.num_experts, experts_.local_experts(rank_), topk, true};
+}
+
+LinkArgs NvlinkTransport::link(Operation operation) const {
+  LinkArgs link{};
+  link.rank = rank_;
+  link.num_ranks = num_ranks_;
+  for (int r = 0; r < num_ranks_; ++r) link.window[r] = window_->peer(r);
+  link.control = control_;
+  link.state = state_.as<LinkState>();
+  link.report = report_.as<LinkReport>();
+  link.progress = watchdog_.progress();
+  // The watchdog ends a wait in time, and knows whom to blame; this is for when it cannot.
+  link.timeout_ns = static_cast<uint64_t>(2e9 * timeout_s_);
+  link.entry.signature[static_cast<int>(CallField::kOperation)] = static_cast<int32_t>(operation);
+  return link;
+}
+
+uint64_t NvlinkTransport::offset_of(const void* p) const {
+  return p == nullptr ? 0
+                      : static_cast<uint64_t>(static_cast<const char*>(p) - window_->peer(rank_));
+}
+
+void NvlinkTransport::check() {
+  watchdog_.check();
+  raise_refusal();
+}
+
+// What the kernels of an earlier call found when they compared the ranks' entries.
+void NvlinkTransport::raise_refusal() {
+  auto& report = *report_.as<LinkReport>();
+  if (std::atomic_ref(report.refused).load(std::memory_order_acquire) == 0) return;
+  const std::vector<LinkEntry> entries(report.entry, report.entry + num_ranks_);
+  std::atomic_ref(report.refused).store(0, std::memory_order_release);
+  for (int f = 0; f < kCallFields; ++f) {
+    std::vector<int32_t> values;
+    for (const LinkEntry& entry : entries) values.push_back(entry.signature[f]);
+    check_call_field(static_cast<CallField>(f), values);
+  }
+  for (int r = 0; r < num_ranks_; ++r) {
+    const LinkEntry& entry = entries[static_cast<size_t>(r)];
+    if (entry.needed_bytes != 0) throw WindowFull(r, entry.needed_bytes, entry.free_bytes);
+  }
+}
+
+RouteResult NvlinkTransport::route(const RouteArgs& args) {
+  check();
+  route_.report_bad_index();
+  const auto stream = static_cast<cudaStream_t>(args.stream);
+  Call call(*this, stream);
+  const RouteKernelArgs k = route_.args(args, 1, arena_.largest_free());
+  LinkArgs link = this->link(Operation::kRoute);
+  const CallField announced[] = {CallField::kLayout,   CallField::kTopk,     CallField::kAlignment,
+                                 CallField::kDtype,    CallField::kRowBytes, CallField::kScaleBytes,
+                                 CallField::kWeighted, CallField::kHostSync};
+  for (int f = 0; f < AnnounceLayout::kSignatureWords; ++f)
+    link.entry.signature[static_cast<int>(announced[f])] = k.signature[f];
+  launch_count(k, stream);
+  launch_exchange(link, route_.announce(), args.plan.announced, route_.layout().words(), stream);
+  if (args.host_sync) route_.fetch(args.plan.announced, stream);
+  launch_assign(k, stream);
+  call.end();
+  const uint64_t number = ++routes_;  // also where this throws: it does so on all ranks
+  RouteResult result;
+  if (args.host_sync) {
+    watchdog_.wait(route_.fetched());
+    raise_refusal();
+    result = route_.result(args, 1);
+    route_.check_room(args);
+  }
+  result.epoch = number;
+  return result;
+}
+
+std::unique_ptr<Transport> make_nvlink_transport(const TransportContext& context) {
+  EPCOMM_CHECK(context.bootstrap.size() <= kMaxLinkRanks,
+               "the nvlink transport takes at most " + std::to_string(kMaxLinkRanks) +
+                   " ranks; this group has " + std::to_string(context.bootstrap.size()));
+  if (const auto& given = context.options.transport_options; !given.empty())
+    throw InvalidArgument("transport_options has '" + given.begin()->first +
+                          "'; the nvlink transport has no options");
+  return std::make_unique<NvlinkTransport>(context);
+}
+
+}  // namespace epcomm

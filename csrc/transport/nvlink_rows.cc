@@ -1,0 +1,188 @@
+// The nvlink transport: dispatch and combine.
+#include <string>
+
+#include "core/call_fields.h"
+#include "core/checks.h"
+#include "transport/nvlink_transport.h"
+
+namespace epcomm {
+namespace {
+
+// Blocks that bring the link to its limit (docs/nvlink.md); more would only take SMs from others.
+constexpr int kDispatchSms = 16;
+constexpr int kCombineSms = 24;
+
+int32_t& field(LinkEntry& entry, CallField field) {
+  return entry.signature[static_cast<int>(field)];
+}
+
+void describe_plan(LinkEntry& entry, const Plan& plan) {
+  field(entry, CallField::kLayout) = static_cast<int32_t>(plan.layout);
+  field(entry, CallField::kTopk) = plan.topk;
+  field(entry, CallField::kAlignment) = plan.expert_alignment;
+  field(entry, CallField::kHostSync) = plan.host_sync ? 1 : 0;
+  field(entry, CallField::kPlan) = static_cast<int32_t>(plan.result.epoch);
+}
+
+}  // namespace
+
+// Peers write to these addresses: a wrong one must be refused here, not met there.
+void NvlinkTransport::check_outputs(const Plan& plan, const DispatchArgs& args) const {
+  auto inside = [this](const void* p, int64_t bytes) {
+    return bytes == 0 || arena_.contains(p, static_cast<size_t>(bytes));
+  };
+  if (plan.host_sync) {
+    const bool by_token = plan.layout == Layout::kToken;
+    const int32_t tokens = plan.result.num_recv_tokens;
+    const int32_t rows = by_token ? tokens : plan.result.num_recv_rows;
+    EPCOMM_CHECK(args.recv_capacity >= tokens && args.row_capacity >= rows,
+                 "recv_capacity and row_capacity are " + std::to_string(args.recv_capacity) +
+                     " and " + std::to_string(args.row_capacity) + "; this plan receives " +
+                     std::to_string(tokens) + " tokens in " + std::to_string(rows) + " rows");
+  }
+  EPCOMM_CHECK(
+      inside(args.recv_x, int64_t{args.row_capacity} * args.row_bytes) &&
+          inside(args.recv_scales, int64_t{args.row_capacity} * args.scale_bytes) &&
+          inside(plan.view.recv_meta,
+                 args.recv_capacity * static_cast<int64_t>(MetaLayout(plan.topk).record_bytes)),
+      "recv_x, recv_scales and recv_meta must lie in memory from Buffer::allocate and hold what "
+      "the "
+      "plan receives");
+}
+
+void NvlinkTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
+  check();
+  if (args.needed_bytes == 0) check_outputs(plan, args);
+  const auto stream = static_cast<cudaStream_t>(args.stream);
+  Call call(*this, stream);
+  SendArgs send{};
+  send.link = link(Operation::kDispatch);
+  LinkEntry& entry = send.link.entry;
+  describe_plan(entry, plan);
+  field(entry, CallField::kDtype) = static_cast<int32_t>(args.dtype);
+  field(entry, CallField::kRowBytes) = args.row_bytes;
+  field(entry, CallField::kScaleBytes) = args.scale_bytes;
+  field(entry, CallField::kWeighted) = args.topk_weights != nullptr ? 1 : 0;
+  if (args.needed_bytes == 0) {
+    entry.rows = offset_of(args.recv_x);
+    entry.scales = offset_of(args.recv_scales);
+    entry.meta = offset_of(plan.view.recv_meta);
+  } else {
+    entry.needed_bytes = args.needed_bytes;
+    entry.free_bytes = args.free_bytes;
+  }
+  send.dims = dims(plan.topk);
+  send.rows = {args.row_bytes, args.scale_bytes};
+  send.num_tokens = plan.num_tokens;
+  send.x = static_cast<const char*>(args.x);
+  send.scales = static_cast<const char*>(args.scales);
+  send.topk_weights = args.topk_weights;
+  send.records = !args.replay || args.topk_weights != nullptr;
+  send.experts = route_.experts();
+  send.plan = plan.view;
+  send.first_row = plan.layout == Layout::kToken ? plan.view.slot : plan.view.first_row;
+  const int num_sms = args.num_sms > 0 ? args.num_sms : kDispatchSms;
+  launch_send(send, num_sms, stream);
+  if (args.needed_bytes != 0) {
+    call.end();
+    // This call cannot succeed: it ends here, with what all ranks say of it.
+    order_.drain(2 * timeout_s_);
+    check();
+    throw WindowFull(rank_, args.needed_bytes, args.free_bytes);
+  }
+  if (plan.layout != Layout::kToken || args.recv_topk_idx != nullptr ||
+      args.recv_topk_weights != nullptr) {
+    const PlaceArgs place = place_args(plan, args);
+    // Otherwise there are no entries without a token.
+    if (plan.layout != Layout::kToken || !plan.host_sync) launch_clear_outputs(place, stream);
+    launch_place(place, num_sms, stream);
+  }
+  call.end();
+}
+
+// Rows and records are where they belong; what is left are further rows for a token, expert ids and
+// weights.
+PlaceArgs NvlinkTransport::place_args(const Plan& plan, const DispatchArgs& args) const {
+  PlaceArgs place{};
+  place.dims = dims(plan.topk);
+  place.rows = {args.row_bytes, args.scale_bytes};
+  place.layout = plan.layout;
+  place.rank = rank_;
+  place.index_type = args.index_type;
+  place.recv_capacity = args.recv_capacity;
+  place.row_capacity = args.row_capacity;
+  place.experts = route_.experts();
+  place.plan = plan.view;
+  place.recv_x = static_cast<char*>(args.recv_x);
+  place.recv_scales = static_cast<char*>(args.recv_scales);
+  place.recv_topk_idx = args.recv_topk_idx;
+  place.recv_topk_weights = args.recv_topk_weights;
+  return place;
+}
+
+void NvlinkTransport::combine(const Plan& plan, const CombineArgs& args) {
+  check();
+  const int64_t row_bytes = int64_t{args.hidden} * dtype_bytes(args.dtype);
+  EPCOMM_CHECK(row_bytes <= int64_t{config_.hidden} * dtype_bytes(config_.dtype),
+               "x has " + std::to_string(row_bytes) +
+                   " bytes per row; expected at most a row of the Buffer's hidden and dtype");
+  const auto stream = static_cast<cudaStream_t>(args.stream);
+  Call call(*this, stream);
+  PullArgs pull{};
+  pull.link = link(Operation::kCombine);
+  LinkEntry& entry = pull.link.entry;
+  describe_plan(entry, plan);
+  field(entry, CallField::kDtype) = static_cast<int32_t>(args.dtype);
+  field(entry, CallField::kRowBytes) = static_cast<int32_t>(row_bytes);
+  field(entry, CallField::kWeighted) = args.topk_weights != nullptr ? 1 : 0;
+  // Rows of layout kToken in the window are loaded by the owners of the tokens, from where they
+  // are. Others are summed here first, and stored to the owners.
+  pull.pushed = plan.layout != Layout::kToken || !arena_.contains(args.x, 1);
+  if (!pull.pushed) entry.rows = offset_of(args.x);
+  entry.pushed = pull.pushed ? 1 : 0;
+  if (args.topk_weights != nullptr)
+    EPCOMM_CUDA_TRY(cudaMemcpyAsync(
+        window_->peer(rank_) + layout_.weights, args.topk_weights,
+        static_cast<size_t>(plan.num_tokens) * static_cast<size_t>(plan.topk) * sizeof(float),
+        cudaMemcpyDeviceToDevice, stream));
+  if (pull.pushed) push_partials(plan, args, pull.link);
+  pull.dims = dims(plan.topk);
+  pull.dtype = args.dtype;
+  pull.hidden = args.hidden;
+  pull.num_tokens = plan.num_tokens;
+  pull.max_tokens = config_.max_tokens;
+  pull.staging = window_->peer(rank_) + layout_.staging;
+  pull.plan = plan.view;
+  pull.topk_weights = args.topk_weights;
+  pull.experts = route_.experts();
+  pull.bias = args.bias;
+  pull.out = args.out;
+  launch_pull(pull, args.num_sms > 0 ? args.num_sms : kCombineSms, stream);
+  call.end();
+}
+
+void NvlinkTransport::push_partials(const Plan& plan, const CombineArgs& args,
+                                    const LinkArgs& link) {
+  const auto stream = static_cast<cudaStream_t>(args.stream);
+  const size_t row =
+      static_cast<size_t>(args.hidden) * static_cast<size_t>(dtype_bytes(args.dtype));
+  PartialArgs partials{};
+  partials.dims = dims(plan.topk);
+  partials.rank = rank_;
+  partials.dtype = args.dtype;
+  partials.hidden = args.hidden;
+  partials.chunks = 1;
+  partials.announced = plan.view.announced;
+  partials.x = static_cast<const char*>(args.x);
+  partials.plan = plan.view;
+  for (int r = 0; r < num_ranks_; ++r) {
+    partials.target[r] = window_->peer(r) + layout_.staging +
+                         static_cast<size_t>(rank_) * static_cast<size_t>(config_.max_tokens) * row;
+    if (args.topk_weights != nullptr)
+      partials.topk_weights[r] = reinterpret_cast<const float*>(window_->peer(r) + layout_.weights);
+  }
+  launch_enter(link, stream);
+  launch_partials(partials, args.num_sms > 0 ? args.num_sms : kCombineSms, stream);
+}
+
+}  // namespace epcomm
