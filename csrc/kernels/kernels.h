@@ -59,7 +59,6 @@ struct RouteKernelArgs {
   int32_t expert_alignment;
   IndexType index_type;
   int32_t signature[AnnounceLayout::kSignatureWords];  ///< copied to announce
-  int32_t free_units;                                  ///< copied to announce
   const void* topk_idx;
   DeviceExperts experts;
   PlanView plan;

@@ -105,10 +105,13 @@ __device__ __forceinline__ bool link_enter(const LinkArgs& link, LinkCall& call,
       call.bad = 1;
       atomicExch(&link.state->lost, 1u);
     }
-  } else if (__syncthreads_or(refused)) {
+  } else {
+    refused = __syncthreads_or(refused);
     if (r == 0) {
-      call.bad = 1;
-      if (blockIdx.x == 0) report_refusal(link, call);
+      call.bad = refused;
+      if (refused && blockIdx.x == 0) report_refusal(link, call);
+      if (link.token != 0 && blockIdx.x == 0)
+        store_release_system(&link.report->entered, link.token);
     }
   }
   __syncthreads();

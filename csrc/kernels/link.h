@@ -55,6 +55,7 @@ struct LinkState {
 /// In pinned host memory: what kernels tell the host and are told by it.
 struct LinkReport {
   uint64_t abort;    ///< set by the host: waits end at once
+  uint64_t entered;  ///< token of the newest call that all ranks have entered, refused or not
   uint64_t refused;  ///< epoch of the first call, not yet raised, that all ranks refused
   LinkEntry entry[kMaxLinkRanks];  ///< the entries of that call
 };
@@ -68,6 +69,7 @@ struct LinkArgs {
   LinkReport* report;
   uint64_t* progress;  ///< pinned [2]: calls begun, calls ended; see kernels/mark.h
   uint64_t timeout_ns;
+  uint64_t token;  ///< of the call, for LinkReport::entered; 0 = not told
   LinkEntry entry;
 };
 

@@ -156,13 +156,11 @@ __device__ __forceinline__ void announce_column(const RouteKernelArgs& args, int
   args.announce[AnnounceLayout::kNumTokens] = args.num_tokens;
   args.announce[AnnounceLayout::kBadIndex] = bad_position;
   args.announce[AnnounceLayout::kBadValue] = static_cast<int32_t>(bad_value);
-  static_assert(AnnounceLayout::kSignature + AnnounceLayout::kSignatureWords ==
-                AnnounceLayout::kFreeUnits);
-  static_assert(AnnounceLayout::kFreeUnits + 1 == AnnounceLayout::kHeaderWords);
+  constexpr int kSignatureEnd = AnnounceLayout::kSignature + AnnounceLayout::kSignatureWords;
   for (int i = 0; i < AnnounceLayout::kSignatureWords; ++i)
     args.announce[AnnounceLayout::kSignature + i] = args.signature[i];
-  args.announce[AnnounceLayout::kFreeUnits] = args.free_units;
   // Padding: what travels is the same in every run.
+  for (int i = kSignatureEnd; i < AnnounceLayout::kHeaderWords; ++i) args.announce[i] = 0;
   for (int i = layout.rank_count() + columns; i < layout.words(); ++i) args.announce[i] = 0;
 }
 

@@ -41,9 +41,7 @@ struct AnnounceLayout {
   static constexpr int kBadValue = 2;   ///< that id (clamped to int32)
   static constexpr int kSignature = 3;  ///< first of kSignatureWords: what all ranks must do alike
   static constexpr int kSignatureWords = 8;
-  static constexpr int kFreeUnits = 11;  ///< room of the source for what it receives
   static constexpr int kHeaderWords = 12;
-  static constexpr size_t kFreeUnit = 512;  ///< bytes
 
   int num_ranks, num_experts;
   EPCOMM_HOST_DEVICE int chunk_count(int c) const {

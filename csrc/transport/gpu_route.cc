@@ -44,7 +44,7 @@ GpuRoute::GpuRoute(const Config& config, const ExpertMap& experts, int rank, int
       fetched_words_(announce_bytes() * static_cast<size_t>(num_ranks)),
       bad_index_(3 * sizeof(int32_t)) {}
 
-RouteKernelArgs GpuRoute::args(const RouteArgs& args, int chunks, size_t free_bytes) const {
+RouteKernelArgs GpuRoute::args(const RouteArgs& args, int chunks) const {
   RouteKernelArgs k{};
   k.dims = {num_ranks_, config_.num_experts, experts_.local_experts(rank_), args.topk, true};
   k.rank = rank_;
@@ -64,7 +64,6 @@ RouteKernelArgs GpuRoute::args(const RouteArgs& args, int chunks, size_t free_by
                                args.host_sync ? 1 : 0};
   static_assert(sizeof signature == sizeof k.signature);
   std::copy(std::begin(signature), std::end(signature), k.signature);
-  k.free_units = static_cast<int32_t>(free_bytes / AnnounceLayout::kFreeUnit);
   k.topk_idx = args.topk_idx;
   k.experts = experts();
   k.plan = args.plan;
@@ -113,43 +112,19 @@ RouteResult GpuRoute::result(const RouteArgs& args, int chunks) const {
       for (int s = 0; s < num_ranks_; ++s)
         result.tokens_per_expert[static_cast<size_t>(experts_.local(e))] +=
             word(s, layout_.expert_count() + e);
-  result.num_recv_rows = static_cast<int32_t>(received_rows(args, rank_));
+  result.num_recv_rows = static_cast<int32_t>(received_rows(args, result));
   return result;
 }
 
-int64_t GpuRoute::received_rows(const RouteArgs& args, int rank) const {
+int64_t GpuRoute::received_rows(const RouteArgs& args, const RouteResult& result) const {
+  if (args.layout == Layout::kToken) return result.num_recv_tokens;
   if (args.layout == Layout::kPadded)
-    return int64_t{experts_.local_experts(rank)} * num_ranks_ * config_.max_tokens;
+    return int64_t{experts_.local_experts(rank_)} * num_ranks_ * config_.max_tokens;
   int64_t rows = 0;
-  if (args.layout == Layout::kToken) {
-    for (int s = 0; s < num_ranks_; ++s) rows += word(s, layout_.rank_count() + rank);
-    return rows;
-  }
-  for (int e = 0; e < config_.num_experts; ++e) {
-    if (experts_.rank(e) != rank) continue;
-    size_t count = 0;
-    for (int s = 0; s < num_ranks_; ++s)
-      count += static_cast<size_t>(word(s, layout_.expert_count() + e));
-    rows += static_cast<int64_t>(align_up(count, static_cast<size_t>(args.expert_alignment)));
-  }
+  for (int32_t n : result.tokens_per_expert)
+    rows += static_cast<int64_t>(
+        align_up(static_cast<size_t>(n), static_cast<size_t>(args.expert_alignment)));
   return rows;
-}
-
-void GpuRoute::check_room(const RouteArgs& args) const {
-  auto piece = [](int64_t count, size_t bytes) {
-    return align_up(static_cast<size_t>(count) * bytes, AnnounceLayout::kFreeUnit);
-  };
-  for (int r = 0; r < num_ranks_; ++r) {
-    int64_t tokens = 0;
-    for (int s = 0; s < num_ranks_; ++s) tokens += word(s, layout_.rank_count() + r);
-    const int64_t rows = received_rows(args, r);
-    const size_t needed = piece(rows, static_cast<size_t>(args.row_bytes)) +
-                          piece(rows, static_cast<size_t>(args.scale_bytes)) +
-                          piece(tokens, MetaLayout(args.topk).record_bytes);
-    const size_t free =
-        static_cast<size_t>(word(r, AnnounceLayout::kFreeUnits)) * AnnounceLayout::kFreeUnit;
-    if (needed > free) throw WindowFull(r, needed, free);
-  }
 }
 
 }  // namespace epcomm

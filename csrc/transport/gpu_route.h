@@ -25,8 +25,8 @@ class GpuRoute {
   /// [layout().words()] of this rank, written by launch_count.
   int32_t* announce() const { return announce_.as<int32_t>(); }
 
-  /// For launch_count and launch_assign. free_bytes: room for what a dispatch returns, announced.
-  RouteKernelArgs args(const RouteArgs& args, int chunks, size_t free_bytes) const;
+  /// For launch_count and launch_assign.
+  RouteKernelArgs args(const RouteArgs& args, int chunks) const;
   /// Throws InvalidArgument for a bad expert id of an earlier route whose counts the host did not
   /// wait for.
   void report_bad_index();
@@ -37,14 +37,12 @@ class GpuRoute {
   /// What fetch has brought; after fetched(). Throws ConfigMismatch and InvalidArgument (a bad
   /// expert id), the same on all ranks.
   RouteResult result(const RouteArgs& args, int chunks) const;
-  /// Throws WindowFull, the same on all ranks, if some rank has no room for what it receives.
-  void check_room(const RouteArgs& args) const;
 
  private:
   int32_t word(int rank, int index) const {
     return fetched_words_.as<int32_t>()[rank * layout_.words() + index];
   }
-  int64_t received_rows(const RouteArgs& args, int rank) const;
+  int64_t received_rows(const RouteArgs& args, const RouteResult& result) const;
 
   Config config_;
   const ExpertMap& experts_;

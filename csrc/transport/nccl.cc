@@ -102,7 +102,7 @@ RouteResult NcclTransport::route(const RouteArgs& args) {
   route_.report_bad_index();
   const auto stream = static_cast<cudaStream_t>(args.stream);
   Call call(*this, Operation::kRoute, stream);
-  const RouteKernelArgs k = route_.args(args, options_.chunks, 0);
+  const RouteKernelArgs k = route_.args(args, options_.chunks);
   launch_count(k, stream);
   comm_.all_gather(route_.announce(), args.plan.announced, route_.announce_bytes(), stream);
   if (args.host_sync) route_.fetch(args.plan.announced, stream);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "core/call_fields.h"
@@ -127,12 +128,24 @@ void NvlinkTransport::raise_refusal() {
   }
 }
 
+// Until all ranks have entered the call: it is refused on all of them, or on none.
+void NvlinkTransport::wait_entered(uint64_t token) {
+  auto& report = *report_.as<LinkReport>();
+  for (int spin = 1; std::atomic_ref(report.entered).load(std::memory_order_acquire) != token;
+       ++spin) {
+    if (spin % 256 != 0) continue;
+    check();
+    if (spin > 20'000) std::this_thread::yield();
+  }
+  check();
+}
+
 RouteResult NvlinkTransport::route(const RouteArgs& args) {
   check();
   route_.report_bad_index();
   const auto stream = static_cast<cudaStream_t>(args.stream);
   Call call(*this, stream);
-  const RouteKernelArgs k = route_.args(args, 1, arena_.largest_free());
+  const RouteKernelArgs k = route_.args(args, 1);
   LinkArgs link = this->link(Operation::kRoute);
   const CallField announced[] = {CallField::kLayout,   CallField::kTopk,     CallField::kAlignment,
                                  CallField::kDtype,    CallField::kRowBytes, CallField::kScaleBytes,
@@ -150,7 +163,6 @@ RouteResult NvlinkTransport::route(const RouteArgs& args) {
     watchdog_.wait(route_.fetched());
     raise_refusal();
     result = route_.result(args, 1);
-    route_.check_room(args);
   }
   result.epoch = number;
   return result;

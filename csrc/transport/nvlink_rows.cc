@@ -57,6 +57,7 @@ void NvlinkTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
   Call call(*this, stream);
   SendArgs send{};
   send.link = link(Operation::kDispatch);
+  send.link.token = ++tokens_;
   LinkEntry& entry = send.link.entry;
   describe_plan(entry, plan);
   field(entry, CallField::kDtype) = static_cast<int32_t>(args.dtype);
@@ -85,9 +86,7 @@ void NvlinkTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
   launch_send(send, num_sms, stream);
   if (args.needed_bytes != 0) {
     call.end();
-    // This call cannot succeed: it ends here, with what all ranks say of it.
-    order_.drain(2 * timeout_s_);
-    check();
+    wait_entered(send.link.token);
     throw WindowFull(rank_, args.needed_bytes, args.free_bytes);
   }
   if (plan.layout != Layout::kToken || args.recv_topk_idx != nullptr ||
@@ -98,6 +97,9 @@ void NvlinkTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
     launch_place(place, num_sms, stream);
   }
   call.end();
+  // The host has waited in this dispatch already, so that it may as well learn of a full window or
+  // a mismatch here; the rows are on their way meanwhile.
+  if (plan.host_sync && !args.replay) wait_entered(send.link.token);
 }
 
 // Rows and records are where they belong; what is left are further rows for a token, expert ids and

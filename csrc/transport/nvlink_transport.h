@@ -73,6 +73,7 @@ class NvlinkTransport final : public Transport {
   uint64_t offset_of(const void* p) const;
   void check_outputs(const Plan& plan, const DispatchArgs& args) const;
   void raise_refusal();
+  void wait_entered(uint64_t token);
   PlaceArgs place_args(const Plan& plan, const DispatchArgs& args) const;
   void push_partials(const Plan& plan, const CombineArgs& args, const LinkArgs& link);
 
@@ -82,6 +83,7 @@ class NvlinkTransport final : public Transport {
   double timeout_s_;
   Caps caps_;
   uint64_t routes_ = 0;  // calls of route
+  uint64_t tokens_ = 0;  // see LinkArgs
   GpuRoute route_;
   ControlLayout control_;
   NvlinkLayout layout_;
