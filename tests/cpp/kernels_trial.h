@@ -342,6 +342,8 @@ inline PartialArgs Trial::partial_args(int r, int chunk) const {
   a.hidden = c.hidden();
   a.chunk = chunk;
   a.chunks = c.chunks;
+  for (int s = 0; s < c.num_ranks; ++s)
+    a.topk_weights[s] = c.weighted ? ranks_[static_cast<size_t>(s)].weights.data : nullptr;
   a.announced = m.plan.announced;
   a.x = m.expert_out.data;
   a.plan = m.plan;
@@ -368,20 +370,13 @@ inline SumArgs Trial::sum_args(int s, int chunk) const {
 }
 
 inline void Trial::combine() {
-  std::vector<Array<float>> weights;
-  for (int r = 0; r < c.num_ranks; ++r) weights.push_back(rank(r).weights);
-  const size_t stride = static_cast<size_t>(w.max_tokens) * static_cast<size_t>(c.topk);
-  const float* all = c.weighted ? gather(stride, weights).data : nullptr;
   for (int r = 0; r < c.num_ranks; ++r) {
     for (int s = 0; s < c.num_ranks; ++s)
       rank(r).partial.push_back(
           make_array<char>(device, size_t(w.count(s, r)) * c.combine_bytes, kPoisonRow));
     run([&] {
       for (int chunk = 0; chunk < c.chunks; ++chunk) {
-        PartialArgs a = partial_args(r, chunk);
-        a.topk_weights = all;
-        a.weight_stride = w.max_tokens;
-        launch_partials(a, c.num_sms, device.stream);
+        launch_partials(partial_args(r, chunk), c.num_sms, device.stream);
       }
     });
   }
@@ -409,16 +404,10 @@ inline void Trial::check_combine() {
 inline void Trial::combine_dense() {
   const size_t hidden = static_cast<size_t>(c.hidden()), ranks = static_cast<size_t>(c.num_ranks);
   const size_t capacity = static_cast<size_t>(w.max_tokens);
-  std::vector<Array<float>> weights;
-  for (int r = 0; r < c.num_ranks; ++r) weights.push_back(rank(r).weights);
-  const float* all =
-      c.weighted ? gather(capacity * static_cast<size_t>(c.topk), weights).data : nullptr;
   std::vector<float> total(ranks * capacity * hidden, 0.0f);
   for (int r = 0; r < c.num_ranks; ++r) {
     const Array<float> dense = make_array<float>(device, total.size(), 0);
-    PartialArgs a = partial_args(r, 0);
-    a.topk_weights = all;
-    a.weight_stride = w.max_tokens;
+    const PartialArgs a = partial_args(r, 0);
     run([&] { launch_dense_partials(a, dense.data, w.max_tokens, c.num_sms, device.stream); });
     std::vector<float> want(total.size(), 0.0f);
     for (const Token& t : w.recv[r]) {
