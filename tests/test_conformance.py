@@ -30,6 +30,7 @@ class Transport:
 TRANSPORTS = (
     Transport("cpu"),
     Transport("nccl", "cuda", marks=(pytest.mark.gpu,), slow_to_make=True),
+    Transport("nvlink", "cuda", marks=(pytest.mark.gpu,), slow_to_make=True),
 )
 RANKS = (1, 2, 3, 4, 7)
 LAYOUTS = (
