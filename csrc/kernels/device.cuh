@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "epcomm/types.h"
 
@@ -16,6 +17,10 @@ __device__ __forceinline__ int thread_index() { return static_cast<int>(threadId
 __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % kWarpSize; }
 __device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) / kWarpSize; }
 __device__ __forceinline__ uint32_t lanes_below(int lane) { return (1u << lane) - 1; }
+
+/// A variable `name` of type T (int[4] is one, too) in the shared memory of the block, with any
+/// content at first. Of every block its own, also where one thread runs many of them.
+#define EPCOMM_SHARED(T, name) __shared__ std::type_identity_t<T> name
 
 /// The dynamic shared memory of the block.
 __device__ __forceinline__ char* dynamic_shared() {
@@ -30,6 +35,11 @@ __device__ __forceinline__ uint4 load_streaming(const void* p) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(p));
   return v;
+}
+
+/// Stores 16 bytes that no thread of this kernel loads before a barrier: others may see them late.
+__device__ __forceinline__ void store_streaming(void* p, const uint4& value) {
+  *static_cast<uint4*>(p) = value;
 }
 
 // Signals between GPUs: words in the memory of the rank that waits for them. A release covers all
@@ -137,77 +147,27 @@ __device__ __forceinline__ void fence_global_for_bulk() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
-// Element types of rows that are summed. Conversions to 16 bits round to nearest, ties to even.
+// Conversions of two elements at a time, the first in the lower half; to nearest, ties to even.
 
-template <Dtype kDtype>
-struct Element;
-
-template <>
-struct Element<Dtype::kBfloat16> {
-  static constexpr int kPerWord = 2;
-  static __device__ __forceinline__ void to_float(uint32_t word, float* out) {
-    out[0] = __uint_as_float(word << 16);
-    out[1] = __uint_as_float(word & 0xffff0000u);
-  }
-  static __device__ __forceinline__ uint32_t from_float(const float* in) {
-    uint32_t word;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(in[1]), "f"(in[0]));
-    return word;
-  }
-};
-
-template <>
-struct Element<Dtype::kFloat16> {
-  static constexpr int kPerWord = 2;
-  static __device__ __forceinline__ void to_float(uint32_t word, float* out) {
-    asm("{\n"
-        "  .reg .b16 low, high;\n"
-        "  mov.b32 {low, high}, %2;\n"
-        "  cvt.f32.f16 %0, low;\n"
-        "  cvt.f32.f16 %1, high;\n"
-        "}"
-        : "=f"(out[0]), "=f"(out[1])
-        : "r"(word));
-  }
-  static __device__ __forceinline__ uint32_t from_float(const float* in) {
-    uint32_t word;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(in[1]), "f"(in[0]));
-    return word;
-  }
-};
-
-template <>
-struct Element<Dtype::kFloat32> {
-  static constexpr int kPerWord = 1;
-  static __device__ __forceinline__ void to_float(uint32_t word, float* out) {
-    out[0] = __uint_as_float(word);
-  }
-  static __device__ __forceinline__ uint32_t from_float(const float* in) {
-    return __float_as_uint(in[0]);
-  }
-};
-
-template <Dtype kDtype>
-constexpr int kElementBytes = dtype_bytes(kDtype);
-/// Elements of a 16-byte vector.
-template <Dtype kDtype>
-constexpr int kPerVector = 4 * Element<kDtype>::kPerWord;
-
-template <Dtype kDtype>
-__device__ __forceinline__ void vector_to_float(const uint4& v, float* out) {
-  constexpr int n = Element<kDtype>::kPerWord;
-  Element<kDtype>::to_float(v.x, out);
-  Element<kDtype>::to_float(v.y, out + n);
-  Element<kDtype>::to_float(v.z, out + 2 * n);
-  Element<kDtype>::to_float(v.w, out + 3 * n);
+__device__ __forceinline__ uint32_t bfloat16_pair(float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
 }
-
-template <Dtype kDtype>
-__device__ __forceinline__ uint4 vector_from_float(const float* in) {
-  constexpr int n = Element<kDtype>::kPerWord;
-  return make_uint4(Element<kDtype>::from_float(in), Element<kDtype>::from_float(in + n),
-                    Element<kDtype>::from_float(in + 2 * n),
-                    Element<kDtype>::from_float(in + 3 * n));
+__device__ __forceinline__ uint32_t float16_pair(float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+__device__ __forceinline__ void float16_pair_to_float(uint32_t word, float* out) {
+  asm("{\n"
+      "  .reg .b16 low, high;\n"
+      "  mov.b32 {low, high}, %2;\n"
+      "  cvt.f32.f16 %0, low;\n"
+      "  cvt.f32.f16 %1, high;\n"
+      "}"
+      : "=f"(out[0]), "=f"(out[1])
+      : "r"(word));
 }
 
 }  // namespace epcomm

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 #include "epcomm/error.h"
 #include "epcomm/types.h"
@@ -44,7 +45,7 @@ struct LaunchShape {
 /// Throws Error if the launch fails; what the kernel does later is not waited for.
 template <class... Args>
 void launch(const char* name, void (*kernel)(Args...), const LaunchShape& shape,
-            cudaStream_t stream, const Args&... args) {
+            cudaStream_t stream, const std::type_identity_t<Args>&... args) {
   constexpr size_t kWithoutOptIn = 48 << 10;
   if (shape.shared_bytes > kWithoutOptIn)
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -1,7 +1,7 @@
 // Does: counts how often a stream has passed a point, in pinned memory that the host reads.
 // Launch: one thread. Memory order: one 8-byte store; the host only compares counts, reads nothing
 // else.
-#include "kernels/cuda_error.h"
+#include "kernels/launch.cuh"
 #include "kernels/mark.h"
 
 namespace epcomm {
@@ -14,8 +14,7 @@ __global__ void mark_kernel(volatile uint64_t* word, uint64_t operation) {
 }  // namespace
 
 void launch_mark(uint64_t* word, Operation operation, cudaStream_t stream) {
-  mark_kernel<<<1, 1, 0, stream>>>(word, static_cast<uint64_t>(operation));
-  EPCOMM_CUDA_TRY(cudaGetLastError());
+  launch("launch of mark", mark_kernel, {1, 1}, stream, word, static_cast<uint64_t>(operation));
 }
 
 }  // namespace epcomm

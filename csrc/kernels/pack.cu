@@ -46,7 +46,7 @@ __device__ __forceinline__ void pack_metadata(const PackArgs& args, int64_t t,
 
 __global__ void __launch_bounds__(kRowThreads, 1)
     pack_kernel(const __grid_constant__ PackArgs args) {
-  __shared__ int32_t sent_before[kMaxPackRanks];
+  EPCOMM_SHARED(int32_t[kMaxPackRanks], sent_before);
   const int num_ranks = args.dims.num_ranks, lane = lane_index();
   count_sent_before(sent_before, args.plan.rank_count, num_ranks, args.rank);
 

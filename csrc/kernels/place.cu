@@ -118,7 +118,7 @@ __device__ __forceinline__ void place_outputs(const PlaceArgs& args, int64_t n,
 
 __global__ void __launch_bounds__(kRowThreads, 1)
     place_kernel(const __grid_constant__ PlaceArgs args) {
-  __shared__ SourceRanges ranges;
+  EPCOMM_SHARED(SourceRanges, ranges);
   const int num_ranks = args.dims.num_ranks, topk = args.dims.topk, lane = lane_index();
   ranges.fill(num_ranks, [&](int s) {
     const int32_t count = args.plan.rank_count[s * num_ranks + args.rank];
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
 
 __global__ void __launch_bounds__(kRowThreads, 1)
     place_gathered_kernel(const __grid_constant__ GatheredArgs args) {
-  __shared__ SourceRanges ranges;
+  EPCOMM_SHARED(SourceRanges, ranges);
   const PlaceArgs& place = args.place;
   const int num_ranks = place.dims.num_ranks, topk = place.dims.topk, lane = lane_index();
   const AnnounceLayout announce{num_ranks, place.dims.num_experts};

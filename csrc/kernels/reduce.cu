@@ -15,6 +15,7 @@
 #include <algorithm>
 
 #include "kernels/device.cuh"
+#include "kernels/elements.cuh"
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
 #include "kernels/rows.cuh"
@@ -138,7 +139,7 @@ __device__ __forceinline__ SourceCount chunk_of_source(const PartialArgs& args, 
 template <Dtype kDtype, bool kDense>
 __global__ void __launch_bounds__(kRowThreads, 1)
     partials_kernel(const __grid_constant__ PartialArgs args, const DenseTarget dense) {
-  __shared__ SourceRanges ranges;
+  EPCOMM_SHARED(SourceRanges, ranges);
   const int num_ranks = args.dims.num_ranks, topk = args.dims.topk, lane = lane_index();
   ranges.fill(num_ranks, [&](int s) { return chunk_of_source(args, s); });
 
@@ -176,7 +177,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
 
 template <Dtype kDtype>
 __global__ void __launch_bounds__(kRowThreads, 1) sum_kernel(const __grid_constant__ SumArgs args) {
-  __shared__ int32_t sent_before[kMaxPackRanks];
+  EPCOMM_SHARED(int32_t[kMaxPackRanks], sent_before);
   const int num_ranks = args.dims.num_ranks, lane = lane_index();
   count_sent_before(sent_before, args.plan.rank_count, num_ranks, args.rank);
 

@@ -62,7 +62,7 @@ struct Batch {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
       if (v + u * kWarpSize < end)
-        *reinterpret_cast<uint4*>(row + int64_t{v + u * kWarpSize} * kVectorBytes) = data[u];
+        store_streaming(row + int64_t{v + u * kWarpSize} * kVectorBytes, data[u]);
   }
 };
 
