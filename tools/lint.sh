@@ -4,7 +4,7 @@
 set -u
 cd "$(dirname "$0")/.." || exit 1
 
-mapfile -t cpp < <(find include csrc tests/cpp -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh' | sort)
+mapfile -t cpp < <(find include csrc tests/cpp tests/sim -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh' | sort)
 
 if [ "${1:-}" = --fix ]; then
   clang-format -i "${cpp[@]}" && ruff check --fix . && ruff format .
