@@ -23,7 +23,7 @@ namespace epcomm {
 constexpr int kMaxLinkRanks = 32;  ///< one lane of a warp per rank
 
 /// What a rank announces when it enters a call. Offsets are in its own window.
-struct LinkEntry {
+struct alignas(16) LinkEntry {
   static constexpr int kSignatureWords = 10;
   int32_t signature[kSignatureWords];  ///< what all ranks must do alike; by CallField
   int32_t pushed;                      ///< combine: not 0 = this rank stores partial rows into the
