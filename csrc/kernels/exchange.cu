@@ -22,7 +22,7 @@ struct ExchangeArgs {
 
 __global__ void __launch_bounds__(kThreads, 1)
     exchange_kernel(const __grid_constant__ ExchangeArgs args) {
-  __shared__ LinkCall call;
+  EPCOMM_SHARED(LinkCall, call);
   const LinkArgs& link = args.link;
   if (link_enter(link, call, args.announce, args.words)) {
     for (int r = warp_index(); r < link.num_ranks; r += kThreads / kWarpSize)
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 __global__ void __launch_bounds__(kThreads, 1) enter_kernel(const __grid_constant__ LinkArgs link) {
-  __shared__ LinkCall call;
+  EPCOMM_SHARED(LinkCall, call);
   link_enter(link, call);
 }
 

@@ -13,6 +13,7 @@
 #include <algorithm>
 
 #include "kernels/device.cuh"
+#include "kernels/elements.cuh"
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
 #include "kernels/link.cuh"
@@ -89,8 +90,8 @@ struct RowSources {
 
 // Adds what rank r contributes: its row, or the rounded sum over its slots of weight * row.
 template <Dtype kDtype>
-__device__ __forceinline__ void add_rank(const PullArgs& pull, const Piece& piece, int r,
-                                         bool weighted, const uint4& vector, float* sum) {
+__device__ __forceinline__ void add_rank(const Piece& piece, int r, bool weighted,
+                                         const uint4& vector, float* sum) {
   constexpr int n = kPerVector<kDtype>;
   float x[n];
   vector_to_float<kDtype>(vector, x);
@@ -124,7 +125,7 @@ __device__ __forceinline__ void sum_piece(const PullArgs& pull, const Piece& pie
       const char* row = rows(r);
       const uint4 vector = inside ? *reinterpret_cast<const uint4*>(row + at) : uint4{};
       const bool weighted = pull.topk_weights != nullptr && (pushed >> r & 1) == 0;
-      add_rank<kDtype>(pull, piece, r, weighted, vector, sum);
+      add_rank<kDtype>(piece, r, weighted, vector, sum);
     }
     if (!inside) continue;
     if (pull.bias != nullptr) {
@@ -204,9 +205,9 @@ __device__ __forceinline__ void pull_through_registers(const PullKernelArgs& arg
 template <Dtype kDtype>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
     pull_kernel(const __grid_constant__ PullKernelArgs args) {
-  __shared__ LinkCall call;
-  __shared__ RowSources sources;
-  __shared__ BulkBarrier loaded[kMaxWarps * kStages];
+  EPCOMM_SHARED(LinkCall, call);
+  EPCOMM_SHARED(RowSources, sources);
+  EPCOMM_SHARED(BulkBarrier[kMaxWarps * kStages], loaded);
   const LinkArgs& link = args.pull.link;
   const int blocks = static_cast<int>(gridDim.x), warps = static_cast<int>(blockDim.x) / kWarpSize;
   const bool entered = args.pull.pushed ? link_resume(link, call) : link_enter(link, call);

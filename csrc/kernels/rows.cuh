@@ -69,8 +69,13 @@ struct Batch {
 template <class Word>
 __device__ __forceinline__ void copy_words(char* to, const char* from, int bytes) {
   const int words = bytes / static_cast<int>(sizeof(Word));
-  for (int i = lane_index(); i < words; i += kWarpSize)
-    reinterpret_cast<Word*>(to)[i] = reinterpret_cast<const Word*>(from)[i];
+  for (int i = lane_index(); i < words; i += kWarpSize) {
+    const Word word = reinterpret_cast<const Word*>(from)[i];
+    if constexpr (sizeof(Word) == sizeof(uint4))
+      store_streaming(to + i * static_cast<int>(sizeof(Word)), word);
+    else
+      reinterpret_cast<Word*>(to)[i] = word;
+  }
 }
 
 /// A warp copies bytes of any number and alignment, in words as wide as they allow.

@@ -171,8 +171,8 @@ __device__ __forceinline__ void send_records(const SendArgs& args, const LinkCal
 
 __global__ void __launch_bounds__(kThreads, 1)
     send_kernel(const __grid_constant__ SendKernelArgs args) {
-  __shared__ LinkCall call;
-  __shared__ BulkBarrier loaded[kMaxRowWarps * kStages];
+  EPCOMM_SHARED(LinkCall, call);
+  EPCOMM_SHARED(BulkBarrier[kMaxRowWarps * kStages], loaded);
   const SendArgs& send = args.send;
   const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
   if (link_enter(send.link, call)) {
