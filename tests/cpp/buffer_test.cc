@@ -187,7 +187,7 @@ TEST_P(BufferLayouts, DispatchAndCombineAreExact) {
       const int rank = bootstrap->rank();
       Buffer buffer(bootstrap,
                     testing::options_for(c.experts, c.hidden, c.topk, c.max_tokens, kTimeout));
-      ASSERT_EQ(buffer.transport(), "cpu");
+      ASSERT_EQ(buffer.transport(), testing::tested_transport.name);
       const ExpertMap map(c.experts, c.ranks, {});
       for (unsigned round = 0; round < 12; ++round) {
         const auto all = make_round(c, round);

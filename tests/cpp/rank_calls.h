@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "epcomm/buffer.h"
+#include "tests/cpp/tested_transport.h"
 
 namespace epcomm::testing {
 
@@ -40,6 +41,7 @@ inline const float* address(const std::vector<float>& v) {
 inline BufferOptions options_for(int num_experts, int hidden, int topk, int max_tokens,
                                  double timeout_s) {
   BufferOptions options;
+  options.transport = tested_transport.name;
   options.config = {num_experts, hidden, topk, max_tokens, Dtype::kFloat32};
   options.timeout_s = timeout_s;
   return options;
@@ -86,6 +88,7 @@ inline void dispatch(Buffer& buffer, const Batch& batch, Received& to) {
   args.recv_capacity = received;
   args.row_capacity = to.num_rows;
   buffer.dispatch(to.plan, args);
+  tested_transport.finish_calls();
 }
 
 /// Combines the rows of `from` as they are now. weights: [tokens, topk] of this rank, or null.
@@ -99,6 +102,7 @@ inline std::vector<float> combine(Buffer& buffer, const Batch& batch, const Rece
   args.dtype = Dtype::kFloat32;
   args.hidden = batch.hidden;
   buffer.combine(from.plan, args);
+  tested_transport.finish_calls();
   return y;
 }
 

@@ -18,6 +18,7 @@
 
 #include "epcomm/bootstrap.h"
 #include "epcomm/error.h"
+#include "tests/cpp/tested_transport.h"
 
 namespace epcomm::testing {
 
@@ -36,6 +37,7 @@ inline void run_threads(int size, double timeout_s,
   for (const auto& bootstrap : bootstraps)
     threads.emplace_back([&] {
       try {
+        tested_transport.begin_rank(bootstrap->rank());
         body(bootstrap);
       } catch (...) {
         std::lock_guard lock(mutex);

@@ -1,0 +1,18 @@
+// Runs the tests of Buffer on the nvlink transport, each rank with a simulated device.
+#include <gtest/gtest.h>
+
+#include <iostream>
+
+#include "kernels/cuda_error.h"
+#include "tests/cpp/tested_transport.h"
+#include "tests/sim/runtime.h"
+
+int main(int argc, char** argv) {
+  auto& tested = epcomm::testing::tested_transport;
+  ::testing::InitGoogleTest(&argc, argv);
+  std::cout << "simulator's seed: " << epcomm::sim::options().seed << "\n";
+  tested.name = "nvlink";
+  tested.begin_rank = [](int rank) { EPCOMM_CUDA_TRY(cudaSetDevice(rank)); };
+  tested.finish_calls = [] { EPCOMM_CUDA_TRY(cudaDeviceSynchronize()); };
+  return RUN_ALL_TESTS();
+}
