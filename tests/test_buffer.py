@@ -294,3 +294,31 @@ def test_environment_sets_defaults_only() -> None:
         assert "pigeon" in transport.partition(": ")[2]
         assert "EPCOMM_TIMEOUT" in timeout.partition(": ")[2] and "soon" in timeout
         assert "EPCOMM_WINDOW_BYTES" in window.partition(": ")[2] and "much" in window
+
+
+def run_combine_input(group: Any) -> None:
+    import epcomm
+
+    with epcomm.Buffer(
+        group, num_experts=4, hidden=8, topk=1, max_tokens=4, window_bytes=1 << 20, timeout=20.0
+    ) as buf:
+        x = torch.full((4, 8), float(1 + buf.rank), dtype=torch.bfloat16)
+        for layout in ("token", "expert", "padded"):
+            recv = buf.dispatch(x, torch.arange(4)[:, None], layout=layout)
+            out = buf.combine_input(recv.plan)
+            assert out.shape == recv.x.shape and out.dtype == torch.bfloat16
+            out.copy_(recv.x)
+            assert torch.equal(buf.combine(out, recv.plan), x)
+        assert buf.combine_input(recv.plan, torch.float16).dtype == torch.float16
+        with pytest.raises(ValueError, match=r"dtype is torch\.float32"):
+            buf.combine_input(recv.plan, torch.float32)
+        kept = []
+        with pytest.raises(epcomm.WindowFull) as full:
+            for _ in range(100_000):
+                kept.append(buf.combine_input(recv.plan))
+        assert full.value.rank == buf.rank
+        assert full.value.needed_bytes > full.value.free_bytes
+
+
+def test_combine_input() -> None:
+    launcher.pool().run(2, run_combine_input)

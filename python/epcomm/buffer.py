@@ -14,7 +14,7 @@ import torch.distributed as dist
 from . import checks, env, native
 from .bootstrap import Bootstrap, TorchBootstrap
 from .checks import dtype_name
-from .errors import Error
+from .errors import Error, WindowFull
 from .events import Event
 from .quant import quantize_fp8
 from .results import Combined, Plan, Recv, Rows
@@ -335,6 +335,35 @@ class Buffer:
             return Combined(out, event, event.wait if return_recv_hook else None)
         return out
 
+    def combine_input(self, plan: Plan, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """An uninitialised tensor for the experts' outputs, to pass to `combine`. Not collective.
+
+        Shape of `recv.x` of the plan, dtype of the Buffer unless given. On nvlink the owners of the
+        tokens load the rows of layout "token" from it directly; from any other memory they are
+        copied once more. On the other transports it is as good as any tensor.
+
+        Raises:
+            WindowFull: no room for it; on this rank only.
+            ValueError: the plan is not of this Buffer, or dtype is not a row type.
+        """
+        self._native.check_usable()
+        self._limits.plan(plan)
+        dtype = self.dtype if dtype is None else dtype
+        checks.choice("dtype", dtype, self._limits.row_dtypes())
+        wanted = [(dtype, self._shape(plan, self.hidden))]
+        made = self._tensors.make(wanted)
+        if made is None:
+            needed = math.prod(wanted[0][1]) * dtype.itemsize
+            raise WindowFull(
+                f"the window of rank {self.rank} is full: combine_input needs {needed} bytes, "
+                f"{self._native.free_bytes} are free; drop tensors of earlier calls or make the "
+                "Buffer with a larger window_bytes",
+                self.rank,
+                needed,
+                self._native.free_bytes,
+            )
+        return made[0]
+
     # Steps of dispatch.
 
     def _route(
@@ -391,6 +420,7 @@ class Buffer:
 
     def _send(self, plan: Plan, rows: torch.Tensor, scales: torch.Tensor | None, args: Any) -> Recv:
         args.index_type = self._index_type(plan.index_dtype)
+        args.replay = plan.recv_block is not None
         args.recv_capacity = plan.recv_capacity
         args.row_capacity = plan.num_recv_rows
         wanted = [(rows.dtype, self._shape(plan, rows.shape[1]))]
