@@ -71,7 +71,9 @@ def table(rows: list[dict], cadence: str) -> str:
         sms = f", {row['sms']} SMs" if row["sms"] is not None else ""
         share = f"{100 * row['link_gbps'] / row['raw_gbps']:.0f} %" if row["raw_gbps"] else "-"
         cells = [
-            row["operation"] if row["operation"] == "combine" else f"{row['operation']}, {mode}",
+            row["operation"]
+            if (row["operation"], mode) == ("combine", "replay")
+            else f"{row['operation']}, {mode}",
             f"{row['dtype']}, {row['layout']}{sms}",
             str(row["tokens"]),
             time_text(row),

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds epcomm where GPUs are, runs the GPU tests, then the bench. Needs torch with CUDA, nvcc, cmake, ninja, pybind11,
 # scikit-build-core and pytest; uses no network. Logs and results go to OUT (default build/gpu).
+# TEST_K selects among the tests, as pytest -k does.
 #   scripts/gpu.sh [build] [kernels] [tests] [nccl-modes] [sanitizer] [bench]      default: all
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
@@ -48,11 +49,13 @@ for wanted in $STEPS; do
       ;;
     sanitizer)
       step memcheck-kernels 120 compute-sanitizer --tool memcheck --error-exitcode 9 build/kernels_gpu_test 128
+      step memcheck-nvlink 150 compute-sanitizer --tool memcheck --report-api-errors no --target-processes all --error-exitcode 9 \
+        "$PYTHON" -m pytest -q -m gpu tests/test_gpu_calls.py -k 'inputs_of_combine'
       step memcheck-nccl 150 compute-sanitizer --tool memcheck --report-api-errors no --target-processes all --error-exitcode 9 \
         "$PYTHON" -m pytest -q -m gpu tests/test_nccl.py -k 'test_way and static-grouped and token'
       tail -n 3 "$OUT/memcheck-nccl.log"
       ;;
-    tests) step tests "${TEST_TIMEOUT:-300}" "$PYTHON" -m pytest -q -m gpu tests && tail -n 3 "$OUT/tests.log" ;;
+    tests) step tests "${TEST_TIMEOUT:-300}" "$PYTHON" -m pytest -q -m gpu tests -k "${TEST_K:-test}" && tail -n 3 "$OUT/tests.log" ;;
     nccl-modes)
       # Without peer access, and as two hosts that talk over sockets.
       NCCL_P2P_DISABLE=1 step tests-p2p-off 150 "$PYTHON" -m pytest -q -m gpu tests/test_conformance.py -k "$MODES_K"
@@ -61,6 +64,10 @@ for wanted in $STEPS; do
       tail -n 1 "$OUT/tests-p2p-off.log" "$OUT/tests-two-hosts.log"
       ;;
     bench)
+      bench nvlink --transport nvlink --adapter epcomm,torch,deep_ep
+      bench nvlink-fp8 --transport nvlink --adapter epcomm,deep_ep --dtype fp8 --tokens 128,4096
+      bench nvlink-sms --transport nvlink --adapter epcomm --tokens 4096 --num-sms 4,8,12,16,24,32
+      bench nvlink-graph --transport nvlink --adapter epcomm,torch --graph --tokens 1,8,32,64,128,256
       bench nccl --transport nccl --adapter epcomm,torch,deep_ep
       bench nccl-graph --transport nccl --adapter epcomm,torch --graph --tokens 1,8,32,64,128,256
       NCCL_P2P_DISABLE=1 bench nccl-p2p-off --transport nccl --adapter epcomm,torch --tokens 128,4096

@@ -32,7 +32,7 @@ class Operation:
     """One timed call. wrong() counts the wrong elements of what call() returned, on this rank."""
 
     operation: str  # dispatch, combine or pair (both, chained)
-    routing_mode: str  # fresh, replay, graph, packed or raw; see docs/benchmarking.md
+    routing_mode: str  # fresh, replay, elsewhere, graph, packed or raw; docs/benchmarking.md
     call: Callable[[], Any]
     wrong: Callable[[Any], int]
 

@@ -76,7 +76,10 @@ class EpcommAdapter(Adapter):
 
         first = fresh()
         plan = first.plan
-        expert_output = self._workload.expert_output(self._rows(first)[0].shape)
+        # Experts that write into memory of the Buffer, and experts that know nothing of it.
+        elsewhere = self._workload.expert_output(self._rows(first)[0].shape)
+        expert_output = self._buffer.combine_input(plan, elsewhere.dtype)
+        expert_output.copy_(elsewhere)
         out = torch.full_like(self._workload.combined(), float("nan"))
         del first
 
@@ -85,6 +88,9 @@ class EpcommAdapter(Adapter):
 
         def combine() -> torch.Tensor:
             return self._buffer.combine(expert_output, plan, out=out, num_sms=self.num_sms)
+
+        def combine_elsewhere() -> torch.Tensor:
+            return self._buffer.combine(elsewhere, plan, out=out, num_sms=self.num_sms)
 
         def pair() -> torch.Tensor:
             received = fresh()
@@ -96,11 +102,16 @@ class EpcommAdapter(Adapter):
                 Operation("combine", "graph", captured(combine), self._wrong_combine),
                 Operation("pair", "graph", captured(pair), self._wrong_combine),
             ]
-        return [
+        operations = [
             Operation("dispatch", "fresh", fresh, self._wrong_dispatch),
             Operation("dispatch", "replay", replay, self._wrong_rows),
             Operation("combine", "replay", combine, self._wrong_combine),
         ]
+        if self._buffer.caps.cuda and self._buffer.caps.symmetric_outputs:
+            operations.append(
+                Operation("combine", "elsewhere", combine_elsewhere, self._wrong_combine)
+            )
+        return operations
 
     @staticmethod
     def _rows(recv: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
