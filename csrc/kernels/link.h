@@ -28,10 +28,13 @@ struct alignas(16) LinkEntry {
   int32_t signature[kSignatureWords];  ///< what all ranks must do alike; by CallField
   int32_t pushed;                      ///< combine: not 0 = this rank stores partial rows into the
                                        ///< owners' staging; 0 = they load its rows
-  int32_t unused[3];
+  int32_t index_bytes;                 ///< dispatch: of an id in recv_topk_idx, 4 or 8
+  int32_t unused[2];
   uint64_t rows;          ///< dispatch: recv_x; combine: x
   uint64_t scales;        ///< dispatch: recv_scales
   uint64_t meta;          ///< dispatch: recv_meta
+  uint64_t topk_idx;      ///< dispatch: recv_topk_idx of layout kToken; 0 = not in the window
+  uint64_t topk_weights;  ///< dispatch: recv_topk_weights of layout kToken; 0 = not in the window
   uint64_t needed_bytes;  ///< not 0 = no room for the result
   uint64_t free_bytes;
 };
@@ -83,7 +86,8 @@ void launch_exchange(const LinkArgs& link, const int32_t* announce, int32_t* ann
 void launch_enter(const LinkArgs& link, cudaStream_t stream);
 
 /// The data phase of a dispatch, with its beginning and end. Each row is read once and written
-/// once per destination rank, into the first of its rows there.
+/// once per destination rank, into the first of its rows there, with its record and, where the
+/// receiver has announced them, its entries of recv_topk_idx and recv_topk_weights.
 struct SendArgs {
   LinkArgs link;
   Dims dims;

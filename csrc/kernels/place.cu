@@ -20,13 +20,6 @@ namespace {
 
 static_assert(sizeof(GatheredArgs) <= kMaxKernelArgs);
 
-__device__ __forceinline__ void store_index(void* array, IndexType type, int64_t i, int32_t value) {
-  if (type == IndexType::kInt32)
-    static_cast<int32_t*>(array)[i] = value;
-  else
-    static_cast<int64_t*>(array)[i] = value;
-}
-
 // What arrives is not trusted: an exchange that was cut short leaves whatever was in the memory,
 // and that must not become an address.
 __device__ __forceinline__ int32_t valid_row(const PlaceArgs& args, int32_t row) {

@@ -90,6 +90,14 @@ __device__ __forceinline__ void copy_bytes(char* to, const char* from, int bytes
     copy_words<uint8_t>(to, from, bytes);
 }
 
+/// Element i of an array of ids of either size.
+__device__ __forceinline__ void store_index(void* array, IndexType type, int64_t i, int32_t value) {
+  if (type == IndexType::kInt32)
+    static_cast<int32_t*>(array)[i] = value;
+  else
+    static_cast<int64_t*>(array)[i] = value;
+}
+
 /// One token's routing at one rank: lane k < K holds slot k; token is the same in all lanes.
 struct TokenSlots {
   int32_t row = -1;

@@ -68,6 +68,12 @@ void NvlinkTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
     entry.rows = offset_of(args.recv_x);
     entry.scales = offset_of(args.recv_scales);
     entry.meta = offset_of(plan.view.recv_meta);
+    if (plan.layout == Layout::kToken) {
+      entry.index_bytes = static_cast<int32_t>(args.index_type);
+      if (arena_.contains(args.recv_topk_idx, 1)) entry.topk_idx = offset_of(args.recv_topk_idx);
+      if (arena_.contains(args.recv_topk_weights, 1))
+        entry.topk_weights = offset_of(args.recv_topk_weights);
+    }
   } else {
     entry.needed_bytes = args.needed_bytes;
     entry.free_bytes = args.free_bytes;
@@ -83,19 +89,21 @@ void NvlinkTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
   send.plan = plan.view;
   send.first_row = plan.layout == Layout::kToken ? plan.view.slot : plan.view.first_row;
   const int num_sms = args.num_sms > 0 ? args.num_sms : kDispatchSms;
+  const PlaceArgs place = place_args(plan, args);
+  // With counts on the host every entry of layout kToken has a token. Cleared before the peers are
+  // let in.
+  if (args.needed_bytes == 0 && (plan.layout != Layout::kToken || !plan.host_sync))
+    launch_clear_outputs(place, stream);
   launch_send(send, num_sms, stream);
   if (args.needed_bytes != 0) {
     call.end();
     wait_entered(send.link.token);
     throw WindowFull(rank_, args.needed_bytes, args.free_bytes);
   }
-  if (plan.layout != Layout::kToken || args.recv_topk_idx != nullptr ||
-      args.recv_topk_weights != nullptr) {
-    const PlaceArgs place = place_args(plan, args);
-    // Otherwise there are no entries without a token.
-    if (plan.layout != Layout::kToken || !plan.host_sync) launch_clear_outputs(place, stream);
-    launch_place(place, num_sms, stream);
-  }
+  // The peers have written what is in the window.
+  const bool slots_left = (args.recv_topk_idx != nullptr && entry.topk_idx == 0) ||
+                          (args.recv_topk_weights != nullptr && entry.topk_weights == 0);
+  if (plan.layout != Layout::kToken || slots_left) launch_place(place, num_sms, stream);
   call.end();
   // The host has waited in this dispatch already, so that it may as well learn of a full window or
   // a mismatch here; the rows are on their way meanwhile.

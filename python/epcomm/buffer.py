@@ -423,41 +423,46 @@ class Buffer:
         args.replay = plan.recv_block is not None
         args.recv_capacity = plan.recv_capacity
         args.row_capacity = plan.num_recv_rows
-        wanted = [(rows.dtype, self._shape(plan, rows.shape[1]))]
+        wanted = {"x": (rows.dtype, self._shape(plan, rows.shape[1]))}
         if scales is not None:
-            wanted.append((scales.dtype, self._shape(plan, scales.shape[1])))
+            wanted["scales"] = (scales.dtype, self._shape(plan, scales.shape[1]))
         if plan.recv_block is None:
             meta_bytes = self._native.recv_meta_bytes(plan.topk, plan.recv_capacity)
-            wanted.append((torch.uint8, (meta_bytes,)))
-        received = self._tensors.make(wanted)
-        if received is None:
+            wanted["meta"] = (torch.uint8, (meta_bytes,))
+        by_token = plan.layout == "token"
+        entries = (plan.recv_capacity, plan.topk) if by_token else self._shape(plan, 0)[:-1]
+        slots = {}
+        if plan.layout != "padded":
+            slots["topk_idx"] = (plan.index_dtype, entries)
+        if args.topk_weights != 0:
+            slots["topk_weights"] = (torch.float32, entries)
+        peers_write_slots = by_token and self.caps.cuda and self.caps.symmetric_outputs
+        if peers_write_slots:
+            wanted |= slots
+        made = self._tensors.make(list(wanted.values()))
+        if made is None:
             # The others must learn of it: the call goes on just far enough to raise on all ranks.
-            args.needed_bytes = sum(math.prod(s) * d.itemsize for d, s in wanted)
+            args.needed_bytes = sum(math.prod(s) * d.itemsize for d, s in wanted.values())
             args.free_bytes = self._native.free_bytes
             self._native.dispatch(plan.native, args)
             raise AssertionError("dispatch with a full window must raise")
+        received = dict(zip(wanted, made, strict=True))
+        if not peers_write_slots:
+            for name, (dtype, shape) in slots.items():
+                received[name] = torch.empty(shape, dtype=dtype, device=self._device)
         if plan.recv_block is None:
-            meta = received.pop()
+            meta = received["meta"]
             attached = plan.native.with_recv_block(meta.data_ptr())
             plan = dataclasses.replace(plan, native=attached, recv_block=meta)
-        args.recv_x = received[0].data_ptr()
-        if scales is not None:
-            args.recv_scales = received[1].data_ptr()
-
-        by_token = plan.layout == "token"
-        entries = (plan.recv_capacity, plan.topk) if by_token else self._shape(plan, 0)[:-1]
-        recv_idx = recv_weights = None
-        if plan.layout != "padded":
-            recv_idx = torch.empty(entries, dtype=plan.index_dtype, device=self._device)
-            args.recv_topk_idx = recv_idx.data_ptr()
-        if args.topk_weights != 0:
-            recv_weights = torch.empty(entries, dtype=torch.float32, device=self._device)
-            args.recv_topk_weights = recv_weights.data_ptr()
+        for name in ("x", "scales", "topk_idx", "topk_weights"):
+            if name in received:
+                setattr(args, f"recv_{name}", received[name].data_ptr())
         self._native.dispatch(plan.native, args)
+        x = received["x"]
         return Recv(
-            x=received[0] if scales is None else (received[0], received[1]),
-            topk_idx=recv_idx,
-            topk_weights=recv_weights,
+            x=x if scales is None else (x, received["scales"]),
+            topk_idx=received.get("topk_idx"),
+            topk_weights=received.get("topk_weights"),
             tokens_per_expert=plan.tokens_per_expert,
             num_tokens=plan.num_recv,
             plan=plan,

@@ -25,7 +25,7 @@ struct Received {
   Plan plan;
   std::vector<int32_t> send_block, topk_idx;
   std::vector<float> weights;
-  Allocation rows, meta;
+  Allocation rows, meta, slots;
   int num_rows = 0;
   float* row(int64_t i, int hidden) const {
     return reinterpret_cast<float*>(rows.data) + i * hidden;
@@ -87,8 +87,21 @@ inline void dispatch(Buffer& buffer, const Batch& batch, Received& to) {
   args.index_type = IndexType::kInt32;
   args.recv_capacity = received;
   args.row_capacity = to.num_rows;
+  // Where peers can write them, they do; every other plan does without.
+  const bool shared = by_token && buffer.caps().cuda && to.plan.result.epoch % 2 == 0;
+  const size_t slot_bytes = static_cast<size_t>(entries) * sizeof(int32_t);
+  if (shared) {
+    to.slots = buffer.allocate(2 * slot_bytes);
+    std::memset(to.slots.data, 0xf9, to.slots.bytes);
+    args.recv_topk_idx = to.slots.data;
+    args.recv_topk_weights = reinterpret_cast<float*>(to.slots.data + slot_bytes);
+  }
   buffer.dispatch(to.plan, args);
   tested_transport.finish_calls();
+  if (shared && slot_bytes != 0) {
+    std::memcpy(to.topk_idx.data(), to.slots.data, slot_bytes);
+    std::memcpy(to.weights.data(), to.slots.data + slot_bytes, slot_bytes);
+  }
 }
 
 /// Combines the rows of `from` as they are now. weights: [tokens, topk] of this rank, or null.
