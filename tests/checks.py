@@ -204,3 +204,26 @@ def exact_sum(
             weight = float(np.sum(r.topk_weights[n])) if weighted else 1.0
             y[r.token[n]] += weight * values[n].astype(np.float64)
     return y
+
+
+def slot_values(received: reference.Received, rng: np.random.Generator) -> np.ndarray:
+    """A float for each place where a weight arrived, of any size; NaN at all others."""
+    values = rng.standard_normal(received.topk_idx.shape, dtype=np.float32)
+    values[received.topk_idx < 0] = np.nan
+    return values
+
+
+def returned_values(
+    values: Sequence[np.ndarray],
+    received: Sequence[reference.Received],
+    routing: Routing,
+    source: int,
+) -> np.ndarray:
+    """What comes back to each slot of a rank's tokens; values[r]: of slot_values, at rank r."""
+    idx = routing.topk_idx[source]
+    expected = np.zeros(idx.shape, dtype=np.float32)
+    for t, k in np.argwhere(idx >= 0):
+        r, e = int(routing.owner[idx[t, k]]), int(idx[t, k])
+        row = received[r].row[source, int(t), int(np.sum(routing.owner[:e] == r))]
+        expected[t, k] = values[r][row, k] if routing.layout.name == "token" else values[r][row]
+    return expected

@@ -58,9 +58,14 @@ def run_graph(group: Any, layout: str, transport: str, options: dict[str, str]) 
     buf = make(group, transport, max_tokens=tokens, transport_options=options)
     x, idx, weights = batch(buf.rank, tokens)
 
-    def call() -> torch.Tensor:
+    def call() -> tuple[torch.Tensor, torch.Tensor]:
         recv = buf.dispatch(x, idx, weights, layout=layout, host_sync=False)
-        return buf.combine(recv.x, recv.plan, topk_weights=weights)
+        returned = buf.combine_topk_weights(recv.topk_weights, recv.plan)
+        return buf.combine(recv.x, recv.plan, topk_weights=weights), returned
+
+    def check(y: torch.Tensor, returned: torch.Tensor) -> None:
+        check_round_trip(x, idx, weights, y)
+        assert torch.equal(returned, weights * (idx >= 0))
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -69,15 +74,16 @@ def run_graph(group: Any, layout: str, transport: str, options: dict[str, str]) 
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = call()
+        y, returned = call()
     for seed in range(50):
         for to, new in zip((x, idx, weights), batch(1000 * seed + buf.rank, tokens), strict=True):
             to.copy_(new)
         y.fill_(float("nan"))
+        returned.fill_(float("nan"))
         graph.replay()
         torch.cuda.synchronize()
-        check_round_trip(x, idx, weights, y)
-        check_round_trip(x, idx, weights, call())  # eager calls in between
+        check(y, returned)
+        check(*call())  # eager calls in between
     began = time.monotonic()
     buf.destroy()  # while the graph still holds its kernels
     assert time.monotonic() - began < 3.0

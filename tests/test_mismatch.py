@@ -115,6 +115,26 @@ def test_plans_differ(operation: str) -> None:
     _check(told, "plan", "epoch 5", "epoch 3")
 
 
+def run_rows(group: Any) -> Any:
+    """Rows of the layout and floats per slot, both of 16 bytes."""
+    import epcomm
+
+    with epcomm.Buffer(
+        group, num_experts=6, hidden=4, topk=4, max_tokens=3, dtype=torch.float32, transport="cpu"
+    ) as buf:
+        recv = buf.dispatch(torch.ones(3, 4), torch.arange(12).view(3, 4) % 6)
+        odd = group.rank() == ODD
+        call = buf.combine_topk_weights if odd else buf.combine
+        told = _told(lambda: call(recv.x, recv.plan))
+        assert buf.combine(recv.x, recv.plan).shape == (3, 4)
+    return told
+
+
+def test_rows_differ() -> None:
+    told = launcher.pool().run(NUM_RANKS, run_rows)
+    _check(told, "rows", "one per token", "of the layout")
+
+
 def run_versions(group: Any) -> Any:
     import epcomm
 

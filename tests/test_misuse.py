@@ -219,6 +219,26 @@ COMBINE_MISTAKES: list[Mistake] = [
         lambda s: s.combine(x=s.recv.x.repeat(1, 2)[:, ::2]),
         ("x", "contiguous"),
     ),
+    (
+        "values_shape",
+        lambda s: s.buf.combine_topk_weights(s.recv.topk_weights[:, :3], s.recv.plan),
+        ("values", "3", str(TOPK)),
+    ),
+    (
+        "values_dtype",
+        lambda s: s.buf.combine_topk_weights(s.recv.topk_weights.double(), s.recv.plan),
+        ("values", "float64", "float32"),
+    ),
+    (
+        "values_stride",
+        lambda s: s.buf.combine_topk_weights(s.recv.topk_weights.repeat(1, 2)[:, ::2], s.recv.plan),
+        ("values", "contiguous"),
+    ),
+    (
+        "values_of_another_plan",
+        lambda s: s.buf.combine_topk_weights(s.recv.topk_weights, s.other_plan),
+        ("plan", "another Buffer"),
+    ),
     ("plan_of_another_buffer", lambda s: s.combine(plan=s.other_plan), ("plan", "another Buffer")),
     (
         "weights_dtype",

@@ -36,6 +36,7 @@ def run_way(group: Any, way: dict[str, Any], layout: Layout) -> None:
                     recv = trial.dispatch(0)
                     again = trial.dispatch(1, plan=recv.plan)
                     trial.combine(recv, 2, bias=True, out=True)
+                    trial.combine_topk_weights(again, 4)
                     if trial.topk_weights is not None:
                         trial.combine(again, 3, weighted=True, out=True)
                     trial.check_held()

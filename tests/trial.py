@@ -106,6 +106,24 @@ class Trial:
         checks.equal(y, self.expected_y(outputs, weights, b), "y")
         return y
 
+    def combine_topk_weights(self, recv: Any, salt: int) -> None:
+        """Returns a float from every place of a slot and checks each; NaN where none is."""
+        values = [
+            checks.slot_values(r, self.case.rng(self.num_ranks, rank, 6, salt))
+            for rank, r in enumerate(self.received)
+        ]
+        shape = recv.x[0].shape[:-1] if isinstance(recv.x, tuple) else recv.x.shape[:-1]
+        if self.layout.name == "token":
+            shape = (*shape, self.routing.topk_idx[self.rank].shape[1])
+        mine = torch.full(shape, float("nan"))
+        mine.view(-1)[: values[self.rank].size] = torch.from_numpy(values[self.rank].ravel())
+        got = self.buf.combine_topk_weights(mine.to(self.device), recv.plan)
+        checks.equal(
+            got,
+            checks.returned_values(values, self.received, self.routing, self.rank),
+            "values of slots",
+        )
+
     def expected_y(
         self, outputs: list[np.ndarray], weights: np.ndarray | None, bias: np.ndarray | None
     ) -> np.ndarray:
@@ -134,7 +152,9 @@ class Trial:
         for replay in range(REPLAYS):
             again = self.dispatch(1 + replay, plan=recv.plan)
         self.combine(recv, 10)
+        self.combine_topk_weights(recv, 15)
         self.combine(again, 11, bias=True, out=True)
+        self.combine_topk_weights(again, 16)
         if self.topk_weights is not None:
             self.combine(recv, 12, weighted=True, out=True)
             first = self.combine(again, 13, weighted=True, bias=True, out=True)
@@ -143,4 +163,5 @@ class Trial:
         late = self.dispatch(20, host_sync=False)
         late = self.dispatch(21, plan=late.plan, host_sync=False)
         self.combine(late, 14, weighted=self.topk_weights is not None, out=True)
+        self.combine_topk_weights(late, 17)
         self.check_held()

@@ -120,6 +120,7 @@ void bind_args(py::module_& m) {
   combine.def(py::init<>())
       .def_readwrite("dtype", &CombineArgs::dtype)
       .def_readwrite("hidden", &CombineArgs::hidden)
+      .def_readwrite("by_token", &CombineArgs::by_token)
       .def_readwrite("num_sms", &CombineArgs::num_sms);
   def_pointer(combine, "x", &CombineArgs::x);
   def_pointer(combine, "topk_weights", &CombineArgs::topk_weights);

@@ -348,8 +348,17 @@ void Buffer::combine(const Plan& plan, const CombineArgs& args) {
   EPCOMM_CHECK(args.dtype == Dtype::kBfloat16 || args.dtype == Dtype::kFloat16 ||
                    args.dtype == Dtype::kFloat32,
                "dtype of combine must be bfloat16, float16 or float32");
-  EPCOMM_CHECK(args.hidden == config().hidden,
-               value("hidden", args.hidden, "the Buffer's hidden = ", config().hidden));
+  if (args.by_token) {
+    const int slots = static_cast<int>(align_up(static_cast<size_t>(plan.topk), 4));
+    EPCOMM_CHECK(args.hidden == slots,
+                 value("hidden", args.hidden,
+                       "topk rounded up to a multiple of 4 with by_token, = ", slots));
+    EPCOMM_CHECK(args.dtype == Dtype::kFloat32 && args.topk_weights == nullptr,
+                 "by_token is set; expected rows of float32 and no topk_weights");
+  } else {
+    EPCOMM_CHECK(args.hidden == config().hidden,
+                 value("hidden", args.hidden, "the Buffer's hidden = ", config().hidden));
+  }
   EPCOMM_CHECK(plan.attached, "plan was routed but never dispatched; dispatch with it first");
   transport.combine(plan, args);
 }

@@ -9,8 +9,8 @@ namespace epcomm {
 namespace {
 
 constexpr const char* kNames[kCallFields] = {
-    "operation", "layout",      "dtype",        "topk",      "expert_alignment",
-    "row_bytes", "scale_bytes", "topk_weights", "host_sync", "plan"};
+    "operation",    "layout", "dtype",     "topk", "expert_alignment", "row_bytes", "scale_bytes",
+    "topk_weights", "rows",   "host_sync", "plan"};
 
 std::string text(CallField field, int32_t value) {
   static constexpr const char* kLayouts[] = {"unset", "token", "expert", "padded"};
@@ -27,6 +27,8 @@ std::string text(CallField field, int32_t value) {
       break;
     case CallField::kWeighted:
       return value != 0 ? "given" : "not given";
+    case CallField::kRows:
+      return value != 0 ? "one per token" : "of the layout";
     case CallField::kHostSync:
       return value != 0 ? "True" : "False";
     case CallField::kPlan:

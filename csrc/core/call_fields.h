@@ -15,10 +15,11 @@ enum class CallField : int {
   kRowBytes,
   kScaleBytes,
   kWeighted,
+  kRows,  ///< of a combine: CombineArgs::by_token
   kHostSync,
   kPlan,  ///< of a dispatch or combine: number of the route that made its plan
 };
-constexpr int kCallFields = 10;
+constexpr int kCallFields = 11;
 
 /// Throws ConfigMismatch, with the values of all ranks, if they are not all the same.
 void check_call_field(CallField field, const std::vector<int32_t>& values);

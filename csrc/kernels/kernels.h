@@ -163,6 +163,7 @@ struct PartialArgs {
   int32_t chunk, chunks;
   const int32_t* announced;  ///< [R, words()]: chunk counts of the sources
   const char* x;             ///< rows of the layout
+  bool by_token;             ///< as CombineArgs::by_token
   PlanView plan;
   const float* topk_weights[kMaxPackRanks];  ///< [R]: [tokens, K] of source s; all null = none
   char* target[kMaxPackRanks];  ///< [R]: partial row of token i (in source order) of source s at

@@ -149,10 +149,12 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   for (int j = jobs.first; j < jobs.count; j += jobs.step) {
     const RowJob job = jobs.at(j);
     const int s = ranges.source(job.row, num_ranks);
-    void* record = meta.row(args.plan.recv_meta, int64_t{job.row} + ranges.to_recv[s]);
+    const int32_t n = job.row + ranges.to_recv[s];
+    void* record = meta.row(args.plan.recv_meta, n);
     const int64_t t = *meta.token(record, 0);
     PartialToken token;
     token.row = lane < topk ? meta.row(record, 0)[lane] : -1;
+    if (args.by_token) token.row = n;
     token.weight = 0.0f;
     token.weighted = args.topk_weights[s] != nullptr;
     if (token.weighted) {

@@ -356,6 +356,7 @@ void CpuTransport::combine(const Plan& plan, const CombineArgs& args) {
   entry.signature.expert_alignment = plan.expert_alignment;
   entry.signature.row_bytes = static_cast<int32_t>(row_bytes);
   entry.signature.weighted = args.topk_weights != nullptr;
+  entry.signature.by_token = args.by_token;
   entry.signature.plan = static_cast<int32_t>(plan.result.epoch);
   const Allocation piece = allocate(partial_bytes + weight_bytes);
   if (piece.data == nullptr) {
@@ -394,6 +395,10 @@ void CpuTransport::send_partials(const Plan& plan, const CombineArgs& args, int 
                 end = begin + received_from(plan.view, peer);
   std::vector<RowTerm> terms;
   for (int64_t n = begin; n < end; ++n, out += row_bytes) {
+    if (args.by_token) {
+      copy_row(out, 0, x, n, static_cast<int32_t>(row_bytes));
+      continue;
+    }
     const int32_t* row = meta.row(plan.view.recv_meta, n);
     const int64_t token = *meta.token(plan.view.recv_meta, n);
     terms.clear();

@@ -67,6 +67,8 @@ int32_t value_of(const CallSignature& s, CallField field) {
       return s.scale_bytes;
     case CallField::kWeighted:
       return s.weighted;
+    case CallField::kRows:
+      return s.by_token;
     case CallField::kHostSync:
       return 0;  // ranks may differ: the counts are always known here
     case CallField::kPlan:

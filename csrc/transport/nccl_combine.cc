@@ -15,6 +15,7 @@ PartialArgs NcclTransport::partial_args(const Plan& plan, const CombineArgs& arg
   p.hidden = args.hidden;
   p.chunk = 0;
   p.chunks = 1;
+  p.by_token = args.by_token;
   p.announced = plan.view.announced;
   p.x = static_cast<const char*>(args.x);
   p.plan = plan.view;
@@ -53,7 +54,8 @@ SumArgs NcclTransport::sum_args(const Plan& plan, const CombineArgs& args) const
 }
 
 void NcclTransport::combine(const Plan& plan, const CombineArgs& args) {
-  check_fits("x", int64_t{args.hidden} * dtype_bytes(args.dtype), 0);
+  // A row of floats per slot is shorter than a record, for which a staged row has room too.
+  if (!args.by_token) check_fits("x", int64_t{args.hidden} * dtype_bytes(args.dtype), 0);
   const auto stream = static_cast<cudaStream_t>(args.stream);
   Call call(*this, Operation::kCombine, stream);
   switch (algorithm(plan)) {
@@ -75,9 +77,9 @@ void NcclTransport::combine_exact(const Plan& plan, const CombineArgs& args, cud
       static_cast<size_t>(args.hidden) * static_cast<size_t>(dtype_bytes(args.dtype));
   PartialArgs partials = partial_args(plan, args, stream);
   SumArgs sum = sum_args(plan, args);
-  // Without weights a row of layout "token" is a partial row already, and is sent from where it
-  // lies.
-  const bool in_place = plan.layout == Layout::kToken && args.topk_weights == nullptr;
+  // Without weights one row per token is a partial row already, and is sent from where it lies.
+  const bool in_place =
+      args.by_token || (plan.layout == Layout::kToken && args.topk_weights == nullptr);
   char* from = in_place ? const_cast<char*>(partials.x) : send_.get();
   auto outgoing = [&](int owner, int c) {
     return from +

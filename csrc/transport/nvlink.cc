@@ -47,7 +47,9 @@ NvlinkLayout::NvlinkLayout(const TransportContext& context, const ControlLayout&
                tokens = static_cast<size_t>(config.max_tokens);
   weights = control.arena;
   staging = align_up(weights + tokens * static_cast<size_t>(config.topk) * sizeof(float), kPage);
-  arena = align_up(staging + ranks * tokens * widest_row(config), kPage);
+  // Floats per slot can be wider than very short rows.
+  const size_t slots = align_up(static_cast<size_t>(config.topk), 4) * sizeof(float);
+  arena = align_up(staging + ranks * tokens * std::max(widest_row(config), slots), kPage);
   bytes = arena + arena_bytes(context);
 }
 

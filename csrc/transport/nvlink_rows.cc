@@ -133,7 +133,7 @@ PlaceArgs NvlinkTransport::place_args(const Plan& plan, const DispatchArgs& args
 void NvlinkTransport::combine(const Plan& plan, const CombineArgs& args) {
   check();
   const int64_t row_bytes = int64_t{args.hidden} * dtype_bytes(args.dtype);
-  EPCOMM_CHECK(row_bytes <= int64_t{config_.hidden} * dtype_bytes(config_.dtype),
+  EPCOMM_CHECK(args.by_token || row_bytes <= int64_t{config_.hidden} * dtype_bytes(config_.dtype),
                "x has " + std::to_string(row_bytes) +
                    " bytes per row; expected at most a row of the Buffer's hidden and dtype");
   const auto stream = static_cast<cudaStream_t>(args.stream);
@@ -145,9 +145,11 @@ void NvlinkTransport::combine(const Plan& plan, const CombineArgs& args) {
   field(entry, CallField::kDtype) = static_cast<int32_t>(args.dtype);
   field(entry, CallField::kRowBytes) = static_cast<int32_t>(row_bytes);
   field(entry, CallField::kWeighted) = args.topk_weights != nullptr ? 1 : 0;
-  // Rows of layout kToken in the window are loaded by the owners of the tokens, from where they
-  // are. Others are summed here first, and stored to the owners.
-  pull.pushed = plan.layout != Layout::kToken || !arena_.contains(args.x, 1);
+  field(entry, CallField::kRows) = args.by_token ? 1 : 0;
+  // Where a token has one row and that lies in the window, the owners of the tokens load the rows
+  // from where they are. Others are summed here first, and stored to the owners.
+  const bool one_row = args.by_token || plan.layout == Layout::kToken;
+  pull.pushed = !one_row || !arena_.contains(args.x, 1);
   if (!pull.pushed) entry.rows = offset_of(args.x);
   entry.pushed = pull.pushed ? 1 : 0;
   if (args.topk_weights != nullptr)
@@ -181,6 +183,7 @@ void NvlinkTransport::push_partials(const Plan& plan, const CombineArgs& args,
   partials.rank = rank_;
   partials.dtype = args.dtype;
   partials.hidden = args.hidden;
+  partials.by_token = args.by_token;
   partials.chunks = 1;
   partials.announced = plan.view.announced;
   partials.x = static_cast<const char*>(args.x);

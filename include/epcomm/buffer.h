@@ -90,7 +90,7 @@ class Buffer {
   /// Collective. y[t] = (sum over ranks r, ascending, of round(partial)) + bias[t], in fp32,
   /// rounded once to dtype. partial is the sum over the distinct rows of rank r that carry token t;
   /// with topk_weights, the sum over k, ascending, of topk_weights[t, k] * (the row that carries
-  /// (t, k)).
+  /// (t, k)). With by_token the partial of a token is its row of x.
   void combine(const Plan& plan, const CombineArgs& args);
 
   /// Local, not collective. Later calls throw BufferUnusable. Allocations stay readable.

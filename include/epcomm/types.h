@@ -172,6 +172,10 @@ struct CombineArgs {
   void* out = nullptr;                  ///< [num_tokens, hidden] of dtype
   Dtype dtype = Dtype::kUnset;          ///< kBfloat16, kFloat16 or kFloat32
   int32_t hidden = 0;
+  /// Floats per slot instead of rows of the layout: x is [N, hidden] with one row per received
+  /// token, whatever the plan's layout; y[t] is the sum of its rows. dtype kFloat32, hidden = topk
+  /// rounded up to a multiple of 4, no topk_weights.
+  bool by_token = false;
   int32_t num_sms = 0;
   void* stream = nullptr;
 };

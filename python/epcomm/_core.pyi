@@ -87,6 +87,7 @@ class CombineArgs:
     out: int
     dtype: Dtype
     hidden: int
+    by_token: bool
     num_sms: int
     stream: int
     def __init__(self) -> None: ...

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import datetime
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 
+from . import checks, env
 from .errors import PeerLost
+
+TIMEOUT_S = 30.0
+"""Seconds that a wait for a peer may take, where nobody says otherwise."""
 
 
 @runtime_checkable
@@ -71,3 +75,25 @@ class TorchBootstrap:
                 0,
             ) from error
         return [t.cpu().numpy().tobytes() for t in gathered]
+
+
+def bootstrap_of(group: Any, timeout: Any) -> Bootstrap:
+    """The Bootstrap for what a caller gave as group; timeout: as given, not yet checked."""
+    if group is None or isinstance(group, dist.ProcessGroup):
+        return TorchBootstrap(group, set_up_seconds(timeout))
+    if not isinstance(group, Bootstrap):
+        raise TypeError(
+            f"group is a {type(group).__name__}; expected a torch.distributed.ProcessGroup, None, "
+            "or an object with the methods of epcomm.Bootstrap"
+        )
+    return group
+
+
+def set_up_seconds(timeout: Any) -> float:
+    """The timeout of set-up. One that the Buffer will refuse must still let ranks say so."""
+    try:
+        if timeout is None:
+            timeout = env.number("EPCOMM_TIMEOUT", TIMEOUT_S)
+        return checks.seconds("timeout", timeout)
+    except (TypeError, ValueError):
+        return TIMEOUT_S

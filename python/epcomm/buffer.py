@@ -12,13 +12,14 @@ import torch
 import torch.distributed as dist
 
 from . import checks, env, native
-from .bootstrap import Bootstrap, TorchBootstrap
+from .bootstrap import TIMEOUT_S, Bootstrap, bootstrap_of, set_up_seconds
 from .checks import dtype_name
 from .errors import Error, WindowFull
 from .events import Event
 from .quant import quantize_fp8
 from .results import Combined, Plan, Recv, Rows
-from .streams import CallOrder
+from .slots import rows_of_slots
+from .streams import Call, CallOrder
 from .symmetric import tensors_of
 
 
@@ -71,14 +72,14 @@ class Buffer:
         window_bytes: int | None = None,
         transport_options: Mapping[str, object] | None = None,
     ) -> None:
-        bootstrap = _bootstrap(group, timeout)
+        bootstrap = bootstrap_of(group, timeout)
         # Raises on all ranks or on none, so nobody needs to be told.
-        transport = native.agree_on_transport(bootstrap, transport, _seconds(timeout))
+        transport = native.agree_on_transport(bootstrap, transport, set_up_seconds(timeout))
         try:
             self._module = native.module_of(transport)
             checks.choice("dtype", dtype, checks.ROW_DTYPES)
             if timeout is None:
-                timeout = env.number("EPCOMM_TIMEOUT", _TIMEOUT_S)
+                timeout = env.number("EPCOMM_TIMEOUT", TIMEOUT_S)
             if window_bytes is None:
                 window_bytes = int(env.number("EPCOMM_WINDOW_BYTES", 0))
             table = () if expert_to_rank is None else expert_to_rank
@@ -320,15 +321,9 @@ class Buffer:
         if out is None:
             with call.allocating():
                 out = made = torch.empty(shape, dtype=x.dtype, device=self._device)
-        args = self._module.CombineArgs()
-        args.x = x.data_ptr()
-        args.out = out.data_ptr()
-        args.dtype = self._dtype(x.dtype)
-        args.hidden = self.hidden
+        args = self._combine_args(x, out, num_sms, call)
         args.topk_weights = _address(topk_weights)
         args.bias = _address(bias)
-        args.num_sms = num_sms or 0
-        args.stream = call.stream
         self._native.combine(plan.native, args)
         event = call.end((made,))
         if async_op or return_recv_hook:
@@ -363,6 +358,50 @@ class Buffer:
                 self._native.free_bytes,
             )
         return made[0]
+
+    def combine_topk_weights(
+        self,
+        values: torch.Tensor,
+        plan: Plan,
+        *,
+        async_op: bool = False,
+        previous_event: Event | torch.cuda.Event | None = None,
+        num_sms: int | None = None,
+    ) -> torch.Tensor | Combined:
+        """Returns one float per slot to the tokens' ranks: gradients of topk_weights. Collective.
+
+        The adjoint of how `dispatch` delivers topk_weights: y[t, k] is the value at the place where
+        (t, k)'s weight arrived. Slots of one expert that share a row all get that row's value.
+
+        Args:
+            values: float32 in the shape of `recv.topk_weights` of the plan's layout. What belongs
+                to no slot (experts of other ranks, padding) is not looked at, NaN included.
+            plan: of the dispatch that delivered the rows, on this Buffer. It need not have
+                delivered weights.
+            async_op, previous_event, num_sms: as in `dispatch`.
+
+        Returns:
+            [num_tokens, topk] float32, 0 where topk_idx is -1; with async_op a `Combined`.
+
+        Raises:
+            As `dispatch`.
+        """
+        self._native.check_usable()
+        self._limits.plan(plan)
+        checks.call_arguments(async_op, False, previous_event, num_sms)
+        self._limits.tensor("values", values, (torch.float32,), self._slot_shape(plan))
+        block = (plan.send_block, plan.recv_block)
+        call = self._order.begin(async_op, previous_event, (values, *block))
+        with call.allocating():
+            record_bytes = self._native.recv_meta_bytes(plan.topk, 1)
+            rows = rows_of_slots(values, plan, record_bytes)
+            y = rows.new_empty((plan.num_tokens, rows.shape[1]))
+            args = self._combine_args(rows, y, num_sms, call)
+            args.by_token = True
+            self._native.combine(plan.native, args)
+            y = y[:, : plan.topk].contiguous()
+        event = call.end((y,))
+        return Combined(y, event, None) if async_op else y
 
     # Steps of dispatch.
 
@@ -469,6 +508,18 @@ class Buffer:
             event=Event(),
         )
 
+    def _combine_args(
+        self, x: torch.Tensor, out: torch.Tensor, num_sms: int | None, call: Call
+    ) -> Any:
+        args = self._module.CombineArgs()
+        args.x = x.data_ptr()
+        args.out = out.data_ptr()
+        args.dtype = self._dtype(x.dtype)
+        args.hidden = x.shape[-1]
+        args.num_sms = num_sms or 0
+        args.stream = call.stream
+        return args
+
     def _quantise(self, x: Rows, kind: str) -> Rows:
         if not isinstance(x, torch.Tensor):
             raise ValueError(f"quant is {kind!r} but x is a pair already; expected one tensor")
@@ -487,26 +538,11 @@ class Buffer:
             return (self.local_experts, self.num_ranks * self.max_tokens, width)
         return (plan.num_recv_rows, width)
 
-
-def _bootstrap(group: Any, timeout: Any) -> Bootstrap:
-    if group is None or isinstance(group, dist.ProcessGroup):
-        return TorchBootstrap(group, _seconds(timeout))
-    if not isinstance(group, Bootstrap):
-        raise TypeError(
-            f"group is a {type(group).__name__}; expected a torch.distributed.ProcessGroup, None, "
-            "or an object with the methods of epcomm.Bootstrap"
-        )
-    return group
-
-
-def _seconds(timeout: Any) -> float:
-    """The timeout of set-up. One that the Buffer will refuse must still let ranks say so."""
-    try:
-        if timeout is None:
-            timeout = env.number("EPCOMM_TIMEOUT", _TIMEOUT_S)
-        return checks.seconds("timeout", timeout)
-    except (TypeError, ValueError):
-        return _TIMEOUT_S
+    def _slot_shape(self, plan: Plan) -> tuple[int, ...]:
+        """Shape of the plan's topk_weights at the receiver."""
+        if plan.layout == "token":
+            return (plan.recv_capacity, plan.topk)
+        return self._shape(plan, 0)[:-1]
 
 
 def _address(tensor: torch.Tensor | None) -> int:
@@ -516,6 +552,5 @@ def _address(tensor: torch.Tensor | None) -> int:
     return tensor.data_ptr() or _PLACEHOLDER.data_ptr()
 
 
-_TIMEOUT_S = 30.0
 _CPU = torch.device("cpu")
 _PLACEHOLDER = torch.empty(16, dtype=torch.uint8)

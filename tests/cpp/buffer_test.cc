@@ -178,6 +178,28 @@ void check_combined(const Batch& b, const ExpertMap& map, Layout layout, bool we
   }
 }
 
+// Row n of rank r is 1000 * r + n, a little more in each column.
+float by_token_value(int r, int n, int column) {
+  return static_cast<float>(1000 * r + n + 100000 * column);
+}
+
+void check_by_token(Buffer& buffer, const Batch& b, const Received& recv) {
+  const int width = (b.topk + 3) / 4 * 4;
+  std::vector<float> x;
+  for (int n = 0; n < recv.plan.result.num_recv_tokens; ++n)
+    for (int i = 0; i < width; ++i) x.push_back(by_token_value(buffer.rank(), n, i));
+  const std::vector<float> y = testing::combine_by_token(buffer, b, recv, x, width);
+  for (int t = 0; t < b.tokens; ++t)
+    for (int i = 0; i < width; ++i) {
+      float sum = 0;
+      for (int r = 0; r < buffer.num_ranks(); ++r) {
+        const int slot = recv.plan.view.slot[t * buffer.num_ranks() + r];
+        if (slot >= 0) sum += by_token_value(r, slot, i);
+      }
+      ASSERT_EQ(y[static_cast<size_t>(t * width + i)], sum) << "token " << t;
+    }
+}
+
 class BufferLayouts : public ::testing::TestWithParam<Layout> {};
 
 TEST_P(BufferLayouts, DispatchAndCombineAreExact) {
@@ -206,7 +228,9 @@ TEST_P(BufferLayouts, DispatchAndCombineAreExact) {
           check_combined(mine, map, layout, false, testing::combine(buffer, mine, recv));
           check_combined(mine, map, layout, true,
                          testing::combine(buffer, mine, recv, testing::address(mine.weights)));
+          check_by_token(buffer, mine, recv);
         }
+        EXPECT_THROW(testing::combine_by_token(buffer, mine, recv, {}, 8), InvalidArgument);
       }
     });
   }

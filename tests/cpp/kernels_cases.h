@@ -51,6 +51,7 @@ inline std::vector<Case> make_cases(int largest) {
             int64_t{num_ranks} * c.num_experts * (tokens + 2) * (c.row_bytes + 64) > 100'000'000)
           c.layout = Layout::kExpert;
         c.in_place = c.layout == Layout::kToken && pick({0, 1}) != 0;
+        c.by_token = !c.weighted && pick({0, 1}) != 0;
         cases.push_back(c);
       }
   Case many{40, 64, 8, 300};  // more ranks than a warp has lanes

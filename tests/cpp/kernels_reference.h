@@ -32,7 +32,8 @@ struct Case {
   bool table = false;    // owners of experts at random
   bool weighted = true;  // topk_weights in both directions
   bool bias = false;
-  bool exact = false;  // capacities as counted, not the worst case
+  bool by_token = false;  // combine of one row per received token; not weighted
+  bool exact = false;     // capacities as counted, not the worst case
   bool bad_ids = false;
   bool in_place = false;  // layout kToken: packed straight into the received tensor
   bool plain = false;     // all ranks have all tokens, no holes: for timing
@@ -107,6 +108,15 @@ struct World {
           n >= 0 && std::find(rows.begin(), rows.end(), n) == rows.end())
         rows.push_back(n);
     return rows;
+  }
+
+  // Index of a token among those that rank r receives, which lie by source, then token.
+  int received_token(int r, const Token& t) const {
+    const auto before = [](const Token& a, const Token& b) {
+      return a.source != b.source ? a.source < b.source : a.token < b.token;
+    };
+    return static_cast<int>(std::lower_bound(recv[r].begin(), recv[r].end(), t, before) -
+                            recv[r].begin());
   }
 
   Packed packed(int s, int r) const;
@@ -342,7 +352,7 @@ inline Received World::received(int r) const {
 inline Bytes World::partial(int r, const Token& t) const {
   std::vector<float> sum(c.hidden(), 0.0f);
   auto at = [&](int n) { return expert_out[r].data() + size_t(n) * c.combine_bytes; };
-  const Ints rows = distinct_rows(r, t);
+  const Ints rows = c.by_token ? Ints{received_token(r, t)} : distinct_rows(r, t);
   if (!c.weighted && rows.size() == 1) return Bytes(at(rows[0]), at(rows[0]) + c.combine_bytes);
   if (c.weighted) {
     for (int k = 0; k < c.topk; ++k)

@@ -344,6 +344,7 @@ inline PartialArgs Trial::partial_args(int r, int chunk) const {
   a.chunks = c.chunks;
   for (int s = 0; s < c.num_ranks; ++s)
     a.topk_weights[s] = c.weighted ? ranks_[static_cast<size_t>(s)].weights.data : nullptr;
+  a.by_token = c.by_token;
   a.announced = m.plan.announced;
   a.x = m.expert_out.data;
   a.plan = m.plan;

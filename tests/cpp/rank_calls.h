@@ -119,4 +119,19 @@ inline std::vector<float> combine(Buffer& buffer, const Batch& batch, const Rece
   return y;
 }
 
+/// Combines floats per slot: x holds one row of `width` floats for each received token.
+inline std::vector<float> combine_by_token(Buffer& buffer, const Batch& batch, const Received& from,
+                                           const std::vector<float>& x, int width) {
+  std::vector<float> y(static_cast<size_t>(batch.tokens * width),
+                       std::numeric_limits<float>::quiet_NaN());
+  CombineArgs args;
+  args.x = x.data();
+  args.out = y.data();
+  args.dtype = Dtype::kFloat32;
+  args.hidden = width;
+  args.by_token = true;
+  buffer.combine(from.plan, args);
+  return y;
+}
+
 }  // namespace epcomm::testing

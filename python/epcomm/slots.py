@@ -1,0 +1,38 @@
+"""Floats per slot (t, k), where they lie at the receiver."""
+
+from __future__ import annotations
+
+import torch
+
+from .results import Plan
+
+
+def _records(plan: Plan, record_bytes: int) -> torch.Tensor:
+    """int32 [recv_capacity, words]: the plan's receive block (MetaLayout in token_layout.h)."""
+    assert plan.recv_block is not None
+    words = plan.recv_block.view(torch.int32)
+    return words.view(plan.recv_capacity, record_bytes // 4)
+
+
+def rows_of_slots(values: torch.Tensor, plan: Plan, record_bytes: int) -> torch.Tensor:
+    """One row of floats per received token from the values of its slots. No host wait.
+
+    Args:
+        values: float32 in the shape of `recv.topk_weights` of the plan's layout.
+        record_bytes: of one token in the plan's receive block.
+
+    Returns:
+        float32 [recv_capacity, topk rounded up to a multiple of 4], 0 where a slot's expert is on
+        another rank. Rows from num_recv on are unspecified.
+    """
+    # A record begins with the row of the layout that carries each slot, -1 = expert elsewhere.
+    row = _records(plan, record_bytes)[:, : plan.topk]
+    rows = row.new_zeros((plan.recv_capacity, -(-plan.topk // 4) * 4), dtype=torch.float32)
+    if values.numel() == 0:
+        return rows
+    if plan.layout != "token":
+        # Records that were not received hold anything.
+        at = row.clamp(0, values.numel() - 1).long()
+        values = values.view(-1)[at]
+    rows[:, : plan.topk] = torch.where(row >= 0, values, 0.0)
+    return rows
