@@ -13,7 +13,7 @@ import checks
 import launcher
 from cases import Case, Format
 from checks import Layout
-from test_misuse import EXPERTS, HIDDEN, MAX_TOKENS, TOPK, Setup
+from test_misuse import EXPERTS, HIDDEN, MAX_TOKENS, TOPK, Setup, _fp8
 from trial import Trial
 
 
@@ -187,6 +187,28 @@ def run_async(group: Any) -> None:
 
 def test_asynchronous_arguments_work_without_a_gpu() -> None:
     launcher.pool().run(2, run_async)
+
+
+def run_profiled(group: Any) -> set[str]:
+    setup = Setup(group)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        recv = setup.dispatch(quant=None)
+        setup.combine()
+        setup.buf.combine_topk_weights(recv.topk_weights, recv.plan)
+        setup.dispatch(x=(_fp8(), torch.ones(len(setup.x), 1)), topk_weights=None)
+    setup.buf.destroy()
+    return {event.key for event in profile.key_averages() if event.key.startswith("epcomm.")}
+
+
+def test_profiled_ranges_tell_bytes() -> None:
+    """5 tokens of 64 channels: bf16, 4 floats of slots, e4m3 and one scale."""
+    for names in launcher.pool().run(2, run_profiled):
+        assert names == {
+            "epcomm.dispatch 640 bytes",
+            "epcomm.combine 640 bytes",
+            "epcomm.combine_topk_weights 80 bytes",
+            "epcomm.dispatch 340 bytes",
+        }
 
 
 def run_quant(group: Any, quant: str, dtype: torch.dtype) -> None:

@@ -39,7 +39,16 @@ def test_errors_can_be_caught_without_torch() -> None:
 
 
 def test_every_public_name_is_there() -> None:
-    names = {"Buffer", "Bootstrap", "TorchBootstrap", "Event", "Recv", "Plan", "show_config"}
+    names = {
+        "autograd",
+        "Buffer",
+        "Bootstrap",
+        "TorchBootstrap",
+        "Event",
+        "Recv",
+        "Plan",
+        "show_config",
+    }
     names |= {"Error", "PeerLost", "Evicted", "ConfigMismatch", "WindowFull", "BufferUnusable"}
     assert names <= set(epcomm.__all__)
     for name in epcomm.__all__:

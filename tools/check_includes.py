@@ -105,7 +105,8 @@ MACRO_FILES = ("include/epcomm/error.h",)
 
 TORCH_FILES = (
     *("buffer.py", "native.py", "checks.py", "results.py", "events.py", "streams.py"),
-    *("bootstrap.py", "slots.py", "quant.py", "symmetric.py", "autograd.py", "ops.py", "ops/*"),
+    *("bootstrap.py", "slots.py", "symmetric.py", "tracing.py", "quant.py"),
+    *("autograd.py", "ops.py", "ops/*"),
 )
 ENVIRONMENT_FILES = ("env.py",)
 # Unpickling what a peer sent runs the peer's code.

@@ -143,6 +143,7 @@ void bind_plan(py::module_& m) {
       .def_property_readonly("num_recv_rows", [](const Plan& p) { return p.result.num_recv_rows; })
       .def_property_readonly("tokens_per_expert",
                              [](const Plan& p) { return p.result.tokens_per_expert; })
+      .def("state", &Plan::state)
       .def("with_recv_block", [](const Plan& p, uintptr_t recv_meta) {
         return p.with_recv_block(reinterpret_cast<void*>(recv_meta));
       });
@@ -234,6 +235,10 @@ void bind_buffer(py::module_& m) {
             return b.route(args);
           },
           gil())
+      .def("restore",
+           [](const Buffer& b, const std::vector<int64_t>& state, uintptr_t send_block) {
+             return b.restore(state, reinterpret_cast<void*>(send_block));
+           })
       .def("dispatch", &Buffer::dispatch, gil())
       .def("combine", &Buffer::combine, gil())
       .def("destroy", &Buffer::destroy, gil());

@@ -12,6 +12,7 @@
 
 #include "core/checks.h"
 #include "core/expert_map.h"
+#include "core/plan_state.h"
 #include "kernels/token_layout.h"
 #include "transport/transport.h"
 
@@ -329,6 +330,18 @@ Plan Buffer::route(const RouteArgs& args) {
   plan.host_sync = args.host_sync;
   plan.view = args.plan;
   plan.result = transport.route(args);
+  return plan;
+}
+
+Plan Buffer::restore(const std::vector<int64_t>& state, void* send_block) const {
+  Plan plan = plan_from_state(state);
+  (void)state_->usable(plan);
+  const bool sizes_are_ours = plan.num_tokens >= 0 && plan.num_tokens <= config().max_tokens &&
+                              plan.topk >= 1 && plan.topk <= config().topk;
+  EPCOMM_CHECK(sizes_are_ours, "state is not that of a plan: it says num_tokens = " +
+                                   std::to_string(plan.num_tokens) +
+                                   ", topk = " + std::to_string(plan.topk));
+  plan.view = view_send_block(send_block, plan.num_tokens, plan.topk);
   return plan;
 }
 

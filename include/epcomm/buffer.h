@@ -85,6 +85,9 @@ class Buffer {
   /// Collective. Expert ids outside [-1, num_experts) throw InvalidArgument before anything is
   /// sent.
   Plan route(const RouteArgs& args);
+  /// A plan of this Buffer from its Plan::state and its send block, or a copy of that. It still
+  /// needs a receive block: the plan's own, a copy (to combine), or new memory (to dispatch).
+  Plan restore(const std::vector<int64_t>& state, void* send_block) const;
   /// Collective. plan.view must have its receive block attached.
   void dispatch(const Plan& plan, const DispatchArgs& args);
   /// Collective. y[t] = (sum over ranks r, ascending, of round(partial)) + bias[t], in fp32,

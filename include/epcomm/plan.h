@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "epcomm/types.h"
 
@@ -28,6 +29,9 @@ struct Plan {
     plan.view.recv_meta = recv_meta;
     return plan;
   }
+
+  /// What the host knows of the plan, as numbers: Buffer::restore makes the plan from it again.
+  std::vector<int64_t> state() const;
 };
 
 }  // namespace epcomm

@@ -18,6 +18,7 @@ from .config import show_config
 from .errors import BufferUnusable, ConfigMismatch, Error, Evicted, PeerLost, WindowFull
 
 if TYPE_CHECKING:
+    from . import autograd
     from .bootstrap import Bootstrap, TorchBootstrap
     from .buffer import Buffer
     from .events import Event
@@ -48,6 +49,7 @@ __all__ = [
     "TorchBootstrap",
     "WindowFull",
     "__version__",
+    "autograd",
     "show_config",
 ]
 
@@ -59,8 +61,10 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
         globals()[name] = value
         return value
+    if name == "autograd":
+        return importlib.import_module(".autograd", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(_LAZY))
+    return sorted(set(globals()) | set(_LAZY) | {"autograd"})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -21,6 +23,7 @@ from .results import Combined, Plan, Recv, Rows
 from .slots import rows_of_slots
 from .streams import Call, CallOrder
 from .symmetric import tensors_of
+from .tracing import profiled, untraced
 
 
 class Buffer:
@@ -50,6 +53,9 @@ class Buffer:
             of torch's allocator and ignores this.
         transport_options: choices of one transport, by name; nccl: "algorithm", "schedule" and
             "chunks" (docs/nccl.md).
+
+    Attributes:
+        name: names this Buffer among those of this process, for the custom ops of `epcomm.ops`.
 
     Raises:
         ConfigMismatch: ranks disagree on an argument or on epcomm's version; the same on all ranks.
@@ -108,6 +114,8 @@ class Buffer:
         on_gpu = self.caps.cuda
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else _CPU
         self._tensors = tensors_of(self._native, self._module, self._device)
+        self.name = str(next(_numbers))
+        _named[self.name] = self
         self._order = CallOrder(self._device, self._native.check_faults)
         self._limits = checks.Limits(self._native.id, self._device, hidden, topk, max_tokens, dtype)
 
@@ -125,6 +133,11 @@ class Buffer:
     def local_experts(self) -> int:
         """Experts that this rank owns."""
         return int(self._native.local_experts)
+
+    @property
+    def max_recv_tokens(self) -> int:
+        """Most tokens that this rank can receive in one call: num_ranks * max_tokens."""
+        return int(self._native.max_recv_tokens)
 
     @property
     def transport(self) -> str:
@@ -151,6 +164,7 @@ class Buffer:
     ) -> None:
         self.destroy()
 
+    @untraced
     def dispatch(
         self,
         x: Rows,
@@ -240,7 +254,7 @@ class Buffer:
         args.num_sms = num_sms or 0
         args.stream = call.stream
         try:
-            with call.allocating():
+            with call.allocating(), profiled("dispatch", rows, scales):
                 if plan is None:
                     assert topk_idx is not None
                     plan = self._route(topk_idx, layout, expert_alignment, host_sync, args)
@@ -257,6 +271,7 @@ class Buffer:
         event = call.end((*received, recv.topk_idx, recv.topk_weights, *block))
         return dataclasses.replace(recv, event=event, hook=event.wait if return_recv_hook else None)
 
+    @untraced
     def combine(
         self,
         x: torch.Tensor,
@@ -324,12 +339,14 @@ class Buffer:
         args = self._combine_args(x, out, num_sms, call)
         args.topk_weights = _address(topk_weights)
         args.bias = _address(bias)
-        self._native.combine(plan.native, args)
+        with profiled("combine", out):
+            self._native.combine(plan.native, args)
         event = call.end((made,))
         if async_op or return_recv_hook:
             return Combined(out, event, event.wait if return_recv_hook else None)
         return out
 
+    @untraced
     def combine_input(self, plan: Plan, dtype: torch.dtype | None = None) -> torch.Tensor:
         """An uninitialised tensor for the experts' outputs, to pass to `combine`. Not collective.
 
@@ -359,6 +376,7 @@ class Buffer:
             )
         return made[0]
 
+    @untraced
     def combine_topk_weights(
         self,
         values: torch.Tensor,
@@ -398,7 +416,8 @@ class Buffer:
             y = rows.new_empty((plan.num_tokens, rows.shape[1]))
             args = self._combine_args(rows, y, num_sms, call)
             args.by_token = True
-            self._native.combine(plan.native, args)
+            with profiled("combine_topk_weights", y):
+                self._native.combine(plan.native, args)
             y = y[:, : plan.topk].contiguous()
         event = call.end((y,))
         return Combined(y, event, None) if async_op else y
@@ -414,8 +433,8 @@ class Buffer:
         dispatch: Any,
     ) -> Plan:
         num_tokens, topk = topk_idx.shape
-        sizes = self._native.send_block(num_tokens, topk)
-        send_block = torch.empty(sizes.bytes, dtype=torch.uint8, device=self._device)
+        block_bytes = self._native.send_block(num_tokens, topk).bytes
+        send_block = torch.empty(block_bytes, dtype=torch.uint8, device=self._device)
         args = self._module.RouteArgs()
         args.topk_idx = topk_idx.data_ptr()
         args.index_type = self._index_type(topk_idx.dtype)
@@ -430,32 +449,59 @@ class Buffer:
         args.host_sync = host_sync
         args.stream = dispatch.stream
         native_plan = self._native.route(args, send_block.data_ptr())
+        return self._plan(native_plan, send_block, None, topk_idx.dtype)
+
+    def _plan(
+        self,
+        native_plan: Any,
+        send_block: torch.Tensor,
+        recv_block: torch.Tensor | None,
+        index_dtype: torch.dtype,
+    ) -> Plan:
+        sizes = self._native.send_block(native_plan.num_tokens, native_plan.topk)
 
         def int32_array(offset: int, count: int) -> torch.Tensor:
             return send_block[offset : offset + 4 * count].view(torch.int32)
 
-        capacity = native_plan.num_recv_tokens if host_sync else self._native.max_recv_tokens
-        rows = (
-            native_plan.num_recv_rows
-            if host_sync
-            else self._native.max_recv_rows(args.layout, topk, alignment)
-        )
+        host_sync = native_plan.host_sync
         return Plan(
-            layout=layout,
-            expert_alignment=alignment,
-            num_tokens=num_tokens,
-            topk=topk,
+            layout=native_plan.layout.name,
+            expert_alignment=native_plan.expert_alignment,
+            num_tokens=native_plan.num_tokens,
+            topk=native_plan.topk,
             num_recv_tokens=native_plan.num_recv_tokens if host_sync else None,
-            num_recv_rows=rows,
+            num_recv_rows=native_plan.num_recv_rows
+            if host_sync
+            else self._native.max_recv_rows(
+                native_plan.layout, native_plan.topk, native_plan.expert_alignment
+            ),
             tokens_per_expert=int32_array(sizes.tokens_per_expert, self.local_experts),
             expert_offsets=int32_array(sizes.expert_offset, self.local_experts + 1),
             num_recv=int32_array(sizes.num_recv, 1),
-            index_dtype=topk_idx.dtype,
-            recv_capacity=capacity,
+            index_dtype=index_dtype,
+            recv_capacity=native_plan.num_recv_tokens if host_sync else self.max_recv_tokens,
             native=native_plan,
             send_block=send_block,
-            recv_block=None,
+            recv_block=recv_block,
         )
+
+    def restored_plan(
+        self, state: list[int], send_block: torch.Tensor, recv_block: torch.Tensor | None
+    ) -> Plan:
+        """The plan whose `native.state()` and blocks, or copies of them, these are.
+
+        Without recv_block, a plan to dispatch with.
+        """
+        native_plan = self._native.restore(state, send_block.data_ptr())
+        if recv_block is not None:
+            native_plan = native_plan.with_recv_block(recv_block.data_ptr())
+        plan = self._plan(native_plan, send_block, recv_block, torch.int32)
+        send_bytes = self._native.send_block(plan.num_tokens, plan.topk).bytes
+        self._limits.tensor("send_block", send_block, (torch.uint8,), (send_bytes,))
+        if recv_block is not None:
+            recv_bytes = self._native.recv_meta_bytes(plan.topk, plan.recv_capacity)
+            self._limits.tensor("recv_block", recv_block, (torch.uint8,), (recv_bytes,))
+        return plan
 
     def _send(self, plan: Plan, rows: torch.Tensor, scales: torch.Tensor | None, args: Any) -> Recv:
         args.index_type = self._index_type(plan.index_dtype)
@@ -545,6 +591,17 @@ class Buffer:
         return self._shape(plan, 0)[:-1]
 
 
+def named(name: str) -> Buffer:
+    """The Buffer of this process whose `name` it is. ValueError if it is gone."""
+    buffer = _named.get(name)
+    if buffer is None:
+        raise ValueError(
+            f"buffer is {name!r}, but there is no Buffer of that name in this process; keep the "
+            "Buffer as long as its plans and gradients are used"
+        )
+    return buffer
+
+
 def _address(tensor: torch.Tensor | None) -> int:
     """Address of a tensor, 0 for none. An empty tensor has none, but must still count as given."""
     if tensor is None:
@@ -552,5 +609,7 @@ def _address(tensor: torch.Tensor | None) -> int:
     return tensor.data_ptr() or _PLACEHOLDER.data_ptr()
 
 
+_numbers = itertools.count()
+_named: weakref.WeakValueDictionary[str, Buffer] = weakref.WeakValueDictionary()
 _CPU = torch.device("cpu")
 _PLACEHOLDER = torch.empty(16, dtype=torch.uint8)

@@ -305,6 +305,53 @@ TEST(Buffer, SeveralBuffersAndATableOfOwners) {
   });
 }
 
+TEST(Buffer, APlanIsRestoredFromItsState) {
+  const Case c{3, 7, 3, 4, 6};
+  run_threads(c.ranks, kTimeout, [&](std::shared_ptr<Bootstrap> bootstrap) {
+    const int rank = bootstrap->rank();
+    Buffer buffer(bootstrap,
+                  testing::options_for(c.experts, c.hidden, c.topk, c.max_tokens, kTimeout));
+    const ExpertMap map(c.experts, c.ranks, {});
+    const auto all = make_round(c, 5);
+    const Batch& mine = all[static_cast<size_t>(rank)];
+    Received recv, again;
+    testing::route(buffer, mine, Layout::kExpert, 2, recv);
+    testing::dispatch(buffer, mine, recv);
+    const std::vector<int64_t> state = recv.plan.state();
+    again.send_block = recv.send_block;
+    again.plan = buffer.restore(state, again.send_block.data());
+    again.num_rows = recv.num_rows;
+    EXPECT_EQ(again.plan.state(), state);
+    EXPECT_EQ(again.plan.result.tokens_per_expert, recv.plan.result.tokens_per_expert);
+    testing::dispatch(buffer, mine, again);
+    check_expert_layout(all, map, rank, 2, 0, again);
+    run_experts(map, rank, c.hidden, again);
+    // Combined with a copy of the receive block of the first dispatch.
+    const std::vector<char> meta(recv.meta.data, recv.meta.data + recv.meta.bytes);
+    again.plan = buffer.restore(state, again.send_block.data())
+                     .with_recv_block(const_cast<char*>(meta.data()));
+    check_combined(mine, map, Layout::kExpert, false, testing::combine(buffer, mine, again));
+
+    for (size_t i = 0; i < state.size(); ++i) {
+      std::vector<int64_t> wrong(state.begin(), state.begin() + static_cast<ptrdiff_t>(i));
+      EXPECT_THROW(buffer.restore(wrong, again.send_block.data()), InvalidArgument);
+    }
+    auto wrong = state;
+    wrong.push_back(0);
+    EXPECT_THROW(buffer.restore(wrong, again.send_block.data()), InvalidArgument);
+    wrong = state;
+    ++wrong[0];  // another Buffer's
+    EXPECT_THROW(buffer.restore(wrong, again.send_block.data()), InvalidArgument);
+    for (int64_t value : {int64_t{-1}, int64_t{1} << 40}) {
+      for (size_t i : {size_t{3}, size_t{4}}) {  // num_tokens, topk
+        wrong = state;
+        wrong[i] = value;
+        EXPECT_THROW(buffer.restore(wrong, again.send_block.data()), InvalidArgument);
+      }
+    }
+  });
+}
+
 TEST(Buffer, WhatDispatchReturnedOutlivesTheBuffer) {
   const Case c{2, 4, 2, 4, 8};
   run_threads(c.ranks, kTimeout, [&](std::shared_ptr<Bootstrap> bootstrap) {
