@@ -39,12 +39,14 @@ class Tensors:
         return [self.x, self.weights, self.bias]
 
 
-def tensors(case: Case, num_ranks: int, rank: int, dtype: torch.dtype) -> Tensors:
+def tensors(
+    case: Case, num_ranks: int, rank: int, dtype: torch.dtype, device: str = "cpu"
+) -> Tensors:
     """Inputs of a rank, the same wherever they are made."""
     rng = case.rng(num_ranks, rank, 7)
     rows = (case.num_tokens(rank), HIDDEN)
-    x, bias, grad_y = (_integers(rng, rows, 2).to(dtype) for _ in range(3))
-    weights = _integers(rng, (rows[0], case.topk(num_ranks)), 3).to(dtype)
+    x, bias, grad_y = (_integers(rng, rows, 2).to(device, dtype) for _ in range(3))
+    weights = _integers(rng, (rows[0], case.topk(num_ranks)), 3).to(device, dtype)
     return Tensors(x.requires_grad_(), weights.requires_grad_(), bias.requires_grad_(), grad_y)
 
 

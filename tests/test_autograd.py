@@ -41,8 +41,9 @@ def make(group: Any, case: Case, **changes: Any) -> Any:
 
 def poison(buf: Any) -> None:
     """Leaves NaN in the memory that the next calls get, where nobody writes to it."""
-    rows = torch.full((buf.max_tokens, HIDDEN), float("nan"))
-    idx = torch.arange(buf.max_tokens).unsqueeze(1) % buf.num_experts
+    device = "cuda" if buf.caps.cuda else "cpu"
+    rows = torch.full((buf.max_tokens, HIDDEN), float("nan"), device=device)
+    idx = torch.arange(buf.max_tokens, device=device).unsqueeze(1) % buf.num_experts
     held = [buf.dispatch(rows, idx, layout="padded") for _ in range(3)]
     for recv in held:
         recv.x.fill_(float("nan"))
@@ -93,24 +94,27 @@ def padding_of(recv: Any, layout: str) -> torch.Tensor:
     if layout == "expert":
         return recv.topk_idx < 0
     count = recv.num_tokens if layout == "token" else recv.tokens_per_expert.unsqueeze(1)
-    return torch.arange(recv.x.shape[-2]) >= count
+    return torch.arange(recv.x.shape[-2], device=count.device) >= count
 
 
-def run_gradients(group: Any, layout: Layout, host_sync: bool) -> int:
+def run_gradients(
+    group: Any, layout: Layout, host_sync: bool, transport: str = "cpu", device: str = "cpu"
+) -> int:
     ranks, rank, compared = group.size(), group.rank(), 0
     by_rank = layout.name == "token"
     for name in NAMES:
         case = CASES[name]
         owner = reference.owners(case.experts(ranks), ranks, case.table(ranks))
         idx = [case.topk_idx(ranks, r) for r in range(ranks)]
-        mine = torch.from_numpy(idx[rank]).to(case.index_dtype)
-        with make(group, case) as buf:
+        mine = torch.from_numpy(idx[rank]).to(device, case.index_dtype)
+        with make(group, case, transport=transport) as buf:
             for mode in MODES:
                 dense = by_rank and mode != "delivered"
                 ys, grads, grad_params = dense_layer.gradients(case, idx, owner, mode, dense)
-                t = dense_layer.tensors(case, ranks, rank, torch.float32)
+                t = dense_layer.tensors(case, ranks, rank, torch.float32, device)
                 experts = [rank] if dense else np.flatnonzero(owner == rank)
-                params = dense_layer.matrices(case, ranks, torch.float32)[experts].requires_grad_()
+                matrices = dense_layer.matrices(case, ranks, torch.float32)
+                params = matrices[experts].to(device).requires_grad_()
                 poison(buf)
                 how = {"host_sync": host_sync, **layout.arguments()}
                 y = layer(buf, mine, t, params, mode, **how)
@@ -132,15 +136,29 @@ def run_gradients(group: Any, layout: Layout, host_sync: bool) -> int:
     return compared
 
 
-@pytest.mark.parametrize("host_sync", [True, False], ids=["host_sync", "no_host_sync"])
-@pytest.mark.parametrize(
+COMPARED = len(NAMES) * (3 + 3 + 2)
+WAYS = pytest.mark.parametrize("host_sync", [True, False], ids=["host_sync", "no_host_sync"])
+LAYOUTS = pytest.mark.parametrize(
     "layout",
     [Layout("token"), Layout("expert"), Layout("expert", 8), Layout("padded")],
     ids=lambda layout: layout.id,
 )
+
+
+@WAYS
+@LAYOUTS
 def test_gradients(layout: Layout, host_sync: bool) -> None:
     compared = launcher.pool().run(3, run_gradients, layout, host_sync)
-    assert compared == [len(NAMES) * (3 + 3 + 2)] * 3
+    assert compared == [COMPARED] * 3
+
+
+@pytest.mark.gpu
+@WAYS
+@LAYOUTS
+def test_gradients_on_gpus(layout: Layout, host_sync: bool) -> None:
+    pool = launcher.pool("cuda")
+    compared = pool.run(pool.size, run_gradients, layout, host_sync, "nccl", "cuda", timeout=300.0)
+    assert compared == [COMPARED] * pool.size
 
 
 def run_replay(group: Any) -> None:
