@@ -174,7 +174,9 @@ def main() -> None:
         device = torch.device("cpu")
         dist.init_process_group("gloo")
     train(args, device)
-    dist.barrier()  # rank 0 holds what the others wait for
+    # A thread of gloo may still hold the tensor of the last reduction, and must not let go of it
+    # while Python ends; after the barrier it has.
+    dist.barrier()
     dist.destroy_process_group()
 
 

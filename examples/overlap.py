@@ -136,7 +136,9 @@ def main() -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("gloo")
     run(args, device)
-    dist.barrier()  # rank 0 holds what the others wait for
+    # A thread of gloo may still hold the tensor of the last reduction, and must not let go of it
+    # while Python ends; after the barrier it has.
+    dist.barrier()
     dist.destroy_process_group()
 
 
