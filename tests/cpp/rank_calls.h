@@ -131,6 +131,7 @@ inline std::vector<float> combine_by_token(Buffer& buffer, const Batch& batch, c
   args.hidden = width;
   args.by_token = true;
   buffer.combine(from.plan, args);
+  tested_transport.finish_calls();
   return y;
 }
 
