@@ -160,10 +160,24 @@ def _check_plan(
     plan: Any, expected: reference.Received, routing: Routing, worst_case: bool
 ) -> None:
     equal(plan.tokens_per_expert, expected.tokens_per_expert, "plan.tokens_per_expert")
+    _check_counts(plan, routing)
     if plan.layout != routing.layout.name:
         raise AssertionError(f"plan.layout is {plan.layout!r}")
     if not worst_case and plan.num_recv_tokens != expected.num_tokens:
         raise AssertionError(f"plan.num_recv_tokens {plan.num_recv_tokens}: {expected.num_tokens}")
+
+
+def _check_counts(plan: Any, routing: Routing) -> None:
+    """Tokens from every source to every rank and expert, each counted once."""
+    ranks, experts = range(routing.num_ranks), range(len(routing.owner))
+    named = [[{e for e in token if e >= 0} for token in idx.tolist()] for idx in routing.topk_idx]
+    to_rank = [
+        [sum(any(routing.owner[e] == r for e in token) for token in tokens) for r in ranks]
+        for tokens in named
+    ]
+    to_expert = [[sum(e in token for token in tokens) for e in experts] for tokens in named]
+    equal(plan.rank_count, np.array(to_rank, dtype=np.int32), "plan.rank_count")
+    equal(plan.expert_count, np.array(to_expert, dtype=np.int32), "plan.expert_count")
 
 
 def fill(recv_x: torch.Tensor, values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:

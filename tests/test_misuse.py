@@ -4,6 +4,7 @@ In most tests the last rank makes the mistake while its peers already wait in th
 it makes the right call too, and everybody must be served.
 """
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -233,6 +234,13 @@ COMBINE_MISTAKES: list[Mistake] = [
         "values_stride",
         lambda s: s.buf.combine_topk_weights(s.recv.topk_weights.repeat(1, 2)[:, ::2], s.recv.plan),
         ("values", "contiguous"),
+    ),
+    (
+        "every_slot_of_another_layout",
+        lambda s: s.buf.combine_topk_weights(
+            s.recv.topk_weights, dataclasses.replace(s.recv.plan, layout="expert"), every_slot=True
+        ),
+        ("every_slot", "expert", "token"),
     ),
     (
         "values_of_another_plan",

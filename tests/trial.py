@@ -117,12 +117,25 @@ class Trial:
             shape = (*shape, self.routing.topk_idx[self.rank].shape[1])
         mine = torch.full(shape, float("nan"))
         mine.view(-1)[: values[self.rank].size] = torch.from_numpy(values[self.rank].ravel())
+        if self.layout.name == "token":
+            self.combine_every_slot(recv)
         got = self.buf.combine_topk_weights(mine.to(self.device), recv.plan)
         checks.equal(
             got,
             checks.returned_values(values, self.received, self.routing, self.rank),
             "values of slots",
         )
+
+    def combine_every_slot(self, recv: Any) -> None:
+        """Sums over all rows of a token: row n of rank r gives r + 1 + k to slot k."""
+        idx, owner = self.routing.topk_idx[self.rank], self.routing.owner
+        slots = np.arange(idx.shape[1])
+        mine = torch.full((recv.topk_idx.shape[0], len(slots)), float("nan"))
+        mine[: len(self.received[self.rank].source)] = torch.from_numpy(self.rank + 1.0 + slots)
+        got = self.buf.combine_topk_weights(mine.to(self.device), recv.plan, every_slot=True)
+        ranks = [{int(owner[e]) for e in token if e >= 0} for token in idx.tolist()]
+        expected = [sum(r + 1.0 + slots for r in token) + 0.0 * slots for token in ranks]
+        checks.equal(got, np.array(expected).reshape(idx.shape), "values of every slot")
 
     def expected_y(
         self, outputs: list[np.ndarray], weights: np.ndarray | None, bias: np.ndarray | None

@@ -74,6 +74,8 @@ void bind_types(py::module_& m) {
       .def_readonly("cuda", &Caps::cuda);
   py::class_<SendBlock>(m, "SendBlock", py::module_local())
       .def_readonly("bytes", &SendBlock::bytes)
+      .def_readonly("rank_count", &SendBlock::rank_count)
+      .def_readonly("expert_count", &SendBlock::expert_count)
       .def_readonly("expert_offset", &SendBlock::expert_offset)
       .def_readonly("tokens_per_expert", &SendBlock::tokens_per_expert)
       .def_readonly("num_recv", &SendBlock::num_recv);

@@ -269,7 +269,8 @@ int Buffer::max_local_experts() const { return state_->experts.max_local_experts
 
 SendBlock Buffer::send_block(int num_tokens, int topk) const {
   const PlanSendLayout layout(state_->dims(topk), num_tokens);
-  return {layout.bytes, layout.expert_offset, layout.tokens_per_expert, layout.num_recv};
+  return {layout.bytes,         layout.rank_count,        layout.expert_count,
+          layout.expert_offset, layout.tokens_per_expert, layout.num_recv};
 }
 
 PlanView Buffer::view_send_block(void* block, int num_tokens, int topk) const {

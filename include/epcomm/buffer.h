@@ -28,6 +28,8 @@ struct Allocation {
 /// that callers read, in bytes; each is int32.
 struct SendBlock {
   size_t bytes = 0;
+  size_t rank_count = 0;         ///< [num_ranks source, num_ranks destination]
+  size_t expert_count = 0;       ///< [num_ranks source, num_experts]
   size_t expert_offset = 0;      ///< [local_experts + 1]
   size_t tokens_per_expert = 0;  ///< [local_experts]
   size_t num_recv = 0;           ///< [1]

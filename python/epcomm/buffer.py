@@ -382,6 +382,7 @@ class Buffer:
         values: torch.Tensor,
         plan: Plan,
         *,
+        every_slot: bool = False,
         async_op: bool = False,
         previous_event: Event | torch.cuda.Event | None = None,
         num_sms: int | None = None,
@@ -396,6 +397,8 @@ class Buffer:
                 to no slot (experts of other ranks, padding) is not looked at, NaN included.
             plan: of the dispatch that delivered the rows, on this Buffer. It need not have
                 delivered weights.
+            every_slot: layout "token" only: y[t, k] is the sum over all rows of token t, on any
+                rank, of their value k, also where the expert of (t, k) is on another rank.
             async_op, previous_event, num_sms: as in `dispatch`.
 
         Returns:
@@ -407,12 +410,14 @@ class Buffer:
         self._native.check_usable()
         self._limits.plan(plan)
         checks.call_arguments(async_op, False, previous_event, num_sms)
+        if every_slot and plan.layout != "token":
+            raise ValueError(f"every_slot is True with layout {plan.layout!r}; expected 'token'")
         self._limits.tensor("values", values, (torch.float32,), self._slot_shape(plan))
         block = (plan.send_block, plan.recv_block)
         call = self._order.begin(async_op, previous_event, (values, *block))
         with call.allocating():
             record_bytes = self._native.recv_meta_bytes(plan.topk, 1)
-            rows = rows_of_slots(values, plan, record_bytes)
+            rows = rows_of_slots(values, plan, record_bytes, every_slot)
             y = rows.new_empty((plan.num_tokens, rows.shape[1]))
             args = self._combine_args(rows, y, num_sms, call)
             args.by_token = True
@@ -483,6 +488,8 @@ class Buffer:
             native=native_plan,
             send_block=send_block,
             recv_block=recv_block,
+            send_offsets=sizes,
+            count_shapes=((self.num_ranks, self.num_ranks), (self.num_ranks, self.num_experts)),
         )
 
     def restored_plan(

@@ -20,7 +20,7 @@ class Plan:
 
     Made by `Buffer.dispatch`. Pass it to `Buffer.combine`, or to `Buffer.dispatch(plan=...)` to
     send other rows the same way. Usable any number of times, by the Buffer that made it, as long
-    as that lives. R = num_ranks, L = local_experts.
+    as that lives. R = num_ranks, E = num_experts, L = local_experts.
 
     The tensors below are the plan's own memory: read them, never write them.
 
@@ -31,6 +31,8 @@ class Plan:
         topk: experts per token.
         num_recv_tokens: distinct tokens received here; None with host_sync=False.
         num_recv_rows: rows of the receive tensor in this layout (worst case with host_sync=False).
+        rank_count: int32 [R, R], tokens that each source rank (row) sends to each rank (column).
+        expert_count: int32 [R, E], tokens that each source rank sends to each expert.
         tokens_per_expert: int32 [L], distinct tokens per local expert.
         expert_offsets: int32 [L + 1], first row of each local expert's group; the last entry is the
             number of rows. Layouts "expert" and "padded".
@@ -50,6 +52,21 @@ class Plan:
     native: Any = field(repr=False)
     send_block: torch.Tensor = field(repr=False)
     recv_block: torch.Tensor | None = field(repr=False)
+    send_offsets: Any = field(repr=False)
+    count_shapes: tuple[tuple[int, int], tuple[int, int]] = field(repr=False)
+
+    # Properties, because few callers want them and every call would pay for the views.
+    @property
+    def rank_count(self) -> torch.Tensor:
+        return self._int32_array(self.send_offsets.rank_count, self.count_shapes[0])
+
+    @property
+    def expert_count(self) -> torch.Tensor:
+        return self._int32_array(self.send_offsets.expert_count, self.count_shapes[1])
+
+    def _int32_array(self, offset: int, shape: tuple[int, int]) -> torch.Tensor:
+        end = offset + 4 * shape[0] * shape[1]
+        return self.send_block[offset:end].view(torch.int32).view(shape)
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,19 @@ def _records(plan: Plan, record_bytes: int) -> torch.Tensor:
     return words.view(plan.recv_capacity, record_bytes // 4)
 
 
-def rows_of_slots(values: torch.Tensor, plan: Plan, record_bytes: int) -> torch.Tensor:
+def rows_of_slots(
+    values: torch.Tensor, plan: Plan, record_bytes: int, every_slot: bool = False
+) -> torch.Tensor:
     """One row of floats per received token from the values of its slots. No host wait.
 
     Args:
         values: float32 in the shape of `recv.topk_weights` of the plan's layout.
         record_bytes: of one token in the plan's receive block.
+        every_slot: layout "token" only: also the values of slots whose expert is on another rank.
 
     Returns:
         float32 [recv_capacity, topk rounded up to a multiple of 4], 0 where a slot's expert is on
-        another rank. Rows from num_recv on are unspecified.
+        another rank (except with every_slot). Rows from num_recv on are unspecified.
     """
     # A record begins with the row of the layout that carries each slot, -1 = expert elsewhere.
     row = _records(plan, record_bytes)[:, : plan.topk]
@@ -34,5 +37,5 @@ def rows_of_slots(values: torch.Tensor, plan: Plan, record_bytes: int) -> torch.
         # Records that were not received hold anything.
         at = row.clamp(0, values.numel() - 1).long()
         values = values.view(-1)[at]
-    rows[:, : plan.topk] = torch.where(row >= 0, values, 0.0)
+    rows[:, : plan.topk] = values if every_slot else torch.where(row >= 0, values, 0.0)
     return rows
