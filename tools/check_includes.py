@@ -107,6 +107,7 @@ TORCH_FILES = (
     *("buffer.py", "native.py", "checks.py", "results.py", "events.py", "streams.py"),
     *("bootstrap.py", "slots.py", "symmetric.py", "tracing.py", "quant.py"),
     *("autograd.py", "ops.py", "ops/*"),
+    "compat/deep_ep/*",
 )
 ENVIRONMENT_FILES = ("env.py",)
 # Unpickling what a peer sent runs the peer's code.

@@ -3,6 +3,10 @@
 EPCOMM_TRANSPORT: the transport that `transport="auto"` takes.
 EPCOMM_TIMEOUT: seconds that a wait for a peer may take, where `timeout=` is not given.
 EPCOMM_WINDOW_BYTES: bytes of a Buffer's window, where `window_bytes=` is not given.
+EPCOMM_MAX_TOKENS: tokens per rank that `epcomm.compat.deep_ep` makes room for at once, where the
+    call does not say.
+EPCOMM_DEEP_EP: 1 = the plugins for vLLM and SGLang put `epcomm.compat.deep_ep` in the place of
+    `deep_ep`; 0 or unset = they do nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ _KNOWN = (
     "EPCOMM_TRANSPORT",
     "EPCOMM_TIMEOUT",
     "EPCOMM_WINDOW_BYTES",
+    "EPCOMM_MAX_TOKENS",
+    "EPCOMM_DEEP_EP",
     "EPCOMM_CUDA",
     "EPCOMM_CUDA_ARCHS",
     "EPCOMM_TEST_HOSTS",

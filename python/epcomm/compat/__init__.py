@@ -1,0 +1,1 @@
+"""Interfaces of other libraries on epcomm, for callers that speak those."""
