@@ -31,7 +31,7 @@ def quantize_fp8(x: torch.Tensor, *, ue8m0: bool = False) -> tuple[torch.Tensor,
             f"x has shape {tuple(x.shape)}; fp8 quantisation needs [num_tokens, hidden] with "
             f"hidden a multiple of {BLOCK}"
         )
-    blocks = x.float().view(x.shape[0], -1, BLOCK)
+    blocks = x.float().view(x.shape[0], x.shape[1] // BLOCK, BLOCK)
     amax = blocks.abs().amax(dim=2)
     scales = amax / _FP8_MAX
     scales = torch.where(scales == 0, torch.ones_like(scales), scales)

@@ -39,3 +39,17 @@ def rows_of_slots(
         values = values.view(-1)[at]
     rows[:, : plan.topk] = values if every_slot else torch.where(row >= 0, values, 0.0)
     return rows
+
+
+def rows_and_tokens(plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each received token lies, and which token of its source rank it is. No host wait.
+
+    Returns:
+        (int32 [recv_capacity, topk] row of the layout that carries each slot, -1 = expert
+        elsewhere; int32 [recv_capacity] token). -1 in both from num_recv on.
+    """
+    assert plan.recv_block is not None
+    records = _records(plan, plan.recv_block.numel() // max(1, plan.recv_capacity))
+    received = torch.arange(len(records), device=records.device) < plan.num_recv
+    row, token = records[:, : plan.topk], records[:, 3 * plan.topk]
+    return torch.where(received.unsqueeze(1), row, -1), torch.where(received, token, -1)

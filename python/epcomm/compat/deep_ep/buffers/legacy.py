@@ -15,12 +15,13 @@ from ..config import (
     get_low_latency_rdma_size_hint,
 )
 from ..groups import Group
+from ..low_latency import LowLatencyCalls
 from ..normal import NormalCalls
 from ..pool import Pool
 from ..utils.event import EventOverlap, capture
 
 
-class Buffer(NormalCalls):
+class Buffer(NormalCalls, LowLatencyCalls):
     """The V1 interface of deep_ep on epcomm.
 
     Making one exchanges nothing: what a call needs is made by the first call of its shape. Only

@@ -1,0 +1,297 @@
+"""Low-latency calls of deep_ep's V1 `Buffer`: layout "padded" of epcomm, no host wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...checks import integer
+from ...events import Event
+from ...results import Combined, Recv
+from ...slots import rows_and_tokens
+from .handles import Handle, Routing, routing_of
+from .pool import Pool, Shape
+from .utils.event import EventOverlap, result_event
+
+Hook = Callable[[], None] | None
+
+
+def refuse_stats(name: str, value: torch.Tensor | None) -> None:
+    """epcomm's transports do not measure how long a call waited for each source."""
+    if value is not None:
+        raise NotImplementedError(f"{name} is not offered: epcomm does not measure waits by source")
+
+
+class LowLatencyCalls:
+    """Mixed into `Buffer`. R = group_size, L = num_experts / R, M = tokens per rank."""
+
+    group_size: int
+    _pool: Pool
+
+    def clean_low_latency_buffer(
+        self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int
+    ) -> None:
+        """Nothing to clean: normal and low-latency calls share no memory here."""
+
+    def low_latency_dispatch(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        num_max_dispatch_tokens_per_rank: int,
+        num_experts: int,
+        cumulative_local_expert_recv_stats: torch.Tensor | None = None,
+        dispatch_wait_recv_cost_stats: torch.Tensor | None = None,
+        use_fp8: bool = True,
+        round_scale: bool = False,
+        use_ue8m0: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+    ) -> tuple[
+        torch.Tensor | tuple[torch.Tensor, torch.Tensor], torch.Tensor, Handle, EventOverlap, Hook
+    ]:
+        """Sends tokens to their experts, grouped by expert in a fixed shape. Collective.
+
+        Args:
+            x: bf16 [T, H], T at most num_max_dispatch_tokens_per_rank; with use_fp8 H a multiple of
+                128, with use_ue8m0 of 512.
+            topk_idx: int64 [T, K], -1 = no expert.
+            num_max_dispatch_tokens_per_rank: M, the same on all ranks.
+            cumulative_local_expert_recv_stats: int32 [L], counts are added to it.
+            dispatch_wait_recv_cost_stats: NotImplementedError unless None.
+            use_fp8: quantises to e4m3 with a scale per 128 channels.
+            round_scale: scales are powers of two.
+            use_ue8m0: the exponents of such scales, four to an int32; implies round_scale.
+            async_finish: the returned event marks completion.
+            return_recv_hook: nothing received may be read before hook() was called.
+
+        Returns:
+            (recv_x bf16 [L, R * M, H], or (float8_e4m3fn of that shape, scales fp32
+            [L, R * M, H / 128] or int32 [L, R * M, H / 512], column-major in their last two
+            dimensions); recv_count int32 [L]; handle (src_info, layout_range, M, H, num_experts);
+            event; hook or None). In each expert's rows the first recv_count are valid, by source
+            rank, then token.
+        """
+        refuse_stats("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats)
+        most = integer("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank, 1)
+        if x.dim() != 2 or x.shape[0] > most:
+            raise ValueError(
+                f"x has shape {list(x.shape)}; expected [num_tokens, hidden] with at most "
+                f"num_max_dispatch_tokens_per_rank = {most} tokens"
+            )
+        if topk_idx.dim() != 2:
+            raise ValueError(
+                f"topk_idx has shape {list(topk_idx.shape)}; expected [num_tokens, num_topk]"
+            )
+        if integer("num_experts", num_experts, 1) % self.group_size != 0:
+            raise ValueError(
+                f"num_experts is {num_experts}; expected a multiple of {self.group_size} ranks"
+            )
+        hidden = x.shape[1]
+        width = 512 if use_ue8m0 else 128
+        if use_fp8 and hidden % width != 0:
+            raise ValueError(f"x has hidden {hidden}; expected a multiple of {width}")
+        shape = Shape(x.device, num_experts, hidden, topk_idx.shape[1], x.dtype, max_tokens=most)
+        buffer = self._pool.get(shape, x.shape[0])
+        quant = None
+        if use_fp8:
+            quant = "fp8_ue8m0" if round_scale or use_ue8m0 else "fp8"
+        recv = buffer.dispatch(
+            x,
+            topk_idx,
+            layout="padded",
+            quant=quant,
+            host_sync=False,
+            async_op=async_finish,
+            return_recv_hook=return_recv_hook,
+        )
+
+        finish = _Finish()
+        recv_x = recv.x
+        if isinstance(recv_x, tuple):
+            recv_x = recv_x[0], finish.column_major(recv_x[1], packed=use_ue8m0)
+        if cumulative_local_expert_recv_stats is not None:
+            finish.add(cumulative_local_expert_recv_stats, recv.tokens_per_expert)
+        routing = Routing(buffer, recv.plan, num_experts, recv.plan.num_recv_rows, topk_idx)
+        handle = Handle(routing, _source_info, 2, (most, hidden, num_experts))
+        event, hook = finish.after(recv, async_finish)
+        return recv_x, recv.tokens_per_expert, handle, event, hook
+
+    def low_latency_combine(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        handle: tuple[Any, ...],
+        use_logfmt: bool = False,
+        zero_copy: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+        out: torch.Tensor | None = None,
+        combine_wait_recv_cost_stats: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, EventOverlap, Hook]:
+        """Sums rows, weighted, on the rank of their token. Collective.
+
+        Args:
+            x: bf16 [L, R * M, H]; rows from recv_count on are not looked at.
+            topk_idx: as in the dispatch; -1 in it leaves a slot out.
+            topk_weights: fp32 [T, K].
+            use_logfmt: NotImplementedError if True.
+            zero_copy: takes the rows from get_next_low_latency_combine_buffer(handle), not from x.
+            out: bf16 [T, H], written and returned.
+            combine_wait_recv_cost_stats: NotImplementedError unless None.
+            async_finish, return_recv_hook: as in the dispatch.
+
+        Returns:
+            (bf16 [T, H], event, hook or None).
+        """
+        refuse_stats("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats)
+        if use_logfmt:
+            raise NotImplementedError("use_logfmt is not offered: epcomm combines in bf16")
+        routing = routing_of(handle)
+        if zero_copy:
+            if routing.combine_buffer is None:
+                raise ValueError(
+                    "zero_copy is True, but get_next_low_latency_combine_buffer was not called "
+                    "with this handle"
+                )
+            x = routing.combine_buffer
+        result = routing.buffer.combine(
+            x,
+            routing.plan,
+            topk_weights=_weights_of(topk_idx, topk_weights, routing),
+            out=out,
+            async_op=async_finish,
+            return_recv_hook=return_recv_hook,
+        )
+        if not isinstance(result, Combined):
+            return result, EventOverlap(), None
+        return result.y, result_event(result.event if async_finish else None), result.hook
+
+    def get_next_low_latency_combine_buffer(self, handle: tuple[Any, ...]) -> torch.Tensor:
+        """bf16 [L, R * M, H], to be filled for low_latency_combine(zero_copy=True) of this handle.
+
+        Ordinary memory, kept with the handle.
+        """
+        routing = routing_of(handle)
+        if routing.combine_buffer is None:
+            buffer, plan = routing.buffer, routing.plan
+            rows = buffer.num_ranks * buffer.max_tokens
+            routing.combine_buffer = torch.empty(
+                (buffer.local_experts, rows, buffer.hidden),
+                dtype=buffer.dtype,
+                device=plan.send_block.device,
+            )
+        return routing.combine_buffer
+
+
+class _Finish:
+    """What is left to do with what a dispatch received, once it is there."""
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], object]] = []
+        self._tensors: list[torch.Tensor] = []
+
+    def column_major(self, scales: torch.Tensor, packed: bool) -> torch.Tensor:
+        """The scales [L, rows, S] with stride 1 over rows; packed: exponents, 4 to an int32."""
+        groups, rows, width = scales.shape
+        shape = (groups, width // 4 if packed else width, rows)
+        dtype = torch.int32 if packed else scales.dtype
+        to = torch.empty(shape, dtype=dtype, device=scales.device).transpose(1, 2)
+        self._steps.append(lambda: to.copy_(_packed(scales) if packed else scales))
+        self._tensors += [scales, to]
+        return to
+
+    def add(self, stats: torch.Tensor, counts: torch.Tensor) -> None:
+        """stats += counts."""
+        self._steps.append(lambda: stats.add_(counts))
+        self._tensors += [stats, counts]
+
+    def after(self, recv: Recv, async_finish: bool) -> tuple[EventOverlap, Hook]:
+        """Does it when the dispatch is complete; the event and the hook that say so."""
+        receive = recv.hook
+        if receive is not None:
+
+            def hook() -> None:
+                receive()
+                self._run()
+
+            return EventOverlap(), hook if self._steps else receive
+        if not async_finish:
+            self._run()
+            return EventOverlap(), None
+        event = recv.event
+        if self._steps:
+            event = self._run_beside(event)
+        return result_event(event), None
+
+    def _run(self) -> None:
+        for step in self._steps:
+            step()
+
+    def _run_beside(self, event: Event) -> Event:
+        """Runs after the event on a stream of its own, so that the caller's need not wait."""
+        if self._tensors[0].device.type != "cuda":
+            self._run()
+            return event
+        stream = torch.cuda.Stream(self._tensors[0].device)
+        event.wait(stream)
+        capturing = torch.cuda.is_current_stream_capturing()
+        with torch.cuda.stream(stream):
+            self._run()
+            done = torch.cuda.Event()
+            done.record()
+        for tensor in self._tensors:
+            if not capturing:  # a graph's pool knows no other streams
+                tensor.record_stream(stream)
+        return Event(done, tuple(self._tensors))
+
+
+def _packed(scales: torch.Tensor) -> torch.Tensor:
+    """int32 [..., S / 4]: the exponents of power-of-two scales [..., S], the first lowest.
+
+    The biased exponent of an fp32 number is its UE8M0 code (OCP microscaling specification 1.0).
+    """
+    exponents = (scales.view(torch.int32) >> 23).to(torch.uint8)
+    return exponents.contiguous().view(torch.int32)
+
+
+def _weights_of(
+    topk_idx: torch.Tensor, topk_weights: torch.Tensor, routing: Routing
+) -> torch.Tensor:
+    """topk_weights, 0 where topk_idx leaves out a slot that the dispatch had."""
+    sent = routing.topk_idx
+    if sent is None:
+        raise ValueError("handle is of a normal dispatch; expected that of low_latency_dispatch")
+    if topk_idx is sent:
+        return topk_weights
+    if topk_idx.shape != sent.shape:
+        raise ValueError(
+            f"topk_idx has shape {list(topk_idx.shape)}; expected {list(sent.shape)}, as in the "
+            "dispatch"
+        )
+    # Compared on the CPU only: on a GPU it would cost a host wait.
+    if sent.device.type == "cpu" and not bool(((topk_idx == sent) | (topk_idx < 0)).all()):
+        raise ValueError(
+            "topk_idx names other experts than in the dispatch; expected the same, or -1"
+        )
+    return torch.where(topk_idx >= 0, topk_weights, 0.0)
+
+
+def _source_info(routing: Routing) -> tuple[torch.Tensor, ...]:
+    """src_info int32 [L, R * M], token on its source rank (-1 = no row); layout_range int64 [L, R]:
+    rows from each source in the low 32 bits, the first of them in the high 32.
+    """
+    buffer, plan = routing.buffer, routing.plan
+    experts = buffer.local_experts
+    rows = experts * buffer.num_ranks * buffer.max_tokens
+    row, token = rows_and_tokens(plan)
+    # One more place, for slots without a row.
+    at = torch.where(row >= 0, row, rows).long()
+    source = torch.full((rows + 1,), -1, dtype=torch.int32, device=row.device)
+    source[at] = token.unsqueeze(1).expand_as(at)
+    first = buffer.rank * experts
+    counts = plan.expert_count[:, first : first + experts].t().long()
+    begins = counts.cumsum(1) - counts
+    return source[:rows].view(experts, -1), (begins << 32) | counts
