@@ -92,6 +92,7 @@ def worlds(seed: int, num_ranks: int, tokens: Sequence[int], topk: int, local: i
     for r in range(num_ranks):
         n = tokens[r % len(tokens)]
         chosen = np.array([rng.permutation(experts)[:topk] for _ in range(n)]).reshape(n, topk)
+        chosen = chosen.astype(np.int64)
         chosen[rng.random((n, topk)) < 0.25] = -1
         idx.append(chosen)
         weights.append((2.0 ** rng.integers(-2, 2, (n, topk))).astype(np.float32))

@@ -53,6 +53,7 @@ class Buffer:
             of torch's allocator and ignores this.
         transport_options: choices of one transport, by name; nccl: "algorithm", "schedule" and
             "chunks" (docs/nccl.md).
+        comm_stream: of asynchronous calls on a GPU; None = a stream of the Buffer's own.
 
     Attributes:
         name: names this Buffer among those of this process, for the custom ops of `epcomm.ops`.
@@ -77,6 +78,7 @@ class Buffer:
         timeout: float | None = None,
         window_bytes: int | None = None,
         transport_options: Mapping[str, object] | None = None,
+        comm_stream: torch.cuda.Stream | None = None,
     ) -> None:
         bootstrap = bootstrap_of(group, timeout)
         # Raises on all ranks or on none, so nobody needs to be told.
@@ -116,7 +118,7 @@ class Buffer:
         self._tensors = tensors_of(self._native, self._module, self._device)
         self.name = str(next(_numbers))
         _named[self.name] = self
-        self._order = CallOrder(self._device, self._native.check_faults)
+        self._order = CallOrder(self._device, self._native.check_faults, comm_stream)
         self._limits = checks.Limits(self._native.id, self._device, hidden, topk, max_tokens, dtype)
 
     @property

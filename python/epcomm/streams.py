@@ -73,12 +73,20 @@ class CallOrder:
     Args:
         device: of the Buffer's tensors.
         check: raises what the transport has to report; called after a host wait.
+        own: the stream of asynchronous calls; None = a new one.
     """
 
-    def __init__(self, device: torch.device, check: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        check: Callable[[], None],
+        own: torch.cuda.Stream | None = None,
+    ) -> None:
         self._device = device
         self._check = check
-        self._own = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self._own = None
+        if device.type == "cuda":
+            self._own = own or torch.cuda.Stream(device, priority=-1)
 
     def begin(
         self,

@@ -8,6 +8,7 @@ For engines that import `deep_ep` itself see docs/engines.md.
 import torch
 
 from ..._core import version as _version
+from .buffers.elastic import ElasticBuffer, EPHandle
 from .buffers.legacy import Buffer
 from .config import Config
 from .utils.event import EventHandle, EventOverlap
@@ -18,6 +19,8 @@ __version__ = f"2.1.0+epcomm.{_version}"
 __all__ = [
     "Buffer",
     "Config",
+    "EPHandle",
+    "ElasticBuffer",
     "EventHandle",
     "EventOverlap",
     "__version__",

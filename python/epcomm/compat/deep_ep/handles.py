@@ -24,9 +24,10 @@ class Routing:
     Attributes:
         buffer, plan: of epcomm.
         num_experts: as the caller counts them.
-        recv_rows: rows of recv_x as the caller has it; fewer than the plan's with num_worst_tokens
-            that the ranks cannot share evenly.
+        recv_rows: rows of recv_x as the caller has it (low latency: per expert); fewer than the
+            Buffer's with num_worst_tokens that the ranks cannot share evenly, or masked ranks.
         topk_idx: [T, K] that low_latency_dispatch was given, or None.
+        members: ranks that took part; () = all.
         combine_buffer: what get_next_low_latency_combine_buffer has returned.
     """
 
@@ -35,6 +36,7 @@ class Routing:
     num_experts: int
     recv_rows: int
     topk_idx: torch.Tensor | None = None
+    members: tuple[int, ...] = ()
     combine_buffer: torch.Tensor | None = None
 
 

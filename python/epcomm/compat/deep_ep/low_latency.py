@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from ...checks import integer
-from ...events import Event
-from ...results import Combined, Recv
+from ...errors import PeerLost
+from ...results import Combined
 from ...slots import rows_and_tokens
+from .finish import Finish, Hook
 from .handles import Handle, Routing, routing_of
+from .masking import Masks, remapped
 from .pool import Pool, Shape
 from .utils.event import EventOverlap, result_event
-
-Hook = Callable[[], None] | None
 
 
 def refuse_stats(name: str, value: torch.Tensor | None) -> None:
@@ -29,6 +30,7 @@ class LowLatencyCalls:
 
     group_size: int
     _pool: Pool
+    _masks: Masks
 
     def clean_low_latency_buffer(
         self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int
@@ -88,32 +90,47 @@ class LowLatencyCalls:
             raise ValueError(
                 f"num_experts is {num_experts}; expected a multiple of {self.group_size} ranks"
             )
+        members = self._masks.members()
         hidden = x.shape[1]
         width = 512 if use_ue8m0 else 128
         if use_fp8 and hidden % width != 0:
             raise ValueError(f"x has hidden {hidden}; expected a multiple of {width}")
-        shape = Shape(x.device, num_experts, hidden, topk_idx.shape[1], x.dtype, max_tokens=most)
-        buffer = self._pool.get(shape, x.shape[0])
         quant = None
         if use_fp8:
             quant = "fp8_ue8m0" if round_scale or use_ue8m0 else "fp8"
-        recv = buffer.dispatch(
-            x,
-            topk_idx,
-            layout="padded",
-            quant=quant,
-            host_sync=False,
-            async_op=async_finish,
-            return_recv_hook=return_recv_hook,
+        local_experts, sent_idx, sent_most = num_experts // self.group_size, topk_idx, most
+        if members:  # as many rows as the full group has, and the experts that are left
+            sent_idx = remapped(topk_idx, members, local_experts)
+            sent_most = -(-most * self.group_size // len(members))
+        shape = Shape(
+            x.device,
+            local_experts * (len(members) or self.group_size),
+            hidden,
+            topk_idx.shape[1],
+            x.dtype,
+            max_tokens=sent_most,
+            members=members,
         )
+        buffer = self._pool.get(shape, x.shape[0])
+        with self._watching(members):
+            recv = buffer.dispatch(
+                x,
+                sent_idx,
+                layout="padded",
+                quant=quant,
+                host_sync=False,
+                async_op=async_finish,
+                return_recv_hook=return_recv_hook,
+            )
 
-        finish = _Finish()
-        recv_x = recv.x
+        finish = Finish()
+        recv_x = finish.first_rows(recv.x, self.group_size * most)
         if isinstance(recv_x, tuple):
             recv_x = recv_x[0], finish.column_major(recv_x[1], packed=use_ue8m0)
         if cumulative_local_expert_recv_stats is not None:
             finish.add(cumulative_local_expert_recv_stats, recv.tokens_per_expert)
-        routing = Routing(buffer, recv.plan, num_experts, recv.plan.num_recv_rows, topk_idx)
+        rows = self.group_size * most
+        routing = Routing(buffer, recv.plan, num_experts, rows, topk_idx, members)
         handle = Handle(routing, _source_info, 2, (most, hidden, num_experts))
         event, hook = finish.after(recv, async_finish)
         return recv_x, recv.tokens_per_expert, handle, event, hook
@@ -157,14 +174,15 @@ class LowLatencyCalls:
                     "with this handle"
                 )
             x = routing.combine_buffer
-        result = routing.buffer.combine(
-            x,
-            routing.plan,
-            topk_weights=_weights_of(topk_idx, topk_weights, routing),
-            out=out,
-            async_op=async_finish,
-            return_recv_hook=return_recv_hook,
-        )
+        with self._watching(routing.members):
+            result = routing.buffer.combine(
+                _with_rows(x, routing),
+                routing.plan,
+                topk_weights=_weights_of(topk_idx, topk_weights, routing),
+                out=out,
+                async_op=async_finish,
+                return_recv_hook=return_recv_hook,
+            )
         if not isinstance(result, Combined):
             return result, EventOverlap(), None
         return result.y, result_event(result.event if async_finish else None), result.hook
@@ -177,84 +195,56 @@ class LowLatencyCalls:
         routing = routing_of(handle)
         if routing.combine_buffer is None:
             buffer, plan = routing.buffer, routing.plan
-            rows = buffer.num_ranks * buffer.max_tokens
             routing.combine_buffer = torch.empty(
-                (buffer.local_experts, rows, buffer.hidden),
+                (buffer.local_experts, routing.recv_rows, buffer.hidden),
                 dtype=buffer.dtype,
                 device=plan.send_block.device,
             )
         return routing.combine_buffer
 
+    def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
+        """Masks or unmasks a rank from the next low_latency_dispatch on. Local.
 
-class _Finish:
-    """What is left to do with what a dispatch received, once it is there."""
+        All ranks that are left must say the same before that dispatch: they make a Buffer together.
+        """
+        self._masks.check_enabled()
+        self._masks.set(integer("rank_to_mask", rank_to_mask), mask)
 
-    def __init__(self) -> None:
-        self._steps: list[Callable[[], object]] = []
-        self._tensors: list[torch.Tensor] = []
+    def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
+        """Writes 1 for every masked rank and 0 for the others into mask_status, int32 [R]."""
+        self._masks.check_enabled()
+        if mask_status.shape != (self.group_size,) or mask_status.dtype != torch.int32:
+            raise ValueError(
+                f"mask_status is {mask_status.dtype} {list(mask_status.shape)}; expected int32 "
+                f"[{self.group_size}]"
+            )
+        mask_status.copy_(torch.tensor(self._masks.status(), dtype=torch.int32))
 
-    def column_major(self, scales: torch.Tensor, packed: bool) -> torch.Tensor:
-        """The scales [L, rows, S] with stride 1 over rows; packed: exponents, 4 to an int32."""
-        groups, rows, width = scales.shape
-        shape = (groups, width // 4 if packed else width, rows)
-        dtype = torch.int32 if packed else scales.dtype
-        to = torch.empty(shape, dtype=dtype, device=scales.device).transpose(1, 2)
-        self._steps.append(lambda: to.copy_(_packed(scales) if packed else scales))
-        self._tensors += [scales, to]
-        return to
+    def low_latency_clean_mask_buffer(self) -> None:
+        """Unmasks all ranks. Local; see low_latency_update_mask_buffer."""
+        self._masks.check_enabled()
+        self._masks.clear()
 
-    def add(self, stats: torch.Tensor, counts: torch.Tensor) -> None:
-        """stats += counts."""
-        self._steps.append(lambda: stats.add_(counts))
-        self._tensors += [stats, counts]
-
-    def after(self, recv: Recv, async_finish: bool) -> tuple[EventOverlap, Hook]:
-        """Does it when the dispatch is complete; the event and the hook that say so."""
-        receive = recv.hook
-        if receive is not None:
-
-            def hook() -> None:
-                receive()
-                self._run()
-
-            return EventOverlap(), hook if self._steps else receive
-        if not async_finish:
-            self._run()
-            return EventOverlap(), None
-        event = recv.event
-        if self._steps:
-            event = self._run_beside(event)
-        return result_event(event), None
-
-    def _run(self) -> None:
-        for step in self._steps:
-            step()
-
-    def _run_beside(self, event: Event) -> Event:
-        """Runs after the event on a stream of its own, so that the caller's need not wait."""
-        if self._tensors[0].device.type != "cuda":
-            self._run()
-            return event
-        stream = torch.cuda.Stream(self._tensors[0].device)
-        event.wait(stream)
-        capturing = torch.cuda.is_current_stream_capturing()
-        with torch.cuda.stream(stream):
-            self._run()
-            done = torch.cuda.Event()
-            done.record()
-        for tensor in self._tensors:
-            if not capturing:  # a graph's pool knows no other streams
-                tensor.record_stream(stream)
-        return Event(done, tuple(self._tensors))
+    @contextlib.contextmanager
+    def _watching(self, members: tuple[int, ...]) -> Iterator[None]:
+        """What a call over these ranks loses is masked, and its Buffer is not used again."""
+        with self._masks.watching(members):
+            try:
+                yield
+            except PeerLost:
+                self._pool.forget(members)
+                raise
 
 
-def _packed(scales: torch.Tensor) -> torch.Tensor:
-    """int32 [..., S / 4]: the exponents of power-of-two scales [..., S], the first lowest.
-
-    The biased exponent of an fp32 number is its UE8M0 code (OCP microscaling specification 1.0).
-    """
-    exponents = (scales.view(torch.int32) >> 23).to(torch.uint8)
-    return exponents.contiguous().view(torch.int32)
+def _with_rows(x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """x [L, R * M, H] with the rows of the Buffer, which has a few more if ranks are masked."""
+    buffer = routing.buffer
+    rows = buffer.num_ranks * buffer.max_tokens
+    if rows == routing.recv_rows or x.dim() != 3 or x.shape[1] != routing.recv_rows:
+        return x
+    padded = x.new_empty((x.shape[0], rows, x.shape[2]))
+    padded[:, : routing.recv_rows] = x
+    return padded
 
 
 def _weights_of(
@@ -285,7 +275,8 @@ def _source_info(routing: Routing) -> tuple[torch.Tensor, ...]:
     """
     buffer, plan = routing.buffer, routing.plan
     experts = buffer.local_experts
-    rows = experts * buffer.num_ranks * buffer.max_tokens
+    per_expert = buffer.num_ranks * buffer.max_tokens
+    rows = experts * per_expert
     row, token = rows_and_tokens(plan)
     # One more place, for slots without a row.
     at = torch.where(row >= 0, row, rows).long()
@@ -294,4 +285,10 @@ def _source_info(routing: Routing) -> tuple[torch.Tensor, ...]:
     first = buffer.rank * experts
     counts = plan.expert_count[:, first : first + experts].t().long()
     begins = counts.cumsum(1) - counts
-    return source[:rows].view(experts, -1), (begins << 32) | counts
+    ranges = (begins << 32) | counts
+    if routing.members:  # masked ranks have sent nothing
+        size = routing.num_experts // experts
+        all_ranges = torch.zeros(experts, size, dtype=torch.int64, device=row.device)
+        all_ranges[:, list(routing.members)] = ranges
+        ranges = all_ranges
+    return source[:rows].view(experts, per_expert)[:, : routing.recv_rows], ranges

@@ -41,6 +41,7 @@ class Shape:
 
     max_tokens: 0 = the ranks agree on it.
     num_worst_tokens: received rows that the caller makes room for; 0 = it asks for the number.
+    members: the ranks that take part; () = all.
     """
 
     device: torch.device
@@ -50,6 +51,7 @@ class Shape:
     dtype: torch.dtype = torch.bfloat16
     max_tokens: int = 0
     num_worst_tokens: int = 0
+    members: tuple[int, ...] = ()
 
 
 class Pool:
@@ -60,6 +62,7 @@ class Pool:
         self._timeout = timeout
         self._buffers: dict[Shape, Buffer] = {}
         self._made: weakref.WeakSet[Buffer] = weakref.WeakSet()
+        self._comm_stream: torch.cuda.Stream | None = None
         self._destroyed = False
 
     def get(self, shape: Shape, num_tokens: int) -> Buffer:
@@ -94,6 +97,26 @@ class Pool:
                     raise
             del self._buffers[shape]
 
+    def forget(self, members: tuple[int, ...]) -> None:
+        """Drops the Buffers over these ranks: one of them is lost."""
+        for shape in [s for s in self._buffers if s.members == members]:
+            del self._buffers[shape]
+
+    def comm_stream(self) -> torch.cuda.Stream:
+        """The stream of asynchronous calls on this process's GPU."""
+        if not torch.cuda.is_available():
+            raise NotImplementedError(
+                "get_comm_stream is not offered without a GPU: calls are complete when they return"
+            )
+        if self._comm_stream is None:
+            self._comm_stream = torch.cuda.Stream(priority=-1)
+        return self._comm_stream
+
+    def barrier(self) -> None:
+        """Returns when all ranks have called it."""
+        self._check()
+        self.group.bootstrap(self._timeout_s()).all_gather(b"0")
+
     def destroy(self) -> None:
         """Local. Later calls raise BufferUnusable, also those with handles of earlier ones."""
         self._destroyed = True
@@ -127,7 +150,7 @@ class Pool:
             )
         with torch.cuda.device(shape.device) if on_gpu else contextlib.nullcontext():
             buffer = Buffer(
-                self.group.bootstrap(self._timeout_s()),
+                self.group.bootstrap(self._timeout_s(), shape.members),
                 num_experts=shape.num_experts,
                 hidden=shape.hidden,
                 topk=shape.topk,
@@ -135,6 +158,7 @@ class Pool:
                 dtype=shape.dtype,
                 transport="auto" if on_gpu else "cpu",
                 timeout=self._timeout_s(),
+                comm_stream=self.comm_stream() if on_gpu else None,
             )
         self._buffers[shape] = buffer
         self._made.add(buffer)

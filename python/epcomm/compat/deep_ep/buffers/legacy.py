@@ -16,9 +16,12 @@ from ..config import (
 )
 from ..groups import Group
 from ..low_latency import LowLatencyCalls
+from ..masking import Masks
 from ..normal import NormalCalls
 from ..pool import Pool
 from ..utils.event import EventOverlap, capture
+
+__all__ = ["Buffer"]
 
 
 class Buffer(NormalCalls, LowLatencyCalls):
@@ -62,6 +65,11 @@ class Buffer(NormalCalls, LowLatencyCalls):
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
+        self._masks = Masks(self.rank, self.group_size, enable_shrink)
+
+    def get_comm_stream(self) -> torch.cuda.Stream:
+        """The stream that asynchronous calls run on. Others run on the caller's."""
+        return self._pool.comm_stream()
 
     def destroy(self) -> None:
         """Gives back all memory. Local. Needs explicitly_destroy=True, as deep_ep's does."""

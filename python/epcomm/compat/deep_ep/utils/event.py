@@ -9,6 +9,8 @@ import torch
 
 from ....events import Event
 
+__all__ = ["EventHandle", "EventOverlap"]
+
 
 class EventHandle:
     """An event on the current stream; complete at once in a process that has not used a GPU."""

@@ -1,0 +1,115 @@
+"""What is left to do with what a dispatch received: forms of scales, statistics, padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ...events import Event
+from ...results import Recv, Rows
+from .utils.event import EventOverlap, result_event
+
+Hook = Callable[[], None] | None
+
+
+class Finish:
+    """What is left to do with what a dispatch received, once it is there."""
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], object]] = []
+        self._tensors: list[torch.Tensor] = []
+
+    def first_rows(self, x: Rows, rows: int) -> Rows:
+        """The first rows [L, rows, H] of every expert; x itself if it has no more."""
+        if isinstance(x, tuple):
+            return self._first_rows(x[0], rows), self._first_rows(x[1], rows)
+        return self._first_rows(x, rows)
+
+    def _first_rows(self, x: torch.Tensor, rows: int) -> torch.Tensor:
+        if x.shape[1] == rows:
+            return x
+        to = x.new_empty((x.shape[0], rows, x.shape[2]))
+        self._steps.append(lambda: to.copy_(x[:, :rows]))
+        self._tensors += [x, to]
+        return to
+
+    def column_major(self, scales: torch.Tensor, packed: bool) -> torch.Tensor:
+        """The scales [L, rows, S] with stride 1 over rows; packed: exponents, 4 to an int32."""
+        groups, rows, width = scales.shape
+        shape = (groups, width // 4 if packed else width, rows)
+        dtype = torch.int32 if packed else scales.dtype
+        to = torch.empty(shape, dtype=dtype, device=scales.device).transpose(1, 2)
+        self._steps.append(lambda: to.copy_(_packed(scales) if packed else scales))
+        self._tensors += [scales, to]
+        return to
+
+    def tma_aligned(self, scales: torch.Tensor) -> torch.Tensor:
+        """The scales [rows, S] with stride 1 over rows and columns on multiples of 16 bytes."""
+        rows, width = scales.shape
+        stride = -(-rows // 4) * 4
+        to = torch.empty((width, stride), dtype=scales.dtype, device=scales.device).t()[:rows]
+        self._steps.append(lambda: to.copy_(scales))
+        self._tensors += [scales, to]
+        return to
+
+    def clear_padding(self, x: Rows, topk_idx: torch.Tensor) -> None:
+        """Zeroes rows of the expanded layout that carry no token. topk_idx: [rows], -1 = none."""
+        parts = [part.view(torch.uint8) for part in (x if isinstance(x, tuple) else (x,))]
+        self._steps.append(
+            lambda: [part.masked_fill_(topk_idx.unsqueeze(1) < 0, 0) for part in parts]
+        )
+        self._tensors += [*parts, topk_idx]
+
+    def add(self, stats: torch.Tensor, counts: torch.Tensor) -> None:
+        """stats += counts."""
+        self._steps.append(lambda: stats.add_(counts))
+        self._tensors += [stats, counts]
+
+    def after(self, recv: Recv, async_finish: bool) -> tuple[EventOverlap, Hook]:
+        """Does it when the dispatch is complete; the event and the hook that say so."""
+        receive = recv.hook
+        if receive is not None:
+
+            def hook() -> None:
+                receive()
+                self._run()
+
+            return EventOverlap(), hook if self._steps else receive
+        if not async_finish:
+            self._run()
+            return EventOverlap(), None
+        event = recv.event
+        if self._steps:
+            event = self._run_beside(event)
+        return result_event(event), None
+
+    def _run(self) -> None:
+        for step in self._steps:
+            step()
+
+    def _run_beside(self, event: Event) -> Event:
+        """Runs after the event on a stream of its own, so that the caller's need not wait."""
+        if self._tensors[0].device.type != "cuda":
+            self._run()
+            return event
+        stream = torch.cuda.Stream(self._tensors[0].device)
+        event.wait(stream)
+        capturing = torch.cuda.is_current_stream_capturing()
+        with torch.cuda.stream(stream):
+            self._run()
+            done = torch.cuda.Event()
+            done.record()
+        for tensor in self._tensors:
+            if not capturing:  # a graph's pool knows no other streams
+                tensor.record_stream(stream)
+        return Event(done, tuple(self._tensors))
+
+
+def _packed(scales: torch.Tensor) -> torch.Tensor:
+    """int32 [..., S / 4]: the exponents of power-of-two scales [..., S], the first lowest.
+
+    The biased exponent of an fp32 number is its UE8M0 code (OCP microscaling specification 1.0).
+    """
+    exponents = (scales.view(torch.int32) >> 23).to(torch.uint8)
+    return exponents.contiguous().view(torch.int32)
