@@ -44,6 +44,14 @@ def text(name: str) -> str | None:
     return os.environ.get(name) or None
 
 
+def switch(name: str) -> bool:
+    """Value of a switch, 1 or 0; off if unset or empty. ValueError names the variable."""
+    value = text(name)
+    if value not in (None, "0", "1"):
+        raise ValueError(f"environment variable {name} is {value!r}; expected 0 or 1")
+    return value == "1"
+
+
 def number(name: str, default: float) -> float:
     """Value of a numeric variable, default if unset or empty. ValueError names the variable."""
     value = text(name)

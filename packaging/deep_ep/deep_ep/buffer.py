@@ -1,0 +1,1 @@
+from epcomm.compat.deep_ep.buffer import *  # noqa: F403

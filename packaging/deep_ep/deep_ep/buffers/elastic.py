@@ -1,0 +1,1 @@
+from epcomm.compat.deep_ep.buffers.elastic import *  # noqa: F403

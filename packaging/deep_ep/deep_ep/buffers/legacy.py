@@ -1,0 +1,1 @@
+from epcomm.compat.deep_ep.buffers.legacy import *  # noqa: F403

@@ -1,0 +1,1 @@
+from epcomm.compat.deep_ep.utils.event import *  # noqa: F403
