@@ -283,12 +283,18 @@ def test_misuse_names_the_argument() -> None:
 
 
 def run_destroy(group: Any) -> None:
+    import weakref
+
     import epcomm
     from epcomm.compat.deep_ep import Buffer
 
     world = worlds(1, group.size(), [4], 2, 2)
     _, x, idx, weights = inputs(world, group.rank())
-    buffer = Buffer(group=group, explicitly_destroy=True)
+    # As vLLM keeps them: by their arguments, weakly.
+    arguments = {"group": group, "explicitly_destroy": True, "enable_shrink": False}
+    cache: Any = weakref.WeakValueDictionary()
+    buffer = cache[tuple(sorted(arguments.items()))] = Buffer(**arguments)
+    assert list(cache.values()) == [buffer] and buffer.group == group
     layout = routed(buffer, world, idx)
     arguments = {**layout, "topk_idx": idx, "topk_weights": weights}
     recv_x, *_, handle, _ = buffer.dispatch(x, **arguments)
