@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -112,7 +110,7 @@ class LowLatencyCalls:
             members=members,
         )
         buffer = self._pool.get(shape, x.shape[0])
-        with self._watching(members):
+        try:
             recv = buffer.dispatch(
                 x,
                 sent_idx,
@@ -122,6 +120,9 @@ class LowLatencyCalls:
                 async_op=async_finish,
                 return_recv_hook=return_recv_hook,
             )
+        except PeerLost as error:
+            self._lose(error.rank, members)
+            raise
 
         finish = Finish()
         recv_x = finish.first_rows(recv.x, self.group_size * most)
@@ -174,7 +175,7 @@ class LowLatencyCalls:
                     "with this handle"
                 )
             x = routing.combine_buffer
-        with self._watching(routing.members):
+        try:
             result = routing.buffer.combine(
                 _with_rows(x, routing),
                 routing.plan,
@@ -183,6 +184,9 @@ class LowLatencyCalls:
                 async_op=async_finish,
                 return_recv_hook=return_recv_hook,
             )
+        except PeerLost as error:
+            self._lose(error.rank, routing.members)
+            raise
         if not isinstance(result, Combined):
             return result, EventOverlap(), None
         return result.y, result_event(result.event if async_finish else None), result.hook
@@ -225,15 +229,10 @@ class LowLatencyCalls:
         self._masks.check_enabled()
         self._masks.clear()
 
-    @contextlib.contextmanager
-    def _watching(self, members: tuple[int, ...]) -> Iterator[None]:
-        """What a call over these ranks loses is masked, and its Buffer is not used again."""
-        with self._masks.watching(members):
-            try:
-                yield
-            except PeerLost:
-                self._pool.forget(members)
-                raise
+    def _lose(self, rank: int, members: tuple[int, ...]) -> None:
+        """A call over these ranks lost one of them: its Buffer is not used again."""
+        self._masks.lose(rank, members)
+        self._pool.forget(members)
 
 
 def _with_rows(x: torch.Tensor, routing: Routing) -> torch.Tensor:

@@ -8,12 +8,7 @@ nothing, shapes stay those of the full group.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
-
-from ...errors import PeerLost
 
 
 class Masks:
@@ -53,15 +48,10 @@ class Masks:
             return ()
         return tuple(r for r in range(self._size) if r not in self._masked)
 
-    @contextlib.contextmanager
-    def watching(self, members: tuple[int, ...]) -> Iterator[None]:
-        """Masks the peer that a call over these members (() = all) loses; raises all the same."""
-        try:
-            yield
-        except PeerLost as error:
-            if self._enabled and error.rank >= 0:
-                self._masked.add(members[error.rank] if members else error.rank)
-            raise
+    def lose(self, rank: int, members: tuple[int, ...]) -> None:
+        """Masks the peer that a call over these members (() = all) lost; -1 = it cannot tell."""
+        if self._enabled and rank >= 0:
+            self._masked.add(members[rank] if members else rank)
 
 
 def remapped(topk_idx: torch.Tensor, members: tuple[int, ...], local_experts: int) -> torch.Tensor:

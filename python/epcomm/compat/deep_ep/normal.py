@@ -53,8 +53,13 @@ def contiguous_rows(x: Rows) -> Rows:
 def first_rows(x: Rows | None, num_rows: int) -> Any:
     """The first rows of a tensor or of both tensors of a pair; None of None."""
     if isinstance(x, tuple):
-        return (x[0][:num_rows], x[1][:num_rows])
-    return None if x is None else x[:num_rows]
+        return first_rows(x[0], num_rows), first_rows(x[1], num_rows)
+    return x if x is None or x.shape[0] == num_rows else x[:num_rows]
+
+
+def rounded_up(counts: list[int], alignment: int) -> list[int]:
+    """Counts rounded up to multiples of the alignment."""
+    return counts if alignment == 1 else [-(-n // alignment) * alignment for n in counts]
 
 
 def one_bias(bias: Bias | None) -> torch.Tensor | None:
@@ -178,7 +183,7 @@ class NormalCalls:
             first_rows(recv.x, recv_rows),
             first_rows(recv.topk_idx, recv_rows),
             first_rows(recv.topk_weights, recv_rows),
-            [-(-n // expert_alignment) * expert_alignment for n in counts],
+            rounded_up(counts, expert_alignment),
             normal_handle(Routing(buffer, recv.plan, num_experts, recv_rows)),
             result_event(recv.event if async_finish else None),
         )
@@ -353,7 +358,7 @@ class NormalCalls:
             recv.x,
             None,
             None,
-            [-(-n // expert_alignment) * expert_alignment for n in counts],
+            rounded_up(counts, expert_alignment),
             normal_handle(
                 Routing(buffer, recv.plan, num_tokens_per_expert.numel(), recv.plan.num_recv_rows)
             ),

@@ -18,8 +18,7 @@ import contextlib
 import struct
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -35,8 +34,7 @@ KNOCK = 2**20  # expert_alignment of a rank that asks for a larger Buffer
 _MIN_TOKENS = 256
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """What an epcomm Buffer is made for, the same on all ranks.
 
     max_tokens: 0 = the ranks agree on it.

@@ -16,7 +16,7 @@ from ....results import Plan, Rows
 from ....slots import rows_and_tokens
 from ..finish import Finish
 from ..groups import Group
-from ..normal import Bias, combined, contiguous_rows, one_bias
+from ..normal import Bias, combined, contiguous_rows, one_bias, rounded_up
 from ..pool import Pool, Shape
 from ..utils.event import EventHandle, EventOverlap, capture, epcomm_event, result_event
 
@@ -66,9 +66,7 @@ class EPHandle:
         self.num_recv_tokens = plan.num_recv_tokens if synced else plan.recv_capacity
         self.num_expanded_tokens = plan.num_recv_rows if self.do_expand else self.num_recv_tokens
         counts = plan.native.tokens_per_expert if synced else []
-        self.num_recv_tokens_per_expert_list = [
-            -(-n // expert_alignment) * expert_alignment for n in counts
-        ]
+        self.num_recv_tokens_per_expert_list = rounded_up(list(counts), expert_alignment)
         self.dst_buffer_slot_idx = None
         self.token_metadata_at_forward = None
         self.channel_linked_list = None
