@@ -372,3 +372,30 @@ def run_masks(group: Any) -> None:
 
 def test_masks_by_agreement() -> None:
     launcher.pool().run(3, run_masks)
+
+
+def run_late_losses(group: Any) -> list[int]:
+    """A GPU call can return before it is known that it lost a peer; here a Buffer that says so."""
+    import epcomm
+    from epcomm.compat.deep_ep import Buffer
+
+    class Losing:
+        def check_faults(self) -> None:
+            raise epcomm.PeerLost("lost", 2, "dispatch", 5)
+
+    buffer = Buffer(group, low_latency_mode=True, enable_shrink=True)
+    world, _, x, idx, _ = setup(group, [3])
+    buffer.low_latency_dispatch(x, idx, MOST, world.num_experts, use_fp8=False)
+    mask = torch.zeros(3, dtype=torch.int32)
+    buffer.low_latency_query_mask_buffer(mask)
+    assert not mask.any()
+    buffers = buffer._pool._buffers
+    (shape,) = buffers
+    buffers[shape] = Losing()
+    buffer.low_latency_query_mask_buffer(mask)
+    assert not buffers
+    return mask.tolist()
+
+
+def test_query_sees_losses_of_calls_that_have_returned() -> None:
+    assert launcher.pool().run(3, run_late_losses) == [[0, 0, 1]] * 3

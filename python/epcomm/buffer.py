@@ -146,6 +146,14 @@ class Buffer:
         """Name of the transport that moves the bytes."""
         return str(self._native.transport)
 
+    def check_faults(self) -> None:
+        """Raises what became known of earlier calls since they returned: `PeerLost` or `Evicted`.
+
+        Calls check this themselves. For callers that have waited for a GPU call by other means than
+        its event, and want to know whether its results are whole.
+        """
+        self._native.check_faults()
+
     def destroy(self) -> None:
         """Gives back windows and connections. Local; may be called twice.
 

@@ -215,8 +215,13 @@ class LowLatencyCalls:
         self._masks.set(integer("rank_to_mask", rank_to_mask), mask)
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
-        """Writes 1 for every masked rank and 0 for the others into mask_status, int32 [R]."""
+        """Writes 1 for every masked rank and 0 for the others into mask_status, int32 [R].
+
+        Ranks that finished calls have lost count, too. Does not wait for calls that run.
+        """
         self._masks.check_enabled()
+        for rank, members in self._pool.losses():
+            self._lose(rank, members)
         if mask_status.shape != (self.group_size,) or mask_status.dtype != torch.int32:
             raise ValueError(
                 f"mask_status is {mask_status.dtype} {list(mask_status.shape)}; expected int32 "

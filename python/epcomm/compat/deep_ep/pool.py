@@ -24,7 +24,7 @@ import torch
 
 from ... import env
 from ...buffer import Buffer
-from ...errors import BufferUnusable, ConfigMismatch
+from ...errors import BufferUnusable, ConfigMismatch, PeerLost
 from .groups import Group
 
 T = TypeVar("T")
@@ -94,6 +94,19 @@ class Pool:
                 if error.field != "expert_alignment" or str(KNOCK) not in error.value_per_rank:
                     raise
             del self._buffers[shape]
+
+    def losses(self) -> list[tuple[int, tuple[int, ...]]]:
+        """(rank, members) of peers that calls have lost that returned before it was known.
+
+        On a GPU calls return at once, so a caller may ask before its next call would raise.
+        """
+        lost = []
+        for shape, buffer in self._buffers.items():
+            try:
+                buffer.check_faults()
+            except PeerLost as error:
+                lost.append((error.rank, shape.members))
+        return lost
 
     def forget(self, members: tuple[int, ...]) -> None:
         """Drops the Buffers over these ranks: one of them is lost."""
