@@ -34,7 +34,7 @@ def check_handle(handle: Any, world: World, rank: int, alignment: int, synced: b
     assert handle.num_experts == world.num_experts and handle.expert_alignment == alignment
     assert handle.num_max_tokens_per_rank == MOST
     assert isinstance(handle.num_sms, int) and handle.num_sms > 0
-    np.testing.assert_array_equal(handle.topk_idx.numpy(), world.idx[rank])
+    np.testing.assert_array_equal(handle.topk_idx.cpu().numpy(), world.idx[rank])
     sources = np.cumsum([sum(s == r for s, _ in rows) for r in range(world.num_ranks)])
     same(handle.psum_num_recv_tokens_per_scaleup_rank, sources, torch.int32)
     same(handle.num_unaligned_recv_tokens_per_expert, np.array(counts), torch.int32)
@@ -51,18 +51,18 @@ def check_handle(handle: Any, world: World, rank: int, alignment: int, synced: b
     assert [(source, token) for token, source, *_ in metadata] == rows
 
 
-def run_tokens(group: Any, synced: bool, alignment: int) -> None:
+def run_tokens(group: Any, synced: bool, alignment: int, device: str = "cpu") -> None:
     from epcomm.compat.deep_ep import ElasticBuffer, EPHandle, EventHandle, EventOverlap
 
     world = worlds(11, group.size(), [6, 0, 10], TOPK, LOCAL)
     rank, size = group.rank(), group.size()
-    xs, x, idx, weights = inputs(world, rank)
+    xs, x, idx, weights = inputs(world, rank, device=device)
     buffer = ElasticBuffer(
         group, num_max_tokens_per_rank=MOST, hidden=HIDDEN, num_topk=TOPK, deterministic=True
     )
     assert buffer.num_bytes > 0 and buffer.num_max_tokens_per_rank == MOST
     rows = world.rows(rank)
-    stats = torch.zeros(LOCAL, dtype=torch.int32)
+    stats = torch.zeros(LOCAL, dtype=torch.int32, device=device)
     recv_x, recv_idx, recv_weights, handle, event = buffer.dispatch(
         x,
         topk_idx=idx,
@@ -115,12 +115,12 @@ def test_tokens(synced: bool, alignment: int) -> None:
     launcher.pool().run(3, run_tokens, synced, alignment)
 
 
-def run_expanded(group: Any, synced: bool, alignment: int) -> None:
+def run_expanded(group: Any, synced: bool, alignment: int, device: str = "cpu") -> None:
     from epcomm.compat.deep_ep import ElasticBuffer
 
     world = worlds(12, group.size(), [6, 3, 10], TOPK, LOCAL)
     rank, size = group.rank(), group.size()
-    xs, x, idx, weights = inputs(world, rank)
+    xs, x, idx, weights = inputs(world, rank, device=device)
     buffer = ElasticBuffer(group, 1 << 20)
     recv_x, recv_idx, recv_weights, handle, _ = buffer.dispatch(
         x,
@@ -175,15 +175,15 @@ def test_expanded(synced: bool, alignment: int) -> None:
     launcher.pool().run(3, run_expanded, synced, alignment)
 
 
-def run_fp8(group: Any, do_expand: bool) -> None:
+def run_fp8(group: Any, do_expand: bool, device: str = "cpu") -> None:
     from epcomm.compat.deep_ep import ElasticBuffer
 
     world = worlds(13, group.size(), [5, 2], TOPK, LOCAL)
     rank = group.rank()
-    xs, x, idx, weights = inputs(world, rank)
+    xs, x, idx, weights = inputs(world, rank, device=device)
     tables = [payload(9, r, len(world.idx[r]), 5) for r in range(world.num_ranks)]
     buffer = ElasticBuffer(group, num_max_tokens_per_rank=MOST, use_fp8_dispatch=True)
-    pair = (x.to(torch.float8_e4m3fn), torch.from_numpy(tables[rank]))
+    pair = (x.to(torch.float8_e4m3fn), torch.from_numpy(tables[rank]).to(device))
     (q, scales), *_ = buffer.dispatch(
         pair,
         topk_idx=idx,

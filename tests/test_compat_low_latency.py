@@ -13,12 +13,13 @@ from test_compat_normal import same
 HIDDEN, TOPK, LOCAL, MOST = 512, 3, 4, 7
 
 
-def setup(group: Any, tokens: list[int], seed: int = 0) -> tuple[Any, ...]:
+def setup(group: Any, tokens: list[int], seed: int = 0, device: str = "cpu") -> tuple[Any, ...]:
     world = worlds(seed, group.size(), tokens, TOPK, LOCAL)
     rank = group.rank()
     xs = [payload(seed, r, len(world.idx[r]), HIDDEN) for r in range(world.num_ranks)]
-    x = torch.from_numpy(xs[rank]).bfloat16()
-    return world, xs, x, torch.from_numpy(world.idx[rank]), torch.from_numpy(world.weights[rank])
+    tensors = (xs[rank], world.idx[rank], world.weights[rank])
+    x, idx, weights = (torch.from_numpy(array).to(device) for array in tensors)
+    return world, xs, x.bfloat16(), idx, weights
 
 
 def check_rows(
@@ -53,18 +54,18 @@ def combined(world: World, xs: Any, rank: int, lost: set[int] = frozenset()) -> 
 def close(actual: torch.Tensor, expected: np.ndarray) -> None:
     """Partial sums and the sum are rounded to bf16."""
     assert actual.dtype == torch.bfloat16 and tuple(actual.shape) == expected.shape
-    np.testing.assert_allclose(actual.float().numpy(), expected, rtol=2**-6, atol=2**-3)
+    np.testing.assert_allclose(actual.float().cpu().numpy(), expected, rtol=2**-6, atol=2**-3)
 
 
-def run_bf16(group: Any, tokens: list[int], how: dict[str, bool]) -> None:
+def run_bf16(group: Any, tokens: list[int], how: dict[str, bool], device: str = "cpu") -> None:
     from epcomm.compat.deep_ep import Buffer
 
-    world, xs, x, idx, weights = setup(group, tokens)
+    world, xs, x, idx, weights = setup(group, tokens, device=device)
     rank = group.rank()
     buffer = Buffer(group, 0, 1 << 30, low_latency_mode=True, num_qps_per_rank=LOCAL)
     assert buffer.low_latency_mode and buffer.num_rdma_bytes == 1 << 30
     buffer.clean_low_latency_buffer(MOST, HIDDEN, world.num_experts)
-    stats = torch.ones(LOCAL, dtype=torch.int32)
+    stats = torch.ones(LOCAL, dtype=torch.int32, device=device)
     recv_x, counts, handle, event, hook = buffer.low_latency_dispatch(
         x, idx, MOST, world.num_experts, stats, use_fp8=False, **how
     )
@@ -100,7 +101,7 @@ def run_bf16(group: Any, tokens: list[int], how: dict[str, bool]) -> None:
     fewer[:, 0] = -1
     y = buffer.low_latency_combine(outputs(recv_x, counts, rank), fewer, weights, handle)[0]
     fewer_idx = [*world.idx]
-    fewer_idx[rank] = fewer.numpy()
+    fewer_idx[rank] = fewer.cpu().numpy()
     close(y, combined(World(world.num_experts, fewer_idx, world.weights), xs, rank))
 
 
@@ -110,10 +111,10 @@ def test_bf16(ranks: int, tokens: list[int], how: str) -> None:
     launcher.pool().run(ranks, run_bf16, tokens, {how: True} if how else {})
 
 
-def run_handle(group: Any) -> None:
+def run_handle(group: Any, device: str = "cpu") -> None:
     from epcomm.compat.deep_ep import Buffer
 
-    world, xs, x, idx, weights = setup(group, [7, 2, 4], seed=2)
+    world, xs, x, idx, weights = setup(group, [7, 2, 4], seed=2, device=device)
     rank, size = group.rank(), group.size()
     buffer = Buffer(group, low_latency_mode=True)
     recv_x, counts, handle, _, _ = buffer.low_latency_dispatch(
@@ -143,16 +144,16 @@ def test_handle() -> None:
     launcher.pool().run(3, run_handle)
 
 
-def run_fp8(group: Any, kind: dict[str, bool], how: dict[str, bool]) -> None:
+def run_fp8(group: Any, kind: dict[str, bool], how: dict[str, bool], device: str = "cpu") -> None:
     from epcomm.compat.deep_ep import Buffer
 
-    world, xs, _, idx, _ = setup(group, [6, 0, 7], seed=5)
+    world, xs, _, idx, _ = setup(group, [6, 0, 7], seed=5, device=device)
     rank, size = group.rank(), group.size()
     rng = np.random.default_rng(1)
     # Blocks of very different magnitude, so that a wrong scale shows; values with 3 bits.
     magnitude = 2.0 ** rng.integers(-20, 20, HIDDEN // 128).repeat(128)
     xs = [(x * magnitude).astype(np.float32) for x in xs]
-    x = torch.from_numpy(xs[rank]).bfloat16()
+    x = torch.from_numpy(xs[rank]).to(device).bfloat16()
     buffer = Buffer(group, low_latency_mode=True)
     recv, _, _, event, hook = buffer.low_latency_dispatch(
         x, idx, MOST, world.num_experts, **kind, **how
@@ -167,14 +168,14 @@ def run_fp8(group: Any, kind: dict[str, bool], how: dict[str, bool]) -> None:
     assert scales.shape == (LOCAL, rows, width)
     assert scales.dtype == (torch.int32 if packed else torch.float32)
     assert scales.stride() == (rows * width, 1, rows)
-    values = scales.numpy()
+    values = scales.cpu().numpy()
     if packed:
         codes = np.ascontiguousarray(values).view(np.uint8).reshape(LOCAL, rows, HIDDEN // 128)
         values = 2.0 ** (codes.astype(np.float64) - 127)
     for e in range(LOCAL):
         named = world.expert_rows(rank, e)
         expected = gathered(xs, named).reshape(len(named), HIDDEN // 128, 128)
-        got = q[e, : len(named)].float().numpy().reshape(expected.shape)
+        got = q[e, : len(named)].float().cpu().numpy().reshape(expected.shape)
         scale = values[e, : len(named)]
         amax = np.abs(expected).max(axis=2)
         if kind:
@@ -250,14 +251,14 @@ def test_what_is_not_offered_is_named() -> None:
         assert word in text, (text, word)
 
 
-def run_both_modes(group: Any) -> None:
+def run_both_modes(group: Any, device: str = "cpu") -> None:
     """One Buffer for both, as SGLang has it; results are kept as long as they are held."""
     from epcomm.compat.deep_ep import Buffer
 
     buffer = Buffer(group, 1 << 20, 1 << 20, low_latency_mode=True)
     held = []
     for step in range(4):
-        world, xs, x, idx, weights = setup(group, [7, 2], seed=step)
+        world, xs, x, idx, weights = setup(group, [7, 2], seed=step, device=device)
         rank = group.rank()
         per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, world.num_experts)
         recv = buffer.dispatch(

@@ -20,10 +20,11 @@ def same(actual: torch.Tensor, expected: np.ndarray, dtype: torch.dtype) -> None
     np.testing.assert_array_equal(values.cpu().numpy(), expected)
 
 
-def inputs(world: World, rank: int, seed: int = 0) -> tuple[Any, ...]:
+def inputs(world: World, rank: int, seed: int = 0, device: str = "cpu") -> tuple[Any, ...]:
     xs = [payload(seed, r, len(world.idx[r]), HIDDEN) for r in range(world.num_ranks)]
-    idx = torch.from_numpy(world.idx[rank]).long()
-    return xs, torch.from_numpy(xs[rank]).bfloat16(), idx, torch.from_numpy(world.weights[rank])
+    tensors = (xs[rank], world.idx[rank], world.weights[rank])
+    x, idx, weights = (torch.from_numpy(array).to(device) for array in tensors)
+    return xs, x.bfloat16(), idx, weights
 
 
 def routed(buffer: Any, world: World, idx: torch.Tensor) -> dict[str, Any]:
@@ -43,12 +44,14 @@ def routed(buffer: Any, world: World, idx: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def run_round(group: Any, tokens: list[int], alignment: int, async_finish: bool) -> None:
+def run_round(
+    group: Any, tokens: list[int], alignment: int, async_finish: bool, device: str = "cpu"
+) -> None:
     from epcomm.compat.deep_ep import Buffer, EventHandle, EventOverlap
 
     world = worlds(7, group.size(), tokens, 3, 4)
     rank = group.rank()
-    xs, x, idx, weights = inputs(world, rank)
+    xs, x, idx, weights = inputs(world, rank, device=device)
     buffer = Buffer(group, int(1e9), 0)
     layout = routed(buffer, world, idx)
     how: dict[str, Any] = {"async_finish": async_finish}
@@ -83,7 +86,7 @@ def run_round(group: Any, tokens: list[int], alignment: int, async_finish: bool)
     assert again[1:5] == (None,) * 4
 
     # Every rank returns its rank + 1 times the row.
-    factor = torch.full((), rank + 1.0, dtype=torch.bfloat16)
+    factor = torch.full((), rank + 1.0, dtype=torch.bfloat16, device=device)
     reached = np.array([sum(r + 1 for r in world.ranks(rank, t)) for t in range(len(idx))])
     expected = xs[rank] * reached.reshape(-1, 1)
     y, y_weights, event = buffer.combine(recv_x * factor, handle, **how)
@@ -93,15 +96,16 @@ def run_round(group: Any, tokens: list[int], alignment: int, async_finish: bool)
 
     # Weights are summed per slot over ranks, also where a slot's expert is elsewhere.
     mine = torch.full_like(recv_weights, rank + 1.0)
-    bias = torch.from_numpy(payload(3, rank, len(idx), HIDDEN)).bfloat16()
+    added = payload(3, rank, len(idx), HIDDEN)
+    bias = torch.from_numpy(added).to(device).bfloat16()
     y, y_weights, event = buffer.combine(recv_x, handle, topk_weights=mine, bias=bias, **how)
     check_event(event)
     number = np.array([len(world.ranks(rank, t)) for t in range(len(idx))]).reshape(-1, 1)
-    same(y, xs[rank] * number + bias.float().numpy(), torch.bfloat16)
+    same(y, xs[rank] * number + added, torch.bfloat16)
     same(y_weights, np.repeat(reached.reshape(-1, 1), 3, 1).astype(np.float32), torch.float32)
     pair = (bias, bias + 1)
     y = buffer.combine(recv_x, handle, bias=pair)[0]
-    same(y, xs[rank] * number + 2 * bias.float().numpy() + 1, torch.bfloat16)
+    same(y, xs[rank] * number + 2 * added + 1, torch.bfloat16)
     # A gradient of topk_weights comes back to its slot.
     y_weights = buffer.combine(recv_x, handle, topk_weights=recv_weights)[1]
     same(y_weights, np.where(world.idx[rank] >= 0, world.weights[rank], 0), torch.float32)
@@ -118,14 +122,14 @@ def test_round(ranks: int, tokens: list[int], alignment: int, async_finish: bool
     launcher.pool().run(ranks, run_round, tokens, alignment, async_finish)
 
 
-def run_fp8(group: Any, scale_dtype: torch.dtype) -> None:
+def run_fp8(group: Any, scale_dtype: torch.dtype, device: str = "cpu") -> None:
     from epcomm.compat.deep_ep import Buffer
 
     world = worlds(3, group.size(), [6, 0, 3], 2, 2)
     rank = group.rank()
-    xs, x, idx, weights = inputs(world, rank)
+    xs, x, idx, weights = inputs(world, rank, device=device)
     tables = [payload(9, r, len(world.idx[r]), 2).astype(np.int32) for r in range(world.num_ranks)]
-    scales = torch.from_numpy(tables[rank]).to(scale_dtype)
+    scales = torch.from_numpy(tables[rank]).to(device, scale_dtype)
     # Scales may have any strides.
     x = (x.to(torch.float8_e4m3fn), scales.t().contiguous().t())
     buffer = Buffer(group)
@@ -167,12 +171,12 @@ def test_dispatch_without_topk() -> None:
     launcher.pool().run(3, run_without_topk)
 
 
-def run_worst(group: Any, worst: int) -> None:
+def run_worst(group: Any, worst: int, device: str = "cpu") -> None:
     from epcomm.compat.deep_ep import Buffer
 
     world = worlds(5, group.size(), [4, 6], 2, 3)
     rank = group.rank()
-    xs, x, idx, weights = inputs(world, rank)
+    xs, x, idx, weights = inputs(world, rank, device=device)
     buffer = Buffer(group)
     layout = routed(buffer, world, idx)
     recv_x, recv_idx, recv_weights, counts, handle, _ = buffer.dispatch(
@@ -201,7 +205,7 @@ def test_num_worst_tokens(worst: int) -> None:
     launcher.pool().run(3, run_worst, worst)
 
 
-def run_growth(group: Any, sizes: list[list[int]]) -> list[int]:
+def run_growth(group: Any, sizes: list[list[int]], device: str = "cpu") -> list[int]:
     """Batches that grow on one rank, on another, on all; handles of before stay good."""
     from epcomm.compat.deep_ep import Buffer
 
@@ -210,7 +214,7 @@ def run_growth(group: Any, sizes: list[list[int]]) -> list[int]:
     held = []
     for step, tokens in enumerate(sizes):
         world = worlds(step, group.size(), tokens, 2, 2)
-        xs, x, idx, weights = inputs(world, rank, step)
+        xs, x, idx, weights = inputs(world, rank, step, device)
         layout = dict(
             zip(("num_tokens_per_rank", "n", "num_tokens_per_expert", "is_token_in_rank"),
                 buffer.get_dispatch_layout(idx, world.num_experts)[:4], strict=True)
