@@ -194,16 +194,13 @@ class LowLatencyCalls:
     def get_next_low_latency_combine_buffer(self, handle: tuple[Any, ...]) -> torch.Tensor:
         """bf16 [L, R * M, H], to be filled for low_latency_combine(zero_copy=True) of this handle.
 
-        Ordinary memory, kept with the handle.
+        Kept with the handle.
         """
         routing = routing_of(handle)
         if routing.combine_buffer is None:
-            buffer, plan = routing.buffer, routing.plan
-            routing.combine_buffer = torch.empty(
-                (buffer.local_experts, routing.recv_rows, buffer.hidden),
-                dtype=buffer.dtype,
-                device=plan.send_block.device,
-            )
+            tensor = routing.buffer.combine_input(routing.plan)
+            # With masked ranks the Buffer's has a few rows more.
+            routing.combine_buffer = tensor[:, : routing.recv_rows]
         return routing.combine_buffer
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
