@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 CPU_RANKS = 7
+SIMULATED_RANKS = 4
 GROUP_TIMEOUT_S = 60.0
 # A rank that fails leaves its peers waiting for it; this is how long they may take to say so.
 GRACE_S = 3.0
@@ -67,6 +68,10 @@ def _join(rank: int, num_ranks: int, store: str, device: str) -> None:
         if hosts := int(os.environ.get("EPCOMM_TEST_HOSTS", "0")):
             # NCCL takes ranks of different ids for ranks of different machines.
             os.environ["NCCL_HOSTID"] = f"host{rank * hosts // num_ranks}"
+    if device == "simulated":
+        import simulated
+
+        simulated.install()
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(store, num_ranks),
@@ -147,6 +152,8 @@ class Pool:
     def __init__(self, device: str):
         self.device = device
         self.size = torch.cuda.device_count() if device == "cuda" else CPU_RANKS
+        if device == "simulated":
+            self.size = SIMULATED_RANKS
         self._set: _Processes | None = None
 
     def run(self, num_ranks: int, fn: Callable, *args: Any, timeout: float = 120.0) -> list[Any]:

@@ -60,7 +60,7 @@ LAYERS = (
     Layer(
         "tests/sim/*",
         (
-            *("epcomm/*", "core/*", "kernels/*", "transport/*.h"),
+            *("epcomm/*", "core/*", "kernels/*", "transport/*.h", "bindings/*"),
             *("tests/cpp/*", "tests/sim/*"),
         ),
         (*CUDA, *SYSTEM),
