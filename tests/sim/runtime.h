@@ -24,9 +24,10 @@ namespace epcomm::sim {
 struct Options {
   uint64_t seed;  ///< the environment's EPCOMM_SIM_SEED, else 1
   int num_devices = 8;
-  int num_sms = 3;
+  int num_sms = 2;
   double limit_s = 60;  ///< that a grid or an event may take before it counts as a deadlock
   size_t memory_bytes = size_t{4} << 30;  ///< of a device
+  bool print_faults = true;
 };
 Options& options();
 

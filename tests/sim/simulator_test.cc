@@ -41,6 +41,7 @@ class DeviceArray {
 
 // Seeds of which trial() is false or meets a fault.
 int seeds_found(const std::function<bool()>& trial) {
+  options().print_faults = false;
   const uint64_t before = options().seed;
   int found = 0;
   for (int i = 0; i < kSeeds; ++i) {
@@ -253,6 +254,7 @@ __global__ void meet_kernel(uint32_t* arrived) {
 }
 
 std::string fault_of(const std::function<void()>& launch) {
+  options().print_faults = false;
   const double before = options().limit_s;
   options().limit_s = 0.5;
   launch();
