@@ -57,7 +57,7 @@ inline void route(Buffer& buffer, const Batch& batch, Layout layout, int alignme
   args.layout = layout;
   args.expert_alignment = alignment;
   args.plan = buffer.view_send_block(to.send_block.data(), batch.tokens, batch.topk);
-  to.plan = buffer.route(args);
+  finish(buffer, [&] { to.plan = buffer.route(args); });
   to.num_rows = to.plan.result.num_recv_rows;
 }
 
@@ -96,8 +96,7 @@ inline void dispatch(Buffer& buffer, const Batch& batch, Received& to) {
     args.recv_topk_idx = to.slots.data;
     args.recv_topk_weights = reinterpret_cast<float*>(to.slots.data + slot_bytes);
   }
-  buffer.dispatch(to.plan, args);
-  tested_transport.finish_calls();
+  finish(buffer, [&] { buffer.dispatch(to.plan, args); });
   if (shared && slot_bytes != 0) {
     std::memcpy(to.topk_idx.data(), to.slots.data, slot_bytes);
     std::memcpy(to.weights.data(), to.slots.data + slot_bytes, slot_bytes);
@@ -114,8 +113,7 @@ inline std::vector<float> combine(Buffer& buffer, const Batch& batch, const Rece
   args.out = y.data();
   args.dtype = Dtype::kFloat32;
   args.hidden = batch.hidden;
-  buffer.combine(from.plan, args);
-  tested_transport.finish_calls();
+  finish(buffer, [&] { buffer.combine(from.plan, args); });
   return y;
 }
 

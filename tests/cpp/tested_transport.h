@@ -4,15 +4,30 @@
 
 #include <string>
 
+#include "epcomm/buffer.h"
+
 namespace epcomm::testing {
 
 struct TestedTransport {
   std::string name = "cpu";
   /// Called by each rank's thread before anything else.
   void (*begin_rank)(int rank) = [](int) {};
-  /// Called by a rank's thread before it looks at what its calls have written.
+  /// Returns when the calls of this rank's thread are over; does not throw.
   void (*finish_calls)() = [] {};
 };
 inline TestedTransport tested_transport;
+
+/// Makes a call, which is over when this returns or throws: what it writes to may go then.
+template <class Call>
+void finish(Buffer& buffer, Call call) {
+  struct Finish {
+    ~Finish() { tested_transport.finish_calls(); }
+  };
+  {
+    const Finish at_the_end;
+    call();
+  }
+  buffer.check_faults();
+}
 
 }  // namespace epcomm::testing
