@@ -19,6 +19,8 @@ class DeviceMemory {
   explicit DeviceMemory(size_t bytes) {
     EPCOMM_CUDA_TRY(cudaMalloc(&data_, bytes == 0 ? 1 : bytes));
     EPCOMM_CUDA_TRY(cudaMemset(data_, 0, bytes));
+    // cudaMemset does not wait, and streams that are non-blocking do not wait for it.
+    EPCOMM_CUDA_TRY(cudaStreamSynchronize(nullptr));
   }
   DeviceMemory(DeviceMemory&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
   DeviceMemory& operator=(DeviceMemory&& other) noexcept {
