@@ -40,6 +40,14 @@ constexpr int dtype_bytes(Dtype dtype) {
   return 0;
 }
 
+/// How a row is quantised on its way; formulas in csrc/kernels/quant.h and docs/quantisation.md.
+enum class Quant : int32_t {
+  kNone = 0,
+  kFp8 = 1,       ///< e4m3, one fp32 scale per 128 elements
+  kFp8Ue8m0 = 2,  ///< e4m3, one power-of-two scale per 128 elements, four exponents to an int32
+  kNvfp4 = 3,     ///< two e2m1 to a byte, one e4m3 scale per 16 elements, one fp32 global scale
+};
+
 /// Element type of topk_idx; the value is its size in bytes.
 enum class IndexType : int32_t { kInt32 = 4, kInt64 = 8 };
 
