@@ -108,6 +108,7 @@ else()
     csrc/bindings/buffer_bindings.cc
     csrc/bindings/cuda_module.cc
     csrc/bindings/py_bootstrap.cc
+    csrc/bindings/quant_bindings.cc
     csrc/bindings/torch_pool.cc
     csrc/transport/registry_cuda.cc
     ${_cuda_sources})

@@ -19,8 +19,9 @@ from pathlib import Path
 
 CUDA = ("cuda*.h", "cooperative_groups.h", "cooperative_groups/*", "cuda/*")
 RUNTIME = ("cuda_runtime_api.h",)
-# error.h for the functions that launch: a launch that fails throws.
-KERNELS = ("epcomm/types.h", "epcomm/error.h", "kernels/*")
+# error.h for the functions that launch: a launch that fails throws. quant.h: the row kernels of
+# quantisation are public.
+KERNELS = ("epcomm/types.h", "epcomm/error.h", "epcomm/quant.h", "kernels/*")
 # POSIX and Linux headers; the standard library's own have neither a slash nor a ".h".
 SYSTEM = ("*/*.h", "*.h")
 
@@ -43,7 +44,10 @@ LAYERS = (
     Layer("csrc/kernels/*", KERNELS, CUDA),
     Layer(
         "csrc/core/*",
-        ("epcomm/*", "core/*", "transport/transport.h", "kernels/token_layout.h"),
+        (
+            *("epcomm/*", "core/*", "transport/transport.h"),
+            *("kernels/token_layout.h", "kernels/quant.h"),
+        ),
         (*RUNTIME, *SYSTEM),
     ),
     Layer("csrc/transport/transport.h", ("epcomm/*", "core/*"), ()),

@@ -43,14 +43,6 @@ void translate(std::exception_ptr p) {
   }
 }
 
-// Tensor addresses cross as integers; 0 is null.
-template <class Class, class Struct, class Pointer>
-void def_pointer(Class& cls, const char* name, Pointer Struct::* member) {
-  cls.def_property(
-      name, [member](const Struct& s) { return reinterpret_cast<uintptr_t>(s.*member); },
-      [member](Struct& s, uintptr_t p) { s.*member = reinterpret_cast<Pointer>(p); });
-}
-
 void bind_types(py::module_& m) {
   py::enum_<Dtype>(m, "Dtype", py::module_local())
       .value("bfloat16", Dtype::kBfloat16)
@@ -62,6 +54,10 @@ void bind_types(py::module_& m) {
       .value("token", Layout::kToken)
       .value("expert", Layout::kExpert)
       .value("padded", Layout::kPadded);
+  py::enum_<Quant>(m, "Quant", py::module_local())
+      .value("fp8", Quant::kFp8)
+      .value("fp8_ue8m0", Quant::kFp8Ue8m0)
+      .value("nvfp4", Quant::kNvfp4);
   py::enum_<IndexType>(m, "IndexType", py::module_local())
       .value("int32", IndexType::kInt32)
       .value("int64", IndexType::kInt64);

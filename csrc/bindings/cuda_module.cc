@@ -9,6 +9,7 @@
 
 #include "bindings/buffer_bindings.h"
 #include "bindings/py_bootstrap.h"
+#include "bindings/quant_bindings.h"
 #include "bindings/torch_pool.h"
 #include "epcomm/graph.h"
 #include "epcomm/peer_access.h"
@@ -104,6 +105,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("archs") = EPCOMM_CUDA_ARCH_LIST;
   m.def("device_status", &device_status);
   epcomm::bind_buffer(m);
+  epcomm::bind_quant(
+      m, {&epcomm::quantize_cuda, &epcomm::dequantize_cuda, &epcomm::global_scale_cuda});
   bind_peer_access(m);
   bind_symmetric_memory(m);
 }

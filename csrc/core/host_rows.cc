@@ -5,15 +5,6 @@
 #include <cstddef>
 #include <cstdint>
 
-// Compiled twice on x86, and the better chosen when the library is loaded. Sanitizers do not get
-// along with that choice (it runs before they are ready).
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
-#define EPCOMM_VECTOR_CLONES __attribute__((target_clones("avx2", "default")))
-#else
-#define EPCOMM_VECTOR_CLONES
-#endif
-
 namespace epcomm {
 namespace {
 
@@ -48,6 +39,12 @@ inline uint16_t float_to_half(float f) {
   return static_cast<uint16_t>(h | sign);
 }
 
+EPCOMM_VECTOR_CLONES void load_bf16(const uint16_t* row, float* out, int n) {
+  for (int i = 0; i < n; ++i) out[i] = bf16_to_float(row[i]);
+}
+EPCOMM_VECTOR_CLONES void load_half(const uint16_t* row, float* out, int n) {
+  for (int i = 0; i < n; ++i) out[i] = half_to_float(row[i]);
+}
 EPCOMM_VECTOR_CLONES void add_bf16(const uint16_t* row, float* sum, int n) {
   for (int i = 0; i < n; ++i) sum[i] += bf16_to_float(row[i]);
 }
@@ -78,6 +75,12 @@ EPCOMM_VECTOR_CLONES void copy_float(const float* sum, float* out, int n) {
 
 }  // namespace
 
+void load_row(Dtype dtype, const void* row, float* out, int n) {
+  if (dtype == Dtype::kBfloat16) return load_bf16(static_cast<const uint16_t*>(row), out, n);
+  if (dtype == Dtype::kFloat16) return load_half(static_cast<const uint16_t*>(row), out, n);
+  copy_float(static_cast<const float*>(row), out, n);
+}
+
 void add_row(Dtype dtype, const void* row, float* sum, int hidden) {
   if (dtype == Dtype::kBfloat16) return add_bf16(static_cast<const uint16_t*>(row), sum, hidden);
   if (dtype == Dtype::kFloat16) return add_half(static_cast<const uint16_t*>(row), sum, hidden);
@@ -98,23 +101,29 @@ void round_row(Dtype dtype, const float* sum, void* out, int hidden) {
   copy_float(sum, static_cast<float*>(out), hidden);
 }
 
+void sum_terms(Dtype dtype, const std::vector<RowTerm>& terms, bool weighted, int begin, float* sum,
+               int count) {
+  const size_t offset = static_cast<size_t>(begin) * static_cast<size_t>(dtype_bytes(dtype));
+  std::fill_n(sum, count, 0.0f);
+  for (const RowTerm& term : terms) {
+    const char* row = static_cast<const char*>(term.row) + offset;
+    if (weighted)
+      add_weighted_row(dtype, row, term.weight, sum, count);
+    else
+      add_row(dtype, row, sum, count);
+  }
+}
+
 void sum_rows(Dtype dtype, const std::vector<RowTerm>& terms, bool weighted, void* out,
               int hidden) {
   constexpr int kBlock =
       1024;  // sums that stay in the first-level cache from the first row to the last
   const size_t element = static_cast<size_t>(dtype_bytes(dtype));
+  float sum[kBlock];
   for (int begin = 0; begin < hidden; begin += kBlock) {
-    float sum[kBlock] = {};
     const int count = std::min(kBlock, hidden - begin);
-    const size_t offset = static_cast<size_t>(begin) * element;
-    for (const RowTerm& term : terms) {
-      const char* row = static_cast<const char*>(term.row) + offset;
-      if (weighted)
-        add_weighted_row(dtype, row, term.weight, sum, count);
-      else
-        add_row(dtype, row, sum, count);
-    }
-    round_row(dtype, sum, static_cast<char*>(out) + offset, count);
+    sum_terms(dtype, terms, weighted, begin, sum, count);
+    round_row(dtype, sum, static_cast<char*>(out) + static_cast<size_t>(begin) * element, count);
   }
 }
 

@@ -198,33 +198,29 @@ EPCOMM_HOST_DEVICE inline GroupScale nvfp4_scale(uint32_t amax, const GlobalScal
 
 // ---- rows: where the bytes are ----
 
-/// Sizes of a quantised row of hidden elements.
-struct QuantLayout {
-  int group;        ///< elements that share a scale
-  int multiple;     ///< hidden is a multiple of it
-  int row_bytes;    ///< of q
-  int scale_bytes;  ///< of the scales, as pack functions write them
-  /// Of the scales as a dispatch moves them. kNvfp4: followed by zeros to a multiple of 16 bytes,
-  /// the last 4 of which hold the global scale, which may differ between source ranks.
-  int wire_scale_bytes;
-
-  EPCOMM_HOST_DEVICE QuantLayout(Quant quant, int hidden) {
-    const bool fp4 = quant == Quant::kNvfp4;
-    group = fp4 ? kNvfp4Group : kFp8Group;
-    multiple = fp4 ? 2 * kNvfp4Group : kFp8Group;
-    row_bytes = fp4 ? hidden / 2 : hidden;
-    const int groups = hidden / group;
-    scale_bytes = fp4 ? groups : quant == Quant::kFp8Ue8m0 ? (groups + 3) / 4 * 4 : groups * 4;
-    wire_scale_bytes = fp4 ? (groups + 4 + 15) / 16 * 16 : scale_bytes;
-  }
-};
-
-/// Offset of the scale of (row, group) where rows of scales follow each other.
-EPCOMM_HOST_DEVICE inline int64_t linear_scale_offset(int64_t row, int group, int num_groups) {
-  return row * num_groups + group;
+EPCOMM_HOST_DEVICE inline QuantLayout make_quant_layout(Quant quant, int hidden) {
+  const bool fp4 = quant == Quant::kNvfp4;
+  QuantLayout layout{};
+  layout.group = fp4 ? kNvfp4Group : kFp8Group;
+  layout.multiple = fp4 ? 2 * kNvfp4Group : kFp8Group;
+  layout.row_bytes = fp4 ? hidden / 2 : hidden;
+  layout.num_groups = hidden / layout.group;
+  layout.scale_bytes = fp4                         ? layout.num_groups
+                       : quant == Quant::kFp8Ue8m0 ? (layout.num_groups + 3) / 4 * 4
+                                                   : layout.num_groups * 4;
+  layout.wire_scale_bytes = fp4 ? (layout.scale_bytes + 4 + 15) / 16 * 16 : layout.scale_bytes;
+  return layout;
 }
-/// The same in tiles of 128 rows and 4 groups, as block-scaled GEMMs read it (cuBLAS, "1D Block
-/// Scaling Factors Layout"). Rows and groups are padded to whole tiles.
+
+/// Offset in bytes of the scale of (row, group): the fp32 of kFp8, the byte of the others.
+EPCOMM_HOST_DEVICE inline int64_t linear_scale_offset(Quant quant, const ScaleStrides& strides,
+                                                      int64_t row, int group) {
+  const int unit = quant == Quant::kFp8Ue8m0 ? group / 4 : group;
+  const int byte = quant == Quant::kFp8Ue8m0 ? group % 4 : 0;  // little-endian: group 0 is lowest
+  return row * strides.row + unit * strides.unit + byte;
+}
+/// The same for one-byte scales in tiles of 128 rows and 4 groups, as block-scaled GEMMs read it
+/// (cuBLAS, "1D Block Scaling Factors Layout"). Rows and groups are padded to whole tiles.
 EPCOMM_HOST_DEVICE inline int64_t swizzled_scale_offset(int64_t row, int group, int num_groups) {
   const int64_t tile = row / 128 * ((num_groups + 3) / 4) + group / 4;
   return tile * 512 + row % 32 * 16 + row % 128 / 32 * 4 + group % 4;
@@ -232,6 +228,12 @@ EPCOMM_HOST_DEVICE inline int64_t swizzled_scale_offset(int64_t row, int group, 
 /// Bytes of a swizzled array.
 EPCOMM_HOST_DEVICE inline int64_t swizzled_scale_bytes(int64_t rows, int num_groups) {
   return (rows + 127) / 128 * ((num_groups + 3) / 4) * 512;
+}
+EPCOMM_HOST_DEVICE inline int64_t scale_offset(const QuantizeArgs& args, int num_groups,
+                                               int64_t row, int group) {
+  return args.scale_strides.swizzled
+             ? swizzled_scale_offset(row, group, num_groups)
+             : linear_scale_offset(args.quant, args.scale_strides, row, group);
 }
 
 }  // namespace epcomm

@@ -48,6 +48,43 @@ enum class Quant : int32_t {
   kNvfp4 = 3,     ///< two e2m1 to a byte, one e4m3 scale per 16 elements, one fp32 global scale
 };
 
+/// Sizes of a quantised row.
+struct QuantLayout {
+  int32_t group;        ///< elements that share a scale
+  int32_t multiple;     ///< hidden is a multiple of it
+  int32_t num_groups;   ///< scales of a row
+  int32_t row_bytes;    ///< of q
+  int32_t scale_bytes;  ///< of the scales
+  /// Of the scales as a dispatch moves them. kNvfp4: followed by zeros to a multiple of 16 bytes,
+  /// with the global scale in the last 4, which may differ between source ranks.
+  int32_t wire_scale_bytes;
+};
+
+/// Where scales are, in bytes between rows and between units of one row: an fp32 of kFp8, an int32
+/// of kFp8Ue8m0 (4 scales), a byte of kNvfp4.
+struct ScaleStrides {
+  int64_t row = 0;
+  int64_t unit = 0;
+  bool swizzled = false;  ///< kNvfp4: tiles of 128 x 4 instead, from the start of the array
+};
+
+/// Rows to quantise, or quantised rows to turn back. Local; nothing is sent.
+struct QuantizeArgs {
+  Quant quant = Quant::kNone;
+  Dtype dtype = Dtype::kUnset;  ///< of x: kBfloat16, kFloat16 or kFloat32
+  int64_t num_rows = 0;
+  int32_t hidden = 0;
+  void* x = nullptr;                    ///< [num_rows, hidden]; dequantize writes it
+  void* q = nullptr;                    ///< [num_rows, QuantLayout::row_bytes]; quantize writes it
+  void* scales = nullptr;               ///< as scale_strides says; quantize writes it
+  const float* global_scale = nullptr;  ///< kNvfp4: of row r at global_scale[r * global_stride]
+  int64_t global_stride = 0;            ///< 0: one for all rows; quantize takes no other
+  ScaleStrides scale_strides;
+  bool wire = false;       ///< quantize: also write what QuantLayout::wire_scale_bytes adds
+  int32_t num_sms = 0;     ///< most SMs used; 0 = all
+  void* stream = nullptr;  ///< cudaStream_t of the GPU functions
+};
+
 /// Element type of topk_idx; the value is its size in bytes.
 enum class IndexType : int32_t { kInt32 = 4, kInt64 = 8 };
 

@@ -587,7 +587,8 @@ class Buffer:
         if not isinstance(x, torch.Tensor):
             raise ValueError(f"quant is {kind!r} but x is a pair already; expected one tensor")
         self._limits.tensor("x", x, self._limits.row_dtypes(), ("num_tokens", self.hidden))
-        return quantize_fp8(x, ue8m0=kind == "fp8_ue8m0")
+        q, scales = quantize_fp8(x, ue8m0=kind == "fp8_ue8m0")
+        return q, scales
 
     def _dtype(self, dtype: torch.dtype) -> Any:
         return getattr(self._module.Dtype, dtype_name(dtype))

@@ -151,15 +151,18 @@ TEST(Quant, Nvfp4Scales) {
 }
 
 TEST(Quant, Sizes) {
-  const QuantLayout fp8(Quant::kFp8, 7168), ue8m0(Quant::kFp8Ue8m0, 7168),
-      nvfp4(Quant::kNvfp4, 7168), small(Quant::kFp8Ue8m0, 640);
+  const QuantLayout fp8 = make_quant_layout(Quant::kFp8, 7168),
+                    ue8m0 = make_quant_layout(Quant::kFp8Ue8m0, 7168),
+                    nvfp4 = make_quant_layout(Quant::kNvfp4, 7168);
   EXPECT_EQ(fp8.row_bytes, 7168);
   EXPECT_EQ(fp8.scale_bytes, 224);
+  EXPECT_EQ(ue8m0.num_groups, 56);
   EXPECT_EQ(ue8m0.scale_bytes, 56);
-  EXPECT_EQ(small.scale_bytes, 8);
+  EXPECT_EQ(make_quant_layout(Quant::kFp8Ue8m0, 640).scale_bytes, 8);
   EXPECT_EQ(nvfp4.row_bytes, 3584);
   EXPECT_EQ(nvfp4.scale_bytes, 448);
   EXPECT_EQ(nvfp4.wire_scale_bytes, 464);
+  EXPECT_EQ(make_quant_layout(Quant::kNvfp4, 192).wire_scale_bytes, 16);
 }
 
 TEST(Quant, SwizzleIsThatOfCublas) {
@@ -175,7 +178,14 @@ TEST(Quant, SwizzleIsThatOfCublas) {
     for (int g = 0; g < 12; ++g) seen.insert(swizzled_scale_offset(r, g, 10));
   EXPECT_EQ(static_cast<int64_t>(seen.size()), swizzled_scale_bytes(200, 10));
   EXPECT_EQ(*seen.rbegin(), swizzled_scale_bytes(200, 10) - 1);
-  EXPECT_EQ(linear_scale_offset(3, 2, 10), 32);
+}
+
+TEST(Quant, LinearScales) {
+  EXPECT_EQ(linear_scale_offset(Quant::kFp8, {.row = 40, .unit = 4}, 3, 2), 128);
+  EXPECT_EQ(linear_scale_offset(Quant::kFp8, {.row = 4, .unit = 64}, 3, 2), 140);
+  EXPECT_EQ(linear_scale_offset(Quant::kFp8Ue8m0, {.row = 8, .unit = 4}, 3, 6), 30);
+  EXPECT_EQ(linear_scale_offset(Quant::kFp8Ue8m0, {.row = 4, .unit = 64}, 3, 6), 78);
+  EXPECT_EQ(linear_scale_offset(Quant::kNvfp4, {.row = 16, .unit = 1}, 3, 6), 54);
 }
 
 }  // namespace

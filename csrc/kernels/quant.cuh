@@ -1,0 +1,147 @@
+// Quantisation in registers, for kernels that move rows: the formats of kernels/quant.h, with the
+// same bits.
+//
+// Contract: a row is cut into 16-byte vectors, and lane l of a warp holds vector v + l of it, v a
+// multiple of 32 (from global or shared memory; zeros beyond the end of the row). All 32 lanes call
+// quantize_vector together: kLanes neighbours share a group and find its amax by shuffles. Each
+// gets the codes of its own elements (kCodeBytes, for store_codes) and the scale of its group,
+// which one lane of the group stores (stores_scale, store_scale). No shared memory, no barrier.
+// After the last vector of a row the warp calls finish_scales, for the bytes of a row of scales
+// that belong to no group.
+#pragma once
+
+#include <cuda_fp8.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "epcomm/types.h"
+#include "kernels/device.cuh"
+#include "kernels/quant.h"
+
+namespace epcomm {
+
+/// The codes of one lane's 16 bytes of a row, and the scale of its group.
+struct QuantVector {
+  uint32_t codes[2];
+  GroupScale scale;
+};
+
+template <Quant kQuant, Dtype kDtype>
+struct QuantLanes {
+  static constexpr bool kFp4 = kQuant == Quant::kNvfp4;
+  static constexpr int kElements = kPerVector<kDtype>;                         ///< of a lane
+  static constexpr int kLanes = (kFp4 ? kNvfp4Group : kFp8Group) / kElements;  ///< of a group
+  static constexpr int kCodeBytes = kFp4 ? kElements / 2 : kElements;          ///< of a lane
+};
+
+/// Two e4m3 codes, the first in the low byte. The instruction gives the bits of e4m3_encode: the
+/// elements of a group are finite, or all NaN of positive sign.
+__device__ __forceinline__ uint32_t e4m3_pair(float first, float second) {
+#if __CUDA_ARCH__ >= 890
+  return __nv_cvt_float2_to_fp8x2(make_float2(first, second), __NV_SATFINITE, __NV_E4M3);
+#else
+  return e4m3_encode(first) | e4m3_encode(second) << 8;
+#endif
+}
+
+template <Quant kQuant>
+__device__ __forceinline__ GroupScale group_scale(uint32_t amax, const GlobalScale& global) {
+  if constexpr (kQuant == Quant::kNvfp4) return nvfp4_scale(amax, global);
+  if constexpr (kQuant == Quant::kFp8Ue8m0) return fp8_ue8m0_scale(amax);
+  return fp8_scale(amax);
+}
+
+/// global: of kNvfp4; any for the others.
+template <Quant kQuant, Dtype kDtype>
+__device__ __forceinline__ QuantVector quantize_vector(const uint4& vector,
+                                                       const GlobalScale& global) {
+  using Lanes = QuantLanes<kQuant, kDtype>;
+  float x[Lanes::kElements];
+  vector_to_float<kDtype>(vector, x);
+  uint32_t amax = 0;
+#pragma unroll
+  for (int i = 0; i < Lanes::kElements; ++i) amax = max(amax, magnitude_bits(x[i]));
+#pragma unroll
+  for (int mask = Lanes::kLanes / 2; mask > 0; mask /= 2)
+    amax = max(amax, __shfl_xor_sync(kFullWarp, amax, mask));
+
+  QuantVector out;
+  out.scale = group_scale<kQuant>(amax, global);
+  out.codes[0] = out.codes[1] = 0;
+  if (amax >= kFloatInfinity) {  // NaN in all elements, whatever their signs
+    out.codes[0] = out.codes[1] = Lanes::kFp4 ? 0x77777777u : 0x7f7f7f7fu;
+    return out;
+  }
+#pragma unroll
+  for (int i = 0; i < Lanes::kElements; i += 2) {
+    const float first = mul_rn(x[i], out.scale.inverse),
+                second = mul_rn(x[i + 1], out.scale.inverse);
+    if constexpr (Lanes::kFp4)
+      out.codes[0] |= e2m1_pair(first, second) << (4 * i);
+    else
+      out.codes[i / 4] |= e4m3_pair(first, second) << (8 * (i % 4));
+  }
+  return out;
+}
+
+/// Stores the codes of vector v of a row that starts at q (16-byte aligned).
+template <Quant kQuant, Dtype kDtype>
+__device__ __forceinline__ void store_codes(char* q, int v, const QuantVector& out) {
+  constexpr int kBytes = QuantLanes<kQuant, kDtype>::kCodeBytes;
+  char* to = q + int64_t{v} * kBytes;
+  if constexpr (kBytes == 8)
+    *reinterpret_cast<uint2*>(to) = make_uint2(out.codes[0], out.codes[1]);
+  else if constexpr (kBytes == 4)
+    *reinterpret_cast<uint32_t*>(to) = out.codes[0];
+  else
+    *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(out.codes[0]);
+}
+
+/// Whether the lane that holds vector v stores the scale of its group, which is group_of<...>(v).
+template <Quant kQuant, Dtype kDtype>
+__device__ __forceinline__ bool stores_scale(int v) {
+  return v % QuantLanes<kQuant, kDtype>::kLanes == 0;
+}
+template <Quant kQuant, Dtype kDtype>
+__device__ __forceinline__ int group_of(int v) {
+  return v / QuantLanes<kQuant, kDtype>::kLanes;
+}
+template <Quant kQuant>
+__device__ __forceinline__ void store_scale(char* to, const GroupScale& scale) {
+  if constexpr (kQuant == Quant::kFp8)
+    *reinterpret_cast<uint32_t*>(to) = scale.code;
+  else
+    *reinterpret_cast<uint8_t*>(to) = static_cast<uint8_t>(scale.code);
+}
+
+/// A warp writes what a row of scales as a dispatch moves it (16-byte aligned) holds beside the
+/// scales: zeros, and the global scale of kNvfp4 in the last 4 of its wire_scale_bytes.
+template <Quant kQuant>
+__device__ __forceinline__ void finish_scales(char* scales, const QuantLayout& layout,
+                                              float global) {
+  if constexpr (kQuant == Quant::kFp8Ue8m0) {
+    const int i = layout.num_groups + lane_index();
+    if (i < layout.scale_bytes) scales[i] = 0;
+  }
+  if constexpr (kQuant == Quant::kNvfp4) {
+    const int i = layout.scale_bytes + lane_index(), end = layout.wire_scale_bytes - 4;
+    if (i < end) scales[i] = 0;
+    if (lane_index() == 0) *reinterpret_cast<float*>(scales + end) = global;
+  }
+}
+
+/// Turns the codes of vector v back: kElements floats.
+template <Quant kQuant, Dtype kDtype>
+__device__ __forceinline__ void dequantize_vector(const char* q, int v, float scale, float* x) {
+  using Lanes = QuantLanes<kQuant, kDtype>;
+  const uint8_t* codes = reinterpret_cast<const uint8_t*>(q) + int64_t{v} * Lanes::kCodeBytes;
+#pragma unroll
+  for (int i = 0; i < Lanes::kElements; ++i) {
+    const float code =
+        Lanes::kFp4 ? e2m1_decode(codes[i / 2] >> (4 * (i % 2)) & 15u) : e4m3_decode(codes[i]);
+    x[i] = mul_rn(code, scale);
+  }
+}
+
+}  // namespace epcomm
