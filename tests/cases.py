@@ -24,6 +24,7 @@ class Format:
     hidden_per_unit: int
     scale_dtype: torch.dtype | None = None
     hidden_per_scale: int = 1
+    quant: str | None = None  # quantised on the way; a unit is then what makes 128 or 32 elements
 
 
 FORMATS = {
@@ -34,6 +35,9 @@ FORMATS = {
         Format("fp32", torch.float32, torch.float32, 4),
         Format("fp8", torch.float8_e4m3fn, torch.bfloat16, 16, torch.float32, 128),
         Format("packed", torch.uint8, torch.bfloat16, 32, torch.uint8, 16),
+        Format("quant_fp8", torch.bfloat16, torch.bfloat16, 128, quant="fp8"),
+        Format("quant_fp8_ue8m0", torch.float32, torch.float32, 128, quant="fp8_ue8m0"),
+        Format("quant_nvfp4", torch.float16, torch.float16, 32, quant="nvfp4"),
     )
 }
 
@@ -138,7 +142,7 @@ class Case:
         """Rows to dispatch; another salt gives other values of the same shape."""
         rng, num_tokens = self.rng(ranks, rank, 3, salt), self.num_tokens(rank)
         hidden = self.units * fmt.hidden_per_unit
-        width = self.units * 16 // fmt.row_dtype.itemsize
+        width = hidden if fmt.quant else self.units * 16 // fmt.row_dtype.itemsize
         if fmt.scale_dtype is None and self.payload != "bits":
             return self.values(rng, (num_tokens, hidden), fmt.row_dtype, 100)
         x = _any_bits(rng, (num_tokens, width), fmt.row_dtype)

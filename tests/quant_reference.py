@@ -50,6 +50,7 @@ def global_scale(x: Array) -> Array:
 def _fp8_scale(amax: Array) -> tuple[Array, Array]:
     scale = np.maximum(amax / F32(448), F32(2.0**-126))  # NaN stays
     scale = np.where(amax == 0, F32(1), scale).astype(F32)
+    scale[np.isnan(amax)] = np.nan  # the one NaN 0x7fc00000, whichever was among the elements
     return scale, scale[..., None].view(np.uint8)
 
 
@@ -68,7 +69,7 @@ def quantise(x: Array, quant: str, scale_of_all: float = 1.0) -> tuple[Array, Ar
     tokens, hidden = x.shape
     with np.errstate(all="ignore"):
         if quant == "nvfp4":
-            groups, g = x.reshape(tokens, -1, 16), F32(scale_of_all)
+            groups, g = x.reshape(tokens, hidden // 16, 16), F32(scale_of_all)
             amax = np.abs(groups).max(axis=2)
             codes = e4m3(amax * (F32(1) / (F32(6) * g)))
             codes = np.where(np.isfinite(amax), codes, 0x7F).astype(np.uint8)
@@ -76,12 +77,12 @@ def quantise(x: Array, quant: str, scale_of_all: float = 1.0) -> tuple[Array, Ar
             inverse = np.where(codes == 0, F32(0), F32(1) / scale).astype(F32)
             q = e2m1(groups * inverse[..., None]).reshape(tokens, hidden)
             return q[:, ::2] | q[:, 1::2] << 4, codes
-        groups = x.reshape(tokens, -1, 128)
+        groups = x.reshape(tokens, hidden // 128, 128)
         amax = np.abs(groups).max(axis=2)
         scale, stored = (_fp8_scale if quant == "fp8" else _ue8m0_scale)(amax)
         inverse = np.where(np.isfinite(scale), F32(1) / scale, F32(np.nan)).astype(F32)
         q = e4m3(groups * inverse[..., None]).reshape(tokens, hidden)
-        stored = stored.reshape(tokens, -1)
+        stored = stored.reshape(tokens, hidden // 128 * (4 if quant == "fp8" else 1))
         return q, np.pad(stored, ((0, 0), (0, -stored.shape[1] % 4)))
 
 
@@ -89,16 +90,16 @@ def dequantise(q: Array, scales: Array, quant: str, scale_of_all: Array | float 
     """float32 [T, H] from the bytes; scale_of_all: one number, or one per row [T, 1]."""
     with np.errstate(all="ignore"):
         if quant == "nvfp4":
-            nibbles = np.stack([q & 15, q >> 4], axis=2).reshape(len(q), -1, 16)
+            nibbles = np.stack([q & 15, q >> 4], axis=2).reshape(len(q), q.shape[1] // 8, 16)
             scale = E4M3_BYTES[scales] * np.asarray(scale_of_all, dtype=F32)
-            return (E2M1_NIBBLES[nibbles] * scale[..., None]).reshape(len(q), -1)
-        codes = q.reshape(len(q), -1, 128)
+            return (E2M1_NIBBLES[nibbles] * scale[..., None]).reshape(len(q), 2 * q.shape[1])
+        codes = q.reshape(len(q), q.shape[1] // 128, 128)
         if quant == "fp8":
             scale = scales.view(F32)
         else:
             power = 2.0 ** (scales.astype(np.float64) - 127)
             scale = np.where(scales == 255, np.nan, power).astype(F32)[:, : codes.shape[1]]
-        return (E4M3_BYTES[codes] * scale[..., None]).reshape(len(q), -1)
+        return (E4M3_BYTES[codes] * scale[..., None]).reshape(q.shape)
 
 
 def swizzle(scales: Array) -> Array:

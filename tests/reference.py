@@ -84,8 +84,13 @@ def combine(
     round_: Callable[[Array], Array],
     topk_weights: Array | None = None,
     bias: Array | None = None,
+    cross: Callable[[Array], Array] | None = None,
 ) -> Array:
-    """y of rank `source`, bit for bit. rows[r]: fp32 values in rank r's layout, flat over rows."""
+    """y of rank `source`, bit for bit. rows[r]: fp32 values in rank r's layout, flat over rows.
+
+    cross: what becomes of a partial row on its way, if it is not just rounded.
+    """
+    cross = cross or round_
     y = np.zeros((len(topk_idx), rows[0].shape[-1]), dtype=np.float32)
     for t, experts in enumerate(topk_idx.tolist()):
         for r in sorted({int(owner[e]) for e in experts if e >= 0}):
@@ -101,7 +106,7 @@ def combine(
             else:
                 for k, n in used.items():
                     partial = partial + topk_weights[t, k] * rows[r][n]
-            y[t] = y[t] + round_(partial)
+            y[t] = y[t] + cross(partial)
         if bias is not None:
             y[t] = y[t] + bias[t]
     return round_(y)

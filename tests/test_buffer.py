@@ -211,30 +211,6 @@ def test_profiled_ranges_tell_bytes() -> None:
         }
 
 
-def run_quant(group: Any, kind: str, layout: str) -> None:
-    """Quantising on the way gives the bits of quantising what arrives."""
-    from epcomm import quant
-
-    setup = Setup(group, hidden=384)
-    rng = torch.Generator().manual_seed(group.rank())
-    x = torch.randn(MAX_TOKENS, 384, generator=rng).bfloat16()
-    x[1] = 0.0
-    x[2, :128] *= 1000.0
-    idx = torch.arange(MAX_TOKENS)[:, None] % EXPERTS
-    exact = setup.buf.dispatch(x, idx, layout=layout)
-    recv = setup.buf.dispatch(x, idx, layout=layout, quant=kind)
-    for got, wanted in zip(recv.x, quant.quantize(exact.x, kind), strict=True):
-        assert got.dtype == wanted.dtype
-        assert torch.equal(got.view(torch.uint8), wanted.view(torch.uint8))
-    setup.buf.destroy()
-
-
-@pytest.mark.parametrize("layout", ["token", "expert"])
-@pytest.mark.parametrize("kind", ["fp8", "fp8_ue8m0"])
-def test_quant(kind: str, layout: str) -> None:
-    launcher.pool().run(2, run_quant, kind, layout)
-
-
 def run_views(group: Any) -> None:
     """A view or a numpy array keeps what it shows, whatever becomes of the tensor."""
     setup = Setup(group)

@@ -204,8 +204,37 @@ DISPATCH_MISTAKES: list[Mistake] = [
         lambda s: s.dispatch(x=(_fp8(), torch.ones(T, 1)), quant="fp8"),
         ("quant", "fp8"),
     ),
+    ("quant_hidden", lambda s: s.dispatch(quant="fp8"), ("hidden", str(HIDDEN), "128")),
+    (
+        "quant_scale_without_nvfp4",
+        lambda s: s.dispatch(quant_scale=1.0),
+        ("quant_scale", "None", "nvfp4"),
+    ),
+    (
+        "quant_scale_0",
+        lambda s: s.dispatch(quant="nvfp4", quant_scale=0.0),
+        ("quant_scale", "0.0", "2**-117"),
+    ),
+    (
+        "quant_scale_shape",
+        lambda s: s.dispatch(quant="nvfp4", quant_scale=torch.ones(2)),
+        ("quant_scale", "[2]", "one element"),
+    ),
+    ("scale_layout", lambda s: s.dispatch(scale_layout="swizzled"), ("scale_layout", "swizzled")),
+    (
+        "column_major_scales_of_nothing",
+        lambda s: s.dispatch(scale_layout="column"),
+        ("scale_layout", "no scales"),
+    ),
+    (
+        "column_major_scales_of_padded",
+        lambda s: s.dispatch(quant="nvfp4", layout="padded", scale_layout="column"),
+        ("scale_layout", "padded", "expert"),
+    ),
 ]
 COMBINE_MISTAKES: list[Mistake] = [
+    ("quant", lambda s: s.combine(quant="nvfp4"), ("quant", "cpu", "nvfp4", "fp8")),
+    ("quant_hidden", lambda s: s.combine(quant="fp8"), ("hidden", str(HIDDEN), "128")),
     ("x_rows", lambda s: s.combine(x=s.recv.x[:-1]), ("x", str(HIDDEN))),
     (
         "x_hidden",

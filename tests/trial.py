@@ -1,6 +1,6 @@
 """One case on one rank: every call that the API offers, each checked against the oracle."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 import checks
+import quant_reference
 import reference
 from cases import Case, Format, Rows
 from checks import Layout
@@ -34,6 +35,34 @@ def buffer_arguments(case: Case, num_ranks: int, fmt: Format) -> dict[str, Any]:
     }
 
 
+@lru_cache(maxsize=2048)
+def quantised(case: Case, fmt: Format, num_ranks: int, rank: int, salt: int) -> Rows:
+    """What the rows of a rank become: q, scales and, for nvfp4, the global scale of each."""
+    assert fmt.quant is not None
+    x = checks.parts(case.rows(fmt, num_ranks, rank, salt))[0].float().numpy()
+    scale = given_scale(fmt, salt)
+    if scale is None:
+        scale = float(quant_reference.global_scale(x))
+    q, scales = quant_reference.quantise(x, fmt.quant, scale)
+    if fmt.quant == "nvfp4":
+        globals_ = torch.full((len(x), 1), scale, dtype=torch.float32)
+        return torch.from_numpy(q), torch.from_numpy(scales).view(torch.float8_e4m3fn), globals_
+    entries = scales.reshape(len(x), scales.shape[1] // 4, 4).copy()
+    entries = entries.view(np.float32 if fmt.quant == "fp8" else np.int32)[..., 0]
+    return torch.from_numpy(q).view(torch.float8_e4m3fn), torch.from_numpy(entries)
+
+
+def given_scale(fmt: Format, salt: int) -> float | None:
+    """Global scales are given in every second call, and else left to be computed."""
+    return 0.5 + salt if fmt.quant == "nvfp4" and salt % 2 == 1 else None
+
+
+def through_fp8(partial: np.ndarray) -> np.ndarray:
+    """A partial row as a combine with quant="fp8" receives it."""
+    row = quant_reference.quantise(partial[None], "fp8")
+    return quant_reference.dequantise(*row, "fp8")[0]
+
+
 @dataclass
 class Trial:
     buf: Any
@@ -52,16 +81,22 @@ class Trial:
         self.topk_weights = None
         if self.weights is not None:
             self.topk_weights = torch.from_numpy(self.weights[self.rank]).to(self.device)
+        self.combine_quants = [kind.name for kind in self.buf.caps.combine_quants]
         self.held: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def rows_of(self, rank: int, salt: int) -> Rows:
         """What a rank dispatches."""
         return self.case.rows(self.fmt, self.num_ranks, rank, salt)
 
+    def arriving(self, rank: int, salt: int) -> Rows:
+        """What the others receive of it."""
+        if self.fmt.quant is None:
+            return self.rows_of(rank, salt)
+        return quantised(self.case, self.fmt, self.num_ranks, rank, salt)
+
     def dispatch(self, salt: int, plan: Any = None, host_sync: bool = True) -> Any:
         """Dispatches the rows of this salt, checks what arrives, and keeps it."""
-        rows = [self.rows_of(r, salt) for r in range(self.num_ranks)]
-        mine = tuple(part.to(self.device) for part in checks.parts(rows[self.rank]))
+        mine = tuple(part.to(self.device) for part in checks.parts(self.rows_of(self.rank, salt)))
         arguments: dict[str, Any] = {"plan": plan}
         if plan is None:
             arguments = {"topk_idx": self.topk_idx, **self.layout.arguments()}
@@ -69,18 +104,30 @@ class Trial:
             mine if len(mine) > 1 else mine[0],
             topk_weights=self.topk_weights,
             host_sync=host_sync,
+            quant=self.fmt.quant,
+            quant_scale=given_scale(self.fmt, salt),
             **arguments,
         )
+        rows = [self.arriving(r, salt) for r in range(self.num_ranks)]
+        seen = recv
+        if recv.global_scale is not None:
+            seen = replace(recv, x=(*recv.x, recv.global_scale.unsqueeze(-1)))
         checks.check_received(
-            recv, self.received[self.rank], rows, self.routing, worst_case=not host_sync
+            seen, self.received[self.rank], rows, self.routing, worst_case=not host_sync
         )
-        for tensor in (*checks.parts(recv.x), recv.topk_idx, recv.topk_weights):
+        for tensor in (*checks.parts(seen.x), recv.topk_idx, recv.topk_weights):
             if tensor is not None:
                 self.held.append((tensor, tensor.clone()))
         return recv
 
     def combine(
-        self, recv: Any, salt: int, weighted: bool = False, bias: bool = False, out: bool = False
+        self,
+        recv: Any,
+        salt: int,
+        weighted: bool = False,
+        bias: bool = False,
+        out: bool = False,
+        quant: str | None = None,
     ) -> torch.Tensor:
         """Combines the expert outputs of this salt and checks every row of y."""
         dtype = self.fmt.buffer_dtype
@@ -96,6 +143,7 @@ class Trial:
             topk_weights=self.topk_weights if weighted else None,
             bias=added.to(self.device) if bias else None,
             out=y_out if out else None,
+            quant=quant,
         )
         if out and y.data_ptr() != y_out.data_ptr():
             raise AssertionError("combine did not return out=")
@@ -103,7 +151,7 @@ class Trial:
             raise AssertionError(f"combine gave {y.dtype}")
         weights = self.weights[self.rank] if weighted else None
         b = added.float().numpy() if bias else None
-        checks.equal(y, self.expected_y(outputs, weights, b), "y")
+        checks.equal(y, self.expected_y(outputs, weights, b, quant), "y")
         return y
 
     def combine_topk_weights(self, recv: Any, salt: int) -> None:
@@ -138,14 +186,21 @@ class Trial:
         checks.equal(got, np.array(expected).reshape(idx.shape), "values of every slot")
 
     def expected_y(
-        self, outputs: list[np.ndarray], weights: np.ndarray | None, bias: np.ndarray | None
+        self,
+        outputs: list[np.ndarray],
+        weights: np.ndarray | None,
+        bias: np.ndarray | None,
+        quant: str | None = None,
     ) -> np.ndarray:
         """The oracle's y, itself held against sums in float64."""
+        cross = None if quant is None else through_fp8
         dtype, idx = self.fmt.buffer_dtype, self.routing.topk_idx[self.rank]
         round_ = reference.ROUND[str(dtype).removeprefix("torch.")]
         expected = reference.combine(
-            outputs, self.received, idx, self.routing.owner, self.rank, round_, weights, bias
+            outputs, self.received, idx, self.routing.owner, self.rank, round_, weights, bias, cross
         )
+        if quant is not None:  # not exact; tests/test_quant_combine.py bounds the error
+            return expected
         exact = checks.exact_sum(outputs, self.received, self.rank, len(idx), weights is not None)
         exact += 0.0 if bias is None else bias
         if self.case.payload == "random":
@@ -173,6 +228,12 @@ class Trial:
             first = self.combine(again, 13, weighted=True, bias=True, out=True)
             second = self.combine(recv, 13, weighted=True, bias=True)
             checks.same_bits(second, first.cpu(), "y of the same inputs")
+        if "fp8" in self.combine_quants and self.buf.hidden % 128 == 0:
+            self.combine(recv, 15, quant="fp8", out=True)
+            weighted = self.topk_weights is not None
+            first = self.combine(again, 16, weighted=weighted, bias=True, quant="fp8")
+            second = self.combine(recv, 16, weighted=weighted, bias=True, quant="fp8")
+            checks.same_bits(second, first.cpu(), "y of the same inputs, quantised")
         late = self.dispatch(20, host_sync=False)
         late = self.dispatch(21, plan=late.plan, host_sync=False)
         self.combine(late, 14, weighted=self.topk_weights is not None, out=True)

@@ -43,6 +43,14 @@ void translate(std::exception_ptr p) {
   }
 }
 
+// The quantisations of a set of Caps.
+std::vector<Quant> quants(uint32_t bits) {
+  std::vector<Quant> out;
+  for (Quant q : {Quant::kFp8, Quant::kFp8Ue8m0, Quant::kNvfp4})
+    if ((bits & Caps::bit(q)) != 0) out.push_back(q);
+  return out;
+}
+
 void bind_types(py::module_& m) {
   py::enum_<Dtype>(m, "Dtype", py::module_local())
       .value("bfloat16", Dtype::kBfloat16)
@@ -67,7 +75,10 @@ void bind_types(py::module_& m) {
       .def_readonly("padded_layout", &Caps::padded_layout)
       .def_readonly("symmetric_outputs", &Caps::symmetric_outputs)
       .def_readonly("graph_capture", &Caps::graph_capture)
-      .def_readonly("cuda", &Caps::cuda);
+      .def_readonly("cuda", &Caps::cuda)
+      .def_property_readonly("fused_quants", [](const Caps& c) { return quants(c.fused_quants); })
+      .def_property_readonly("combine_quants",
+                             [](const Caps& c) { return quants(c.combine_quants); });
   py::class_<SendBlock>(m, "SendBlock", py::module_local())
       .def_readonly("bytes", &SendBlock::bytes)
       .def_readonly("rank_count", &SendBlock::rank_count)
@@ -98,6 +109,8 @@ void bind_args(py::module_& m) {
       .def_readwrite("dtype", &DispatchArgs::dtype)
       .def_readwrite("row_bytes", &DispatchArgs::row_bytes)
       .def_readwrite("scale_bytes", &DispatchArgs::scale_bytes)
+      .def_readwrite("quant", &DispatchArgs::quant)
+      .def_readwrite("x_dtype", &DispatchArgs::x_dtype)
       .def_readwrite("index_type", &DispatchArgs::index_type)
       .def_readwrite("replay", &DispatchArgs::replay)
       .def_readwrite("recv_capacity", &DispatchArgs::recv_capacity)
@@ -107,6 +120,7 @@ void bind_args(py::module_& m) {
       .def_readwrite("num_sms", &DispatchArgs::num_sms);
   def_pointer(dispatch, "x", &DispatchArgs::x);
   def_pointer(dispatch, "scales", &DispatchArgs::scales);
+  def_pointer(dispatch, "global_scale", &DispatchArgs::global_scale);
   def_pointer(dispatch, "topk_weights", &DispatchArgs::topk_weights);
   def_pointer(dispatch, "recv_x", &DispatchArgs::recv_x);
   def_pointer(dispatch, "recv_scales", &DispatchArgs::recv_scales);
@@ -117,6 +131,7 @@ void bind_args(py::module_& m) {
   py::class_<CombineArgs> combine(m, "CombineArgs", py::module_local());
   combine.def(py::init<>())
       .def_readwrite("dtype", &CombineArgs::dtype)
+      .def_readwrite("quant", &CombineArgs::quant)
       .def_readwrite("hidden", &CombineArgs::hidden)
       .def_readwrite("by_token", &CombineArgs::by_token)
       .def_readwrite("num_sms", &CombineArgs::num_sms);

@@ -13,6 +13,7 @@
 #include "core/checks.h"
 #include "core/expert_map.h"
 #include "core/plan_state.h"
+#include "epcomm/quant.h"
 #include "kernels/token_layout.h"
 #include "transport/transport.h"
 
@@ -346,13 +347,37 @@ Plan Buffer::restore(const std::vector<int64_t>& state, void* send_block) const 
   return plan;
 }
 
+namespace {
+
+void check_quant(uint32_t offered, Quant quant, const char* step) {
+  EPCOMM_CHECK((offered & Caps::bit(quant)) != 0,
+               "quant " + std::to_string(static_cast<int>(quant)) + " of " + step +
+                   " is not offered by this transport");
+}
+
+}  // namespace
+
 void Buffer::dispatch(const Plan& plan, const DispatchArgs& args) {
   Transport& transport = state_->usable(plan);
   EPCOMM_CHECK(args.row_bytes > 0 && args.row_bytes % kRowAlignment == 0,
                value("row_bytes", args.row_bytes, "a positive multiple of ", kRowAlignment));
   EPCOMM_CHECK(args.scale_bytes >= 0, value("scale_bytes", args.scale_bytes, "at least ", 0));
-  EPCOMM_CHECK((args.scale_bytes > 0) == (args.scales != nullptr) || plan.num_tokens == 0,
-               "scales and scale_bytes must be given together");
+  if (args.quant != Quant::kNone) {
+    check_quant(state_->caps.fused_quants, args.quant, "dispatch");
+    const QuantLayout layout = quant_layout(args.quant, config().hidden);
+    EPCOMM_CHECK(
+        args.row_bytes == layout.row_bytes && args.scale_bytes == layout.wire_scale_bytes,
+        value("row_bytes", args.row_bytes, "what quant makes of a row: ", layout.row_bytes) + ", " +
+            value("scale_bytes", args.scale_bytes, "", layout.wire_scale_bytes));
+    EPCOMM_CHECK(args.x_dtype == Dtype::kBfloat16 || args.x_dtype == Dtype::kFloat16 ||
+                     args.x_dtype == Dtype::kFloat32,
+                 "x_dtype of a dispatch with quant must be bfloat16, float16 or float32");
+    EPCOMM_CHECK(args.global_scale != nullptr || args.quant != Quant::kNvfp4,
+                 "global_scale is missing; nvfp4 needs one");
+  } else {
+    EPCOMM_CHECK((args.scale_bytes > 0) == (args.scales != nullptr) || plan.num_tokens == 0,
+                 "scales and scale_bytes must be given together");
+  }
   EPCOMM_CHECK(args.needed_bytes != 0 || plan.attached, "plan has no receive block attached");
   transport.dispatch(plan, args);
 }
@@ -367,11 +392,16 @@ void Buffer::combine(const Plan& plan, const CombineArgs& args) {
     EPCOMM_CHECK(args.hidden == slots,
                  value("hidden", args.hidden,
                        "topk rounded up to a multiple of 4 with by_token, = ", slots));
-    EPCOMM_CHECK(args.dtype == Dtype::kFloat32 && args.topk_weights == nullptr,
-                 "by_token is set; expected rows of float32 and no topk_weights");
+    EPCOMM_CHECK(args.dtype == Dtype::kFloat32 && args.topk_weights == nullptr &&
+                     args.quant == Quant::kNone,
+                 "by_token is set; expected rows of float32, no topk_weights and no quant");
   } else {
     EPCOMM_CHECK(args.hidden == config().hidden,
                  value("hidden", args.hidden, "the Buffer's hidden = ", config().hidden));
+  }
+  if (args.quant != Quant::kNone) {
+    check_quant(state_->caps.combine_quants, args.quant, "combine");
+    quant_layout(args.quant, args.hidden);  // says what hidden must be
   }
   EPCOMM_CHECK(plan.attached, "plan was routed but never dispatched; dispatch with it first");
   transport.combine(plan, args);

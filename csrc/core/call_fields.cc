@@ -9,13 +9,14 @@ namespace epcomm {
 namespace {
 
 constexpr const char* kNames[kCallFields] = {
-    "operation",    "layout", "dtype",     "topk", "expert_alignment", "row_bytes", "scale_bytes",
-    "topk_weights", "rows",   "host_sync", "plan"};
+    "operation", "layout",      "dtype",        "quant", "topk",      "expert_alignment",
+    "row_bytes", "scale_bytes", "topk_weights", "rows",  "host_sync", "plan"};
 
 std::string text(CallField field, int32_t value) {
   static constexpr const char* kLayouts[] = {"unset", "token", "expert", "padded"};
   static constexpr const char* kDtypes[] = {"none",    "bfloat16",      "float16",
                                             "float32", "float8_e4m3fn", "uint8"};
+  static constexpr const char* kQuants[] = {"none", "fp8", "fp8_ue8m0", "nvfp4"};
   switch (field) {
     case CallField::kOperation:
       return operation_name(static_cast<Operation>(value));
@@ -24,6 +25,9 @@ std::string text(CallField field, int32_t value) {
       break;
     case CallField::kDtype:
       if (value >= 0 && value < 6) return kDtypes[value];
+      break;
+    case CallField::kQuant:
+      if (value >= 0 && value < 4) return kQuants[value];
       break;
     case CallField::kWeighted:
       return value != 0 ? "given" : "not given";

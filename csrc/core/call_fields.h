@@ -10,6 +10,7 @@ enum class CallField : int {
   kOperation,
   kLayout,
   kDtype,
+  kQuant,  ///< of a combine; a dispatch may move what another rank quantised before
   kTopk,
   kAlignment,
   kRowBytes,
@@ -19,7 +20,7 @@ enum class CallField : int {
   kHostSync,
   kPlan,  ///< of a dispatch or combine: number of the route that made its plan
 };
-constexpr int kCallFields = 11;
+constexpr int kCallFields = 12;
 
 /// Throws ConfigMismatch, with the values of all ranks, if they are not all the same.
 void check_call_field(CallField field, const std::vector<int32_t>& values);

@@ -128,11 +128,33 @@ void dequantize_row(const RowFormat& format, const void* q, const void* scales, 
   }
 }
 
-void add_fp8_row(const void* q, const void* scales, float* sum, int hidden) {
-  for (int i = 0; i < hidden; i += kFp8Group) {
-    float scale;
-    std::memcpy(&scale, static_cast<const char*>(scales) + i / kFp8Group * 4, sizeof scale);
-    add_e4m3(static_cast<const uint8_t*>(q) + i, scale, sum + i, kFp8Group);
+void sum_to_fp8_row(Dtype dtype, const std::vector<RowTerm>& terms, bool weighted, int hidden,
+                    void* out) {
+  char* q = static_cast<char*>(out);
+  float sum[kBlock];
+  for (int begin = 0; begin < hidden; begin += kBlock) {
+    const int count = std::min(kBlock, hidden - begin);
+    sum_terms(dtype, terms, weighted, begin, sum, count);
+    quantize_row({Quant::kFp8, Dtype::kFloat32, count}, sum, q + begin,
+                 q + hidden + begin / kFp8Group * 4);
+  }
+}
+
+void sum_fp8_rows(Dtype dtype, const std::vector<const char*>& rows, const void* bias, void* out,
+                  int hidden) {
+  float sum[kBlock];
+  for (int begin = 0; begin < hidden; begin += kBlock) {
+    const int count = std::min(kBlock, hidden - begin);
+    const int64_t at = int64_t{begin} * dtype_bytes(dtype);
+    std::fill_n(sum, count, 0.0f);
+    for (const char* row : rows)
+      for (int i = 0; i < count; i += kFp8Group) {
+        float scale;
+        std::memcpy(&scale, row + hidden + (begin + i) / kFp8Group * 4, sizeof scale);
+        add_e4m3(reinterpret_cast<const uint8_t*>(row) + begin + i, scale, sum + i, kFp8Group);
+      }
+    if (bias != nullptr) add_row(dtype, static_cast<const char*>(bias) + at, sum, count);
+    round_row(dtype, sum, static_cast<char*>(out) + at, count);
   }
 }
 

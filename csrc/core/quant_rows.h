@@ -1,6 +1,10 @@
 // Quantised rows in host memory, one at a time; the formats are those of kernels/quant.h.
 #pragma once
 
+#include <cstddef>
+#include <vector>
+
+#include "core/host_rows.h"
 #include "epcomm/quant.h"
 #include "epcomm/types.h"
 
@@ -19,7 +23,18 @@ void quantize_row(const RowFormat& format, const void* x, void* q, void* scales)
 /// As quantize_row, with scales as a dispatch moves them: wire_scale_bytes.
 void quantize_wire_row(const RowFormat& format, const void* x, void* q, void* scales);
 void dequantize_row(const RowFormat& format, const void* q, const void* scales, void* x);
-/// sum[i] += q[i] * scale in fp32, for a row of kFp8; the product is rounded first.
-void add_fp8_row(const void* q, const void* scales, float* sum, int hidden);
+
+/// A row of kFp8 in one piece, as a quantised combine moves it: hidden codes, then the scales.
+constexpr size_t fp8_row_bytes(int hidden) {
+  return static_cast<size_t>(hidden) + static_cast<size_t>(hidden) / 128 * sizeof(float);
+}
+/// out = the terms' rows (times their weights, if weighted), added in order in fp32, as one row of
+/// kFp8.
+void sum_to_fp8_row(Dtype dtype, const std::vector<RowTerm>& terms, bool weighted, int hidden,
+                    void* out);
+/// out = rows of kFp8, each product with its scale rounded to fp32, added in order in fp32, then +
+/// bias (may be null), rounded once to dtype.
+void sum_fp8_rows(Dtype dtype, const std::vector<const char*>& rows, const void* bias, void* out,
+                  int hidden);
 
 }  // namespace epcomm

@@ -24,12 +24,11 @@ constexpr int kMaxLinkRanks = 32;  ///< one lane of a warp per rank
 
 /// What a rank announces when it enters a call. Offsets are in its own window.
 struct alignas(16) LinkEntry {
-  static constexpr int kSignatureWords = 11;
+  static constexpr int kSignatureWords = 12;
   int32_t signature[kSignatureWords];  ///< what all ranks must do alike; by CallField
   int32_t pushed;                      ///< combine: not 0 = this rank stores partial rows into the
                                        ///< owners' staging; 0 = they load its rows
   int32_t index_bytes;                 ///< dispatch: of an id in recv_topk_idx, 4 or 8
-  int32_t unused[1];
   uint64_t rows;          ///< dispatch: recv_x; combine: x
   uint64_t scales;        ///< dispatch: recv_scales
   uint64_t meta;          ///< dispatch: recv_meta

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "core/host_rows.h"
+#include "core/quant_rows.h"
 #include "core/window_arena.h"
 #include "epcomm/error.h"
 #include "epcomm/window.h"
@@ -49,6 +50,12 @@ void copy_row(void* to, int64_t to_row, const void* from, int64_t from_row, int3
                 static_cast<const char*>(from) + from_row * bytes, static_cast<size_t>(bytes));
 }
 
+// Bytes of a partial row on its way to the token's rank.
+size_t partial_row_bytes(const CombineArgs& args) {
+  if (args.quant != Quant::kNone) return fp8_row_bytes(args.hidden);
+  return static_cast<size_t>(args.hidden) * static_cast<size_t>(dtype_bytes(args.dtype));
+}
+
 class CpuTransport final : public Transport {
  public:
   explicit CpuTransport(const TransportContext& context)
@@ -64,6 +71,9 @@ class CpuTransport final : public Transport {
         channel_(context.bootstrap, *window_, dims_, context.options.timeout_s) {
     caps_.token_layout = caps_.expert_layout = caps_.padded_layout = true;
     caps_.symmetric_outputs = true;
+    caps_.fused_quants =
+        Caps::bit(Quant::kFp8) | Caps::bit(Quant::kFp8Ue8m0) | Caps::bit(Quant::kNvfp4);
+    caps_.combine_quants = Caps::bit(Quant::kFp8);
   }
 
   const Caps& caps() const override { return caps_; }
@@ -285,6 +295,9 @@ void CpuTransport::send_rows(const Plan& plan, const DispatchArgs& args, int pee
   char* records = at(peer, there.meta);
   char* rows = at(peer, there.rows);
   char* row_scales = at(peer, there.scales);
+  RowFormat format{args.quant, args.x_dtype, config_.hidden};
+  if (args.quant == Quant::kNvfp4) format.global_scale = *args.global_scale;
+  const int64_t x_bytes = int64_t{config_.hidden} * dtype_bytes(args.x_dtype);
   for (int64_t t = 0; t < plan.num_tokens; ++t) {
     const int32_t n = plan.view.slot[t * num_ranks_ + peer];
     if (n < 0) continue;
@@ -300,6 +313,11 @@ void CpuTransport::send_rows(const Plan& plan, const DispatchArgs& args, int pee
     if (args.topk_weights != nullptr)
       std::copy_n(args.topk_weights + t * topk, topk, meta.topk_weights(records, n));
     *meta.token(records, n) = static_cast<int32_t>(t);
+    if (args.quant != Quant::kNone) {
+      quantize_wire_row(format, static_cast<const char*>(args.x) + t * x_bytes,
+                        rows + first * args.row_bytes, row_scales + first * args.scale_bytes);
+      continue;
+    }
     copy_row(rows, first, args.x, t, args.row_bytes);
     copy_row(row_scales, first, args.scales, t, args.scale_bytes);
   }
@@ -340,8 +358,7 @@ void CpuTransport::place_received(const Plan& plan, const DispatchArgs& args) co
 
 void CpuTransport::combine(const Plan& plan, const CombineArgs& args) {
   channel_.begin(Operation::kCombine);
-  const size_t row_bytes =
-      static_cast<size_t>(args.hidden) * static_cast<size_t>(dtype_bytes(args.dtype));
+  const size_t row_bytes = partial_row_bytes(args);
   const size_t partial_bytes = align_up(
       static_cast<size_t>(partial_base(plan.view, rank_, num_ranks_)) * row_bytes, kBlockAlignment);
   const size_t weight_bytes =
@@ -355,6 +372,7 @@ void CpuTransport::combine(const Plan& plan, const CombineArgs& args) {
   entry.signature.topk = plan.topk;
   entry.signature.expert_alignment = plan.expert_alignment;
   entry.signature.row_bytes = static_cast<int32_t>(row_bytes);
+  entry.signature.quant = args.quant;
   entry.signature.weighted = args.topk_weights != nullptr;
   entry.signature.by_token = args.by_token;
   entry.signature.plan = static_cast<int32_t>(plan.result.epoch);
@@ -384,17 +402,18 @@ void CpuTransport::send_partials(const Plan& plan, const CombineArgs& args, int 
   const Entry& there = channel_.entry(peer);
   const size_t row_bytes =
       static_cast<size_t>(args.hidden) * static_cast<size_t>(dtype_bytes(args.dtype));
+  const size_t partial_bytes = partial_row_bytes(args);
   const char* x = static_cast<const char*>(args.x);
   const MetaLayout meta(plan.topk);
   const float* weights = args.topk_weights == nullptr
                              ? nullptr
                              : reinterpret_cast<const float*>(at(peer, there.weights));
-  char* out =
-      at(peer, there.rows) + static_cast<size_t>(partial_base(plan.view, peer, rank_)) * row_bytes;
+  char* out = at(peer, there.rows) +
+              static_cast<size_t>(partial_base(plan.view, peer, rank_)) * partial_bytes;
   const int64_t begin = token_base(plan.view, peer, rank_),
                 end = begin + received_from(plan.view, peer);
   std::vector<RowTerm> terms;
-  for (int64_t n = begin; n < end; ++n, out += row_bytes) {
+  for (int64_t n = begin; n < end; ++n, out += partial_bytes) {
     if (args.by_token) {
       copy_row(out, 0, x, n, static_cast<int32_t>(row_bytes));
       continue;
@@ -409,7 +428,9 @@ void CpuTransport::send_partials(const Plan& plan, const CombineArgs& args, int 
       terms.push_back({x + static_cast<size_t>(row[k]) * row_bytes,
                        weights == nullptr ? 1.0f : weights[token * plan.topk + k]});
     }
-    if (weights == nullptr && terms.size() == 1)
+    if (args.quant != Quant::kNone)
+      sum_to_fp8_row(args.dtype, terms, weights != nullptr, args.hidden, out);
+    else if (weights == nullptr && terms.size() == 1)
       std::memcpy(out, terms[0].row, row_bytes);
     else
       sum_rows(args.dtype, terms, weights != nullptr, out, args.hidden);
@@ -425,19 +446,29 @@ void CpuTransport::sum_partials(const Plan& plan, const CombineArgs& args,
   for (int r = 0; r < num_ranks_; ++r)
     shift[static_cast<size_t>(r)] =
         int64_t{partial_base(plan.view, rank_, r)} - token_base(plan.view, rank_, r);
+  const size_t partial_bytes = partial_row_bytes(args);
+  std::vector<const char*> rows;
   std::vector<RowTerm> terms;
   for (int64_t t = 0; t < plan.num_tokens; ++t) {
-    terms.clear();
+    rows.clear();
     for (int r = 0; r < num_ranks_; ++r) {
       const int32_t slot = plan.view.slot[t * num_ranks_ + r];
       if (slot < 0) continue;
       const size_t row = static_cast<size_t>(slot + shift[static_cast<size_t>(r)]);
-      terms.push_back({partials + row * row_bytes, 1.0f});
+      rows.push_back(partials + row * partial_bytes);
     }
     const size_t at_token = static_cast<size_t>(t) * row_bytes;
-    if (args.bias != nullptr)
-      terms.push_back({static_cast<const char*>(args.bias) + at_token, 1.0f});
-    sum_rows(args.dtype, terms, false, static_cast<char*>(args.out) + at_token, args.hidden);
+    const char* bias =
+        args.bias == nullptr ? nullptr : static_cast<const char*>(args.bias) + at_token;
+    char* out = static_cast<char*>(args.out) + at_token;
+    if (args.quant != Quant::kNone) {
+      sum_fp8_rows(args.dtype, rows, bias, out, args.hidden);
+      continue;
+    }
+    terms.clear();
+    for (const char* row : rows) terms.push_back({row, 1.0f});
+    if (bias != nullptr) terms.push_back({bias, 1.0f});
+    sum_rows(args.dtype, terms, false, out, args.hidden);
   }
 }
 

@@ -57,6 +57,8 @@ int32_t value_of(const CallSignature& s, CallField field) {
       return static_cast<int32_t>(s.layout);
     case CallField::kDtype:
       return static_cast<int32_t>(s.dtype);
+    case CallField::kQuant:
+      return static_cast<int32_t>(s.quant);
     case CallField::kTopk:
       return s.topk;
     case CallField::kAlignment:

@@ -32,8 +32,9 @@ struct CallSignature {
   int32_t row_bytes = 0;
   int32_t scale_bytes = 0;
   int32_t weighted = 0;
-  int32_t by_token = 0;  ///< of a combine
-  int32_t plan = 0;      ///< of a dispatch or combine: epoch in which its plan was routed
+  int32_t by_token = 0;        ///< of a combine
+  Quant quant = Quant::kNone;  ///< of a combine; a dispatch may move what others quantised before
+  int32_t plan = 0;            ///< of a dispatch or combine: epoch in which its plan was routed
 };
 
 /// What a rank announces when it enters a call. Offsets are in its own window.

@@ -127,6 +127,10 @@ struct Caps {
   bool symmetric_outputs = false;  ///< received rows must lie in Buffer::allocate() memory
   bool graph_capture = false;      ///< host_sync=False calls can be captured into a CUDA graph
   bool cuda = false;               ///< tensors are on the GPU (else on the CPU)
+  uint32_t fused_quants = 0;       ///< Caps::bit(q): dispatch can quantise rows on the way
+  uint32_t combine_quants = 0;     ///< Caps::bit(q): combine can send partial rows as q
+
+  static constexpr uint32_t bit(Quant quant) { return 1u << static_cast<int32_t>(quant); }
 
   bool takes(Layout layout) const {
     return (layout == Layout::kToken && token_layout) ||
@@ -193,6 +197,11 @@ struct DispatchArgs {
   Dtype dtype = Dtype::kUnset;
   int32_t row_bytes = 0;
   int32_t scale_bytes = 0;  ///< 0 = no scales
+  // Quantised on the way, where caps().fused_quants has it: x holds [num_tokens, hidden] of x_dtype
+  // and there are no scales to send; dtype, row_bytes and scale_bytes say what arrives.
+  Quant quant = Quant::kNone;
+  Dtype x_dtype = Dtype::kUnset;
+  const float* global_scale = nullptr;  ///< kNvfp4: [1]
   // Where it lands on this rank. Null recv_x with needed_bytes set = the window was full.
   void* recv_x = nullptr;         ///< [rows of the layout, row_bytes]
   void* recv_scales = nullptr;    ///< [rows of the layout, scale_bytes]
@@ -216,6 +225,8 @@ struct CombineArgs {
   const void* bias = nullptr;           ///< [num_tokens, hidden] of dtype, or null
   void* out = nullptr;                  ///< [num_tokens, hidden] of dtype
   Dtype dtype = Dtype::kUnset;          ///< kBfloat16, kFloat16 or kFloat32
+  /// Partial rows cross as this, where caps().combine_quants has it; kNone: as dtype.
+  Quant quant = Quant::kNone;
   int32_t hidden = 0;
   /// Floats per slot instead of rows of the layout: x is [N, hidden] with one row per received
   /// token, whatever the plan's layout; y[t] is the sum of its rows. dtype kFloat32, hidden = topk

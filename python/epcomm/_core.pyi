@@ -39,6 +39,10 @@ class Caps:
     def graph_capture(self) -> bool: ...
     @property
     def cuda(self) -> bool: ...
+    @property
+    def fused_quants(self) -> list[Quant]: ...
+    @property
+    def combine_quants(self) -> list[Quant]: ...
 
 class SendBlock:
     @property
@@ -72,6 +76,9 @@ class RouteArgs:
 class DispatchArgs:
     x: int
     scales: int
+    quant: Quant
+    x_dtype: Dtype
+    global_scale: int
     topk_weights: int
     dtype: Dtype
     row_bytes: int
@@ -95,6 +102,7 @@ class CombineArgs:
     bias: int
     out: int
     dtype: Dtype
+    quant: Quant
     hidden: int
     by_token: bool
     num_sms: int

@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 
 from . import checks, env, native
+from . import quant as quantisation
 from .bootstrap import TIMEOUT_S, Bootstrap, bootstrap_of, set_up_seconds
 from .checks import dtype_name
 from .errors import Error, WindowFull
 from .events import Event
-from .quant import quantize_fp8
 from .results import Combined, Plan, Recv, Rows
 from .slots import rows_of_slots
 from .streams import Call, CallOrder
@@ -85,7 +85,7 @@ class Buffer:
         transport = native.agree_on_transport(bootstrap, transport, set_up_seconds(timeout))
         try:
             self._module = native.module_of(transport)
-            checks.choice("dtype", dtype, checks.ROW_DTYPES)
+            checks.choice("dtype", dtype, quantisation.ROW_DTYPES)
             if timeout is None:
                 timeout = env.number("EPCOMM_TIMEOUT", TIMEOUT_S)
             if window_bytes is None:
@@ -185,6 +185,8 @@ class Buffer:
         layout: str = "token",
         expert_alignment: int = 1,
         quant: str | None = None,
+        quant_scale: torch.Tensor | float | None = None,
+        scale_layout: str = "row",
         host_sync: bool = True,
         async_op: bool = False,
         return_recv_hook: bool = False,
@@ -206,8 +208,14 @@ class Buffer:
                 plan's.
             layout: "token", "expert" or "padded"; see `Recv`.
             expert_alignment: group starts of layout "expert" are multiples of this many rows.
-            quant: None, "fp8" (e4m3, fp32 scale per 128 channels) or "fp8_ue8m0" (power-of-two
-                scales): quantises x on the way; received as a pair.
+            quant: None, "fp8" (e4m3, fp32 scale per 128 channels), "fp8_ue8m0" (power-of-two
+                scales, four to an int32) or "nvfp4" (e2m1, e4m3 scale per 16, a global scale):
+                quantises x on the way, with the bits of `epcomm.quant.quantize`; received as a
+                pair. hidden must be a multiple of 128 ("nvfp4": 32).
+            quant_scale: for "nvfp4", this rank's global scale: a number or float32 tensor of one
+                element; None = from this rank's x. Delivered per row as `recv.global_scale`.
+            scale_layout: of received scales: "row", or "column": [rows, n] with stride 1 over rows
+                and columns that start on 16 bytes, as DeepGEMM reads them; not in layout "padded".
             host_sync: False: never waits for counts on the host; worst-case shapes, counts in
                 tensors.
             async_op: returns at once; `recv.event` marks completion. Complete already on the CPU.
@@ -223,7 +231,7 @@ class Buffer:
             PeerLost, Evicted, BufferUnusable: see `epcomm.errors`.
         """
         self._native.check_usable()
-        checks.choice("quant", quant, checks.QUANTS)
+        self._limits.quantisation(x, quant, quant_scale)
         if (topk_idx is None) == (plan is None):
             raise ValueError(
                 "topk_idx and plan are both "
@@ -233,8 +241,6 @@ class Buffer:
         if plan is not None:
             self._limits.plan(plan)
         checks.call_arguments(async_op, return_recv_hook, previous_event, num_sms)
-        if quant is not None:
-            x = self._quantise(x, quant)
         rows, scales = self._limits.rows(x)
         num_tokens = rows.shape[0]
         if plan is None:
@@ -246,20 +252,22 @@ class Buffer:
                 raise ValueError(
                     f"x has {num_tokens} tokens; expected the plan's num_tokens = {plan.num_tokens}"
                 )
-            topk = plan.topk
+            topk, layout = plan.topk, plan.layout
+        self._limits.scale_layout(scale_layout, quant is not None or scales is not None, layout)
         if topk_weights is not None:
             self._limits.tensor("topk_weights", topk_weights, (torch.float32,), (num_tokens, topk))
 
         call = self._order.begin(
-            async_op or return_recv_hook, previous_event, (rows, scales, topk_idx, topk_weights)
+            async_op or return_recv_hook,
+            previous_event,
+            (rows, scales, topk_idx, topk_weights, _tensor_or_none(quant_scale)),
         )
         args = self._module.DispatchArgs()
-        args.x = rows.data_ptr()
-        args.dtype = self._dtype(rows.dtype)
-        args.row_bytes = rows.shape[1] * rows.element_size()
-        if scales is not None:
-            args.scales = _address(scales)
-            args.scale_bytes = scales.shape[1] * scales.element_size()
+        moved = [(part.dtype, part.shape[1]) for part in (rows, scales) if part is not None]
+        if quant is not None:
+            moved = quantisation.FORMATS[quant].moved(self.hidden)
+        args.dtype = self._dtype(moved[0][0])
+        args.row_bytes, args.scale_bytes = [w * d.itemsize for d, w in (*moved, _NOTHING)][:2]
         args.topk_weights = _address(topk_weights)
         args.num_sms = num_sms or 0
         args.stream = call.stream
@@ -268,7 +276,10 @@ class Buffer:
                 if plan is None:
                     assert topk_idx is not None
                     plan = self._route(topk_idx, layout, expert_alignment, host_sync, args)
-                recv = self._send(plan, rows, scales, args)
+                sent = self._set_rows(args, rows, scales, quant, quant_scale)
+                recv = self._send(plan, moved, args)
+                del sent  # args pointed to it until here
+                recv = self._scales(recv, quant, scale_layout)
         except (Error, ValueError):
             raise  # the same on all ranks that are in this call
         except BaseException:
@@ -278,7 +289,8 @@ class Buffer:
             raise
         received = recv.x if isinstance(recv.x, tuple) else (recv.x,)
         block = (recv.plan.send_block, recv.plan.recv_block)
-        event = call.end((*received, recv.topk_idx, recv.topk_weights, *block))
+        made = (recv.topk_idx, recv.topk_weights, recv.global_scale)
+        event = call.end((*received, *made, *block))
         return dataclasses.replace(recv, event=event, hook=event.wait if return_recv_hook else None)
 
     @untraced
@@ -290,6 +302,7 @@ class Buffer:
         topk_weights: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
+        quant: str | None = None,
         async_op: bool = False,
         return_recv_hook: bool = False,
         previous_event: Event | torch.cuda.Event | None = None,
@@ -312,6 +325,10 @@ class Buffer:
                 on none.
             bias: [num_tokens, hidden] in the dtype of x, added to the sum.
             out: [num_tokens, hidden] in the dtype of x, written and returned.
+            quant: "fp8": every partial, in fp32 and not rounded to the dtype of x, crosses as e4m3
+                with an fp32 scale per 128 channels, and q * scale is what is summed: fewer bytes,
+                less precision (docs/quantisation.md). hidden must be a multiple of 128. On the
+                transports whose `caps.combine_quants` has it: cpu.
             async_op, return_recv_hook, previous_event, num_sms: as in `dispatch`.
 
         Returns:
@@ -323,6 +340,11 @@ class Buffer:
         self._native.check_usable()
         self._limits.plan(plan)
         checks.call_arguments(async_op, return_recv_hook, previous_event, num_sms)
+        checks.choice(
+            f"quant of combine over the {self.transport} transport",
+            quant,
+            (None, *(kind.name for kind in self.caps.combine_quants)),
+        )
         limits = self._limits
         limits.tensor("x", x, limits.row_dtypes(), self._shape(plan, self.hidden))
         limits.row_memory("x", x)
@@ -349,6 +371,8 @@ class Buffer:
         args = self._combine_args(x, out, num_sms, call)
         args.topk_weights = _address(topk_weights)
         args.bias = _address(bias)
+        if quant is not None:
+            args.quant = getattr(self._module.Quant, quant)
         with profiled("combine", out):
             self._native.combine(plan.native, args)
         event = call.end((made,))
@@ -520,14 +544,13 @@ class Buffer:
             self._limits.tensor("recv_block", recv_block, (torch.uint8,), (recv_bytes,))
         return plan
 
-    def _send(self, plan: Plan, rows: torch.Tensor, scales: torch.Tensor | None, args: Any) -> Recv:
+    def _send(self, plan: Plan, moved: Sequence[tuple[torch.dtype, int]], args: Any) -> Recv:
         args.index_type = self._index_type(plan.index_dtype)
         args.replay = plan.recv_block is not None
         args.recv_capacity = plan.recv_capacity
         args.row_capacity = plan.num_recv_rows
-        wanted = {"x": (rows.dtype, self._shape(plan, rows.shape[1]))}
-        if scales is not None:
-            wanted["scales"] = (scales.dtype, self._shape(plan, scales.shape[1]))
+        shapes = [(dtype, self._shape(plan, width)) for dtype, width in moved]
+        wanted = dict(zip(("x", "scales"), shapes, strict=False))
         if plan.recv_block is None:
             meta_bytes = self._native.recv_meta_bytes(plan.topk, plan.recv_capacity)
             wanted["meta"] = (torch.uint8, (meta_bytes,))
@@ -562,7 +585,7 @@ class Buffer:
         self._native.dispatch(plan.native, args)
         x = received["x"]
         return Recv(
-            x=x if scales is None else (x, received["scales"]),
+            x=(x, received["scales"]) if len(moved) > 1 else x,
             topk_idx=received.get("topk_idx"),
             topk_weights=received.get("topk_weights"),
             tokens_per_expert=plan.tokens_per_expert,
@@ -583,12 +606,44 @@ class Buffer:
         args.stream = call.stream
         return args
 
-    def _quantise(self, x: Rows, kind: str) -> Rows:
-        if not isinstance(x, torch.Tensor):
-            raise ValueError(f"quant is {kind!r} but x is a pair already; expected one tensor")
-        self._limits.tensor("x", x, self._limits.row_dtypes(), ("num_tokens", self.hidden))
-        q, scales = quantize_fp8(x, ue8m0=kind == "fp8_ue8m0")
-        return q, scales
+    def _set_rows(
+        self,
+        args: Any,
+        rows: torch.Tensor,
+        scales: torch.Tensor | None,
+        quant: str | None,
+        quant_scale: torch.Tensor | float | None,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Fills in what is sent; where the transport does not quantise on the way, quantised here.
+
+        Returns the tensors that args points to, to be kept until they are sent.
+        """
+        if quant is not None:
+            made = None
+            if quantisation.FORMATS[quant].global_scale:
+                made = quantisation.make_global_scale(rows, quant_scale)
+            kind = getattr(self._module.Quant, quant)
+            if kind in self.caps.fused_quants:
+                args.x = rows.data_ptr()
+                args.x_dtype = self._dtype(rows.dtype)
+                args.quant = kind
+                args.global_scale = _address(made)
+                return (made,)
+            rows, scales = quantisation.quantize_to_move(rows, quant, made, args.num_sms)
+        args.x = rows.data_ptr()
+        args.scales = _address(scales)
+        return rows, scales
+
+    def _scales(self, recv: Recv, quant: str | None, scale_layout: str) -> Recv:
+        """Received scales as the caller wants them."""
+        if not isinstance(recv.x, tuple):
+            return recv
+        (q, scales), global_scale = recv.x, None
+        if quant is not None and quantisation.FORMATS[quant].global_scale:
+            scales, global_scale = quantisation.split_moved(scales, self.hidden)
+        if scale_layout == "column":
+            scales = quantisation.column_major(scales)
+        return dataclasses.replace(recv, x=(q, scales), global_scale=global_scale)
 
     def _dtype(self, dtype: torch.dtype) -> Any:
         return getattr(self._module.Dtype, dtype_name(dtype))
@@ -620,6 +675,10 @@ def named(name: str) -> Buffer:
     return buffer
 
 
+def _tensor_or_none(value: Any) -> torch.Tensor | None:
+    return value if isinstance(value, torch.Tensor) else None
+
+
 def _address(tensor: torch.Tensor | None) -> int:
     """Address of a tensor, 0 for none. An empty tensor has none, but must still count as given."""
     if tensor is None:
@@ -627,6 +686,7 @@ def _address(tensor: torch.Tensor | None) -> int:
     return tensor.data_ptr() or _PLACEHOLDER.data_ptr()
 
 
+_NOTHING = (torch.uint8, 0)
 _numbers = itertools.count()
 _named: weakref.WeakValueDictionary[str, Buffer] = weakref.WeakValueDictionary()
 _CPU = torch.device("cpu")

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 
 from .events import Event
+from .quant import FORMATS, ROW_DTYPES, check_global_scale
 from .results import Plan, Rows
 
-ROW_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 QUANTISED_DTYPES = (torch.float8_e4m3fn, torch.uint8)
 SCALE_DTYPES = (torch.float32, torch.int32, torch.uint8, torch.float8_e4m3fn)
 INDEX_DTYPES = (torch.int64, torch.int32)
 LAYOUTS = ("token", "expert", "padded")
-QUANTS = (None, "fp8", "fp8_ue8m0")
+QUANTS = (None, *FORMATS)
+SCALE_LAYOUTS = ("row", "column")
 INT32_MAX = 2**31 - 1
 
 
@@ -138,6 +139,29 @@ class Limits:
                 "make the Buffer with a larger max_tokens or dispatch in smaller batches"
             )
         return rows, scales
+
+    def quantisation(self, x: Rows, quant: str | None, quant_scale: Any) -> None:
+        """Checks rows that a dispatch is to quantise, before `rows`."""
+        choice("quant", quant, QUANTS)
+        if quant_scale is not None and quant != "nvfp4":
+            raise ValueError(f"quant_scale is given with quant {quant!r}; only 'nvfp4' has one")
+        if quant is None:
+            return
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(f"quant is {quant!r} but x is a pair already; expected one tensor")
+        FORMATS[quant].layout(self.hidden)  # says what hidden must be
+        if quant_scale is not None:
+            check_global_scale("quant_scale", quant_scale, self.device)
+
+    def scale_layout(self, scale_layout: str, scaled: bool, layout: str) -> None:
+        """Checks where the scales that a dispatch returns shall be."""
+        choice("scale_layout", scale_layout, SCALE_LAYOUTS)
+        if scale_layout == "column" and (not scaled or layout == "padded"):
+            raise ValueError(
+                f"scale_layout is 'column' with layout {layout!r} and "
+                + ("scales" if scaled else "no scales")
+                + "; it is offered for scales in layouts 'token' and 'expert'"
+            )
 
     def routing(self, topk_idx: Any, num_tokens: int, layout: str, expert_alignment: int) -> None:
         """Checks what a new routing is made from."""

@@ -220,7 +220,7 @@ def make_global_scale(x: torch.Tensor, given: torch.Tensor | float | None) -> to
 
 
 def quantize_to_move(
-    x: torch.Tensor, quant: str, global_scale: torch.Tensor | None, num_sms: int | None
+    x: torch.Tensor, quant: str, global_scale: torch.Tensor | None, num_sms: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q and scales as `Format.moved` says, on the current stream."""
     fmt = FORMATS[quant]
@@ -228,7 +228,7 @@ def quantize_to_move(
     q, scales = (x.new_empty((tokens, w), dtype=d) for d, w in fmt.moved(hidden))
     with _on(x.device) as stream:
         args = _arguments(fmt, x, q, global_scale, stream)
-        args.num_sms = num_sms or 0
+        args.num_sms = num_sms
         args.wire = True
         _set_strides(args, scales)
         module_of(x).quantize(args)

@@ -93,6 +93,8 @@ class Recv:
         plan: for `combine` and for replay.
         event: completion of the call.
         hook: with return_recv_hook=True, a function that completes the receive; else None.
+        global_scale: with quant="nvfp4", fp32 [rows] ("padded": [L, R * max_tokens]), the global
+            scale of the rank that each row comes from: row = q * scale * global_scale. Else None.
     """
 
     x: Rows
@@ -103,6 +105,7 @@ class Recv:
     plan: Plan
     event: Event
     hook: Callable[[], None] | None = None
+    global_scale: torch.Tensor | None = None
 
 
 class Combined(NamedTuple):
