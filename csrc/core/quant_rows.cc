@@ -1,6 +1,7 @@
 #include "core/quant_rows.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -13,39 +14,45 @@ namespace epcomm {
 namespace {
 
 constexpr int kBlock = 1024;  // elements in fp32 at a time, whole groups of every format
+constexpr int kPart = 16;     // elements that share a factor in any format; groups are whole parts
+constexpr int kParts = kBlock / kPart;
 
 // Each loop below is one vector loop; the scalar functions are selections without branches.
 
-EPCOMM_VECTOR_CLONES uint32_t max_magnitude(const float* x, int n) {
-  uint32_t amax = 0;
-  for (int i = 0; i < n; ++i) amax = std::max(amax, magnitude_bits(x[i]));
-  return amax;
+// amax[p]: the largest magnitude_bits of part p.
+EPCOMM_VECTOR_CLONES void max_magnitudes(const float* x, uint32_t* amax, int parts) {
+  for (int p = 0; p < parts; ++p) {
+    uint32_t most = 0;
+    for (int i = 0; i < kPart; ++i) most = std::max(most, magnitude_bits(x[p * kPart + i]));
+    amax[p] = most;
+  }
 }
 EPCOMM_VECTOR_CLONES uint32_t max_finite_magnitude(const float* x, int n) {
   uint32_t amax = 0;
   for (int i = 0; i < n; ++i) {
     const uint32_t m = magnitude_bits(x[i]);
-    amax = std::max(amax, m < kFloatInfinity ? m : 0);
+    const uint32_t finite = m & (0u - static_cast<uint32_t>(m < kFloatInfinity));
+    amax = std::max(amax, finite);
   }
   return amax;
 }
-EPCOMM_VECTOR_CLONES void encode_e4m3(const float* x, float inverse, uint8_t* q, int n) {
-  for (int i = 0; i < n; ++i) q[i] = static_cast<uint8_t>(e4m3_encode(x[i] * inverse));
+EPCOMM_VECTOR_CLONES void multiply(float* x, const float* factor, int parts) {
+  for (int p = 0; p < parts; ++p)
+    for (int i = 0; i < kPart; ++i) x[p * kPart + i] *= factor[p];
 }
-EPCOMM_VECTOR_CLONES void encode_e2m1(const float* x, float inverse, uint8_t* q, int n) {
-  for (int i = 0; i < n / 2; ++i)
-    q[i] = static_cast<uint8_t>(e2m1_pair(x[2 * i] * inverse, x[2 * i + 1] * inverse));
+EPCOMM_VECTOR_CLONES void encode_e4m3(const float* x, uint8_t* q, int n) {
+  for (int i = 0; i < n; ++i) q[i] = static_cast<uint8_t>(e4m3_encode(x[i]));
 }
-EPCOMM_VECTOR_CLONES void decode_e4m3(const uint8_t* q, float scale, float* x, int n) {
-  for (int i = 0; i < n; ++i) x[i] = e4m3_decode(q[i]) * scale;
+EPCOMM_VECTOR_CLONES void encode_e2m1(const float* x, uint8_t* q, int n) {
+  for (int i = 0; i < n / 2; ++i) q[i] = static_cast<uint8_t>(e2m1_pair(x[2 * i], x[2 * i + 1]));
 }
-EPCOMM_VECTOR_CLONES void add_e4m3(const uint8_t* q, float scale, float* sum, int n) {
-  for (int i = 0; i < n; ++i) sum[i] += e4m3_decode(q[i]) * scale;
+EPCOMM_VECTOR_CLONES void decode_e4m3(const uint8_t* q, float* x, int n) {
+  for (int i = 0; i < n; ++i) x[i] = e4m3_decode(q[i]);
 }
-EPCOMM_VECTOR_CLONES void decode_e2m1(const uint8_t* q, float scale, float* x, int n) {
+EPCOMM_VECTOR_CLONES void decode_e2m1(const uint8_t* q, float* x, int n) {
   for (int i = 0; i < n / 2; ++i) {
-    x[2 * i] = e2m1_decode(q[i] & 15u) * scale;
-    x[2 * i + 1] = e2m1_decode(q[i] >> 4u) * scale;
+    x[2 * i] = e2m1_decode(q[i] & 15u);
+    x[2 * i + 1] = e2m1_decode(q[i] >> 4u);
   }
 }
 
@@ -77,24 +84,28 @@ GroupScale group_scale(Quant quant, uint32_t amax, const GlobalScale& global) {
 void quantize_row(const RowFormat& format, const void* x, void* q, void* scales) {
   const QuantLayout layout = make_quant_layout(format.quant, format.hidden);
   const GlobalScale global = make_global_scale(format.global_scale);
-  const bool fp4 = format.quant == Quant::kNvfp4;
   uint8_t* codes = static_cast<uint8_t*>(q);
   uint8_t* codes_of_scales = static_cast<uint8_t*>(scales);
-  float block[kBlock];
+  float block[kBlock], inverse[kParts];
+  uint32_t amax[kParts];
+  const int parts_of_group = layout.group / kPart;
   int group = 0;
   for (int begin = 0; begin < format.hidden; begin += kBlock) {
-    const int count = std::min(kBlock, format.hidden - begin);
+    const int count = std::min(kBlock, format.hidden - begin), parts = count / kPart;
     load_row(format.dtype, static_cast<const char*>(x) + int64_t{begin} * dtype_bytes(format.dtype),
              block, count);
-    for (int i = 0; i < count; i += layout.group, ++group) {
-      const GroupScale scale =
-          group_scale(format.quant, max_magnitude(block + i, layout.group), global);
+    max_magnitudes(block, amax, parts);
+    for (int p = 0; p < parts; p += parts_of_group, ++group) {
+      const uint32_t most = *std::max_element(amax + p, amax + p + parts_of_group);
+      const GroupScale scale = group_scale(format.quant, most, global);
       store_scale(format.quant, scale.code, codes_of_scales, group);
-      if (fp4)
-        encode_e2m1(block + i, scale.inverse, codes + (begin + i) / 2, layout.group);
-      else
-        encode_e4m3(block + i, scale.inverse, codes + begin + i, layout.group);
+      std::fill_n(inverse + p, parts_of_group, scale.inverse);
     }
+    multiply(block, inverse, parts);
+    if (format.quant == Quant::kNvfp4)
+      encode_e2m1(block, codes + begin / 2, count);
+    else
+      encode_e4m3(block, codes + begin, count);
   }
   if (format.quant != Quant::kFp8)
     std::fill(codes_of_scales + group, codes_of_scales + layout.scale_bytes, uint8_t{0});
@@ -109,20 +120,32 @@ void quantize_wire_row(const RowFormat& format, const void* x, void* q, void* sc
   std::memcpy(end - sizeof(float), &format.global_scale, sizeof(float));
 }
 
-void dequantize_row(const RowFormat& format, const void* q, const void* scales, void* x) {
-  const QuantLayout layout = make_quant_layout(format.quant, format.hidden);
+namespace {
+
+// count elements from begin on, turned back to fp32.
+void dequantize_block(const RowFormat& format, const void* q, const void* scales, int begin,
+                      float* out, int count) {
+  const int group_size = make_quant_layout(format.quant, format.hidden).group;
   const uint8_t* codes = static_cast<const uint8_t*>(q);
+  float factor[kParts];
+  for (int p = 0; p < count / kPart; p += group_size / kPart)
+    std::fill_n(
+        factor + p, group_size / kPart,
+        load_scale(format, static_cast<const uint8_t*>(scales), (begin + p * kPart) / group_size));
+  if (format.quant == Quant::kNvfp4)
+    decode_e2m1(codes + begin / 2, out, count);
+  else
+    decode_e4m3(codes + begin, out, count);
+  multiply(out, factor, count / kPart);
+}
+
+}  // namespace
+
+void dequantize_row(const RowFormat& format, const void* q, const void* scales, void* x) {
   float block[kBlock];
-  int group = 0;
   for (int begin = 0; begin < format.hidden; begin += kBlock) {
     const int count = std::min(kBlock, format.hidden - begin);
-    for (int i = 0; i < count; i += layout.group, ++group) {
-      const float scale = load_scale(format, static_cast<const uint8_t*>(scales), group);
-      if (format.quant == Quant::kNvfp4)
-        decode_e2m1(codes + (begin + i) / 2, scale, block + i, layout.group);
-      else
-        decode_e4m3(codes + begin + i, scale, block + i, layout.group);
-    }
+    dequantize_block(format, q, scales, begin, block, count);
     round_row(format.dtype, block,
               static_cast<char*>(x) + int64_t{begin} * dtype_bytes(format.dtype), count);
   }
@@ -142,17 +165,16 @@ void sum_to_fp8_row(Dtype dtype, const std::vector<RowTerm>& terms, bool weighte
 
 void sum_fp8_rows(Dtype dtype, const std::vector<const char*>& rows, const void* bias, void* out,
                   int hidden) {
-  float sum[kBlock];
+  const RowFormat format{Quant::kFp8, dtype, hidden};
+  float sum[kBlock], block[kBlock];
   for (int begin = 0; begin < hidden; begin += kBlock) {
     const int count = std::min(kBlock, hidden - begin);
     const int64_t at = int64_t{begin} * dtype_bytes(dtype);
     std::fill_n(sum, count, 0.0f);
-    for (const char* row : rows)
-      for (int i = 0; i < count; i += kFp8Group) {
-        float scale;
-        std::memcpy(&scale, row + hidden + (begin + i) / kFp8Group * 4, sizeof scale);
-        add_e4m3(reinterpret_cast<const uint8_t*>(row) + begin + i, scale, sum + i, kFp8Group);
-      }
+    for (const char* row : rows) {
+      dequantize_block(format, row, row + hidden, begin, block, count);
+      add_row(Dtype::kFloat32, block, sum, count);
+    }
     if (bias != nullptr) add_row(dtype, static_cast<const char*>(bias) + at, sum, count);
     round_row(dtype, sum, static_cast<char*>(out) + at, count);
   }
