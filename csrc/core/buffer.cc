@@ -392,9 +392,9 @@ void Buffer::combine(const Plan& plan, const CombineArgs& args) {
     EPCOMM_CHECK(args.hidden == slots,
                  value("hidden", args.hidden,
                        "topk rounded up to a multiple of 4 with by_token, = ", slots));
-    EPCOMM_CHECK(args.dtype == Dtype::kFloat32 && args.topk_weights == nullptr &&
-                     args.quant == Quant::kNone,
-                 "by_token is set; expected rows of float32, no topk_weights and no quant");
+    EPCOMM_CHECK(
+        args.dtype == Dtype::kFloat32 && args.topk_weights == nullptr && args.quant == Quant::kNone,
+        "by_token is set; expected rows of float32, no topk_weights and no quant");
   } else {
     EPCOMM_CHECK(args.hidden == config().hidden,
                  value("hidden", args.hidden, "the Buffer's hidden = ", config().hidden));

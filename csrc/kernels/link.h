@@ -29,9 +29,9 @@ struct alignas(16) LinkEntry {
   int32_t pushed;                      ///< combine: not 0 = this rank stores partial rows into the
                                        ///< owners' staging; 0 = they load its rows
   int32_t index_bytes;                 ///< dispatch: of an id in recv_topk_idx, 4 or 8
-  uint64_t rows;          ///< dispatch: recv_x; combine: x
-  uint64_t scales;        ///< dispatch: recv_scales
-  uint64_t meta;          ///< dispatch: recv_meta
+  uint64_t rows;                       ///< dispatch: recv_x; combine: x
+  uint64_t scales;                     ///< dispatch: recv_scales
+  uint64_t meta;                       ///< dispatch: recv_meta
   uint64_t topk_idx;      ///< dispatch: recv_topk_idx of layout kToken; 0 = not in the window
   uint64_t topk_weights;  ///< dispatch: recv_topk_weights of layout kToken; 0 = not in the window
   uint64_t needed_bytes;  ///< not 0 = no room for the result

@@ -10,6 +10,7 @@
 #include "epcomm/error.h"
 #include "epcomm/quant.h"
 #include "kernels/device.cuh"
+#include "kernels/elements.cuh"
 #include "kernels/launch.cuh"
 #include "kernels/quant.cuh"
 #include "kernels/quant.h"

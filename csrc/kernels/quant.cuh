@@ -10,13 +10,16 @@
 // that belong to no group.
 #pragma once
 
-#include <cuda_fp8.h>
 #include <cuda_runtime.h>
+#ifdef __CUDACC__
+#include <cuda_fp8.h>
+#endif
 
 #include <cstdint>
 
 #include "epcomm/types.h"
 #include "kernels/device.cuh"
+#include "kernels/elements.cuh"
 #include "kernels/quant.h"
 
 namespace epcomm {
