@@ -9,12 +9,15 @@ import re
 import struct
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
 from . import _core, env
-from .bootstrap import Bootstrap
 from .errors import Error
+
+if TYPE_CHECKING:
+    from .bootstrap import Bootstrap  # which imports this module, through quant
 
 _logger = logging.getLogger("epcomm")
 
