@@ -92,6 +92,7 @@ class DispatchArgs:
     row_capacity: int
     needed_bytes: int
     free_bytes: int
+    replay: bool
     num_sms: int
     stream: int
     def __init__(self) -> None: ...
