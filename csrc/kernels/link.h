@@ -94,12 +94,20 @@ struct SendArgs {
   int32_t num_tokens;
   const char* x;
   const char* scales;
+  /// Not kNone: x holds [T, hidden] of x_dtype, which is quantised on the way; rows says what
+  /// arrives. Needs bulk copies.
+  Quant quant;
+  Dtype x_dtype;
+  int32_t hidden;
+  const float* global_scale;  ///< kNvfp4: [1]
   const float* topk_weights;  ///< null: weights of the records are left unwritten
   bool records;               ///< metadata records are written, not kept from an earlier dispatch
   DeviceExperts experts;
   PlanView plan;
   const int32_t* first_row;  ///< [T, R]: row at rank r that is written, -1 = not sent there
 };
+/// Whether this GPU can run launch_send with quant.
+bool can_quantise_on_the_way();
 /// Uses exactly num_sms SMs.
 void launch_send(const SendArgs& args, int num_sms, cudaStream_t stream);
 

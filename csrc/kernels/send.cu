@@ -1,6 +1,6 @@
 // Send: the data phase of a dispatch between GPUs that store into each other's memory. A row is
-// read once, and written once per destination rank, straight into its place in the tensor that the
-// receiver's caller gets.
+// read once, quantised in shared memory if asked, and written once per destination rank, straight
+// into its place in the tensor that the receiver's caller gets.
 //
 // Buffers: x, scales [T, bytes], first_row [T, R], plan.topk_idx, row [T, K] and slot [T, R],
 // topk_weights [T, K] are read. In rank r's window, at the offsets that r announced: row
@@ -17,6 +17,7 @@
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
 #include "kernels/link.cuh"
+#include "kernels/quant.cuh"
 #include "kernels/rows.cuh"
 
 namespace epcomm {
@@ -26,14 +27,17 @@ constexpr int kStages = 4;
 constexpr int kMaxRowWarps = 8;
 constexpr int kRecordWarps = 4;
 constexpr int kMaxPieceBytes = 16 << 10;
+constexpr int kQuantPiece = 512;      // elements; a piece that is quantised is a multiple of it
+constexpr int kScaleBytes = 1 << 10;  // room behind a piece for its scales
 constexpr size_t kSharedBytes = 220 << 10;  // for stages: an SM has 228 KB, a part of it reserved
 constexpr int kThreads = (kMaxRowWarps + kRecordWarps) * kWarpSize;
 
 // How a block is divided; the host and the kernel agree on it.
 struct SendShape {
   int32_t row_warps;
-  int32_t pieces;       // of a row
+  int32_t pieces;       // of a row of x
   int32_t piece_bytes;  // the last may be shorter
+  int32_t stage_bytes;  // of a piece and its scales
 };
 struct SendKernelArgs {
   SendArgs send;
@@ -51,13 +55,60 @@ __device__ __forceinline__ int32_t destination(const SendArgs& args, int t) {
                                   : -1;
 }
 
+// The elements [begin, end) of a row, quantised: where their codes and scales are in a row.
+struct QuantPiece {
+  int32_t code_at, code_bytes, scale_at, scale_bytes;
+};
+
+// A warp quantises a piece of a row in place: codes at its start, scales behind it. A lane reads
+// its vector before any lane writes codes over it: quantize_vector brings the lanes together, and
+// codes are at most half as long.
+template <Quant kQuant, Dtype kDtype>
+__device__ __forceinline__ QuantPiece quantize_piece(const SendArgs& args, char* piece, int begin,
+                                                     int end, char* scales,
+                                                     const GlobalScale& global) {
+  using Lanes = QuantLanes<kQuant, kDtype>;
+  constexpr int kPer = kPerVector<kDtype>, kUnit = kQuant == Quant::kFp8 ? 4 : 1;
+  const QuantLayout layout = make_quant_layout(kQuant, args.hidden);
+  const int first = begin / kPer, vectors = (end - begin) / kPer;
+  QuantPiece out;
+  out.code_at = first * Lanes::kCodeBytes;
+  out.code_bytes = vectors * Lanes::kCodeBytes;
+  out.scale_at = group_of<kQuant, kDtype>(first) * kUnit;
+  for (int at = 0; at < vectors; at += kWarpSize) {
+    const int v = at + lane_index();
+    const uint4 data =
+        v < vectors ? *reinterpret_cast<const uint4*>(piece + v * kVectorBytes) : uint4{};
+    const QuantVector made = quantize_vector<kQuant, kDtype>(data, global);
+    __syncwarp();
+    if (v >= vectors) continue;
+    store_codes<kQuant, kDtype>(piece, v, made);
+    if (stores_scale<kQuant, kDtype>(v))
+      store_scale<kQuant>(scales + group_of<kQuant, kDtype>(v) * kUnit, made.scale);
+  }
+  int scale_end = group_of<kQuant, kDtype>(first + vectors) * kUnit;
+  if (end == args.hidden) {
+    finish_scales<kQuant>(scales - out.scale_at, layout, global.global);
+    scale_end = layout.wire_scale_bytes;
+  }
+  out.scale_bytes = scale_end - out.scale_at;
+  fence_shared_for_bulk();
+  __syncwarp();
+  return out;
+}
+
 // One warp's share of the pieces, number w of `warps`.
+template <Quant kQuant, Dtype kDtype>
 __device__ __forceinline__ void send_rows(const SendKernelArgs& args, const LinkCall& call, int w,
                                           int warps, BulkBarrier* loaded, char* stages) {
   const SendArgs& send = args.send;
   const SendShape& shape = args.shape;
   const int lane = lane_index();
+  constexpr bool kQuantised = kQuant != Quant::kNone;
   const int64_t row_bytes = send.rows.row_bytes;
+  const int x_bytes =
+      kQuantised ? send.hidden * kElementBytes<kDtype> : send.rows.row_bytes;  // of a row
+  const GlobalScale global = make_global_scale(kQuant == Quant::kNvfp4 ? *send.global_scale : 1.0f);
   const int64_t jobs = int64_t{send.num_tokens} * shape.pieces;
   const int count = static_cast<int>(jobs > w ? (jobs - w + warps - 1) / warps : 0);
   const int peer = rank_of_lane(send.link);
@@ -74,15 +125,15 @@ __device__ __forceinline__ void send_rows(const SendKernelArgs& args, const Link
     return static_cast<int>(piece % shape.pieces) * shape.piece_bytes;
   };
   auto bytes_at = [&](int offset) {
-    return static_cast<uint32_t>(min(shape.piece_bytes, send.rows.row_bytes - offset));
+    return static_cast<uint32_t>(min(shape.piece_bytes, x_bytes - offset));
   };
   auto load = [&](int i, int s, int32_t& row) {
     const int64_t piece = piece_at(i);
     const int t = static_cast<int>(piece / shape.pieces), offset = offset_of(piece);
     if (lane == 0) {
       barrier_expect(loaded + s, bytes_at(offset));
-      bulk_load(stages + s * shape.piece_bytes, send.x + t * row_bytes + offset, bytes_at(offset),
-                loaded + s);
+      bulk_load(stages + s * shape.stage_bytes, send.x + int64_t{t} * x_bytes + offset,
+                bytes_at(offset), loaded + s);
     }
     row = destination(send, t);
   };
@@ -95,11 +146,26 @@ __device__ __forceinline__ void send_rows(const SendKernelArgs& args, const Link
       const int i = first + s;
       if (i >= count) break;
       barrier_wait(loaded + s, static_cast<uint32_t>(i / kStages) & 1);
-      if (to[s] >= 0) {
-        const int offset = offset_of(piece_at(i));
-        bulk_store(rows + to[s] * row_bytes + offset, stages + s * shape.piece_bytes,
-                   bytes_at(offset));
+      char* stage = stages + s * shape.stage_bytes;
+      int offset = offset_of(piece_at(i));
+      uint32_t bytes = bytes_at(offset);
+      if constexpr (kQuantised) {
+        const int begin = offset / kElementBytes<kDtype>;
+        const int end = begin + static_cast<int>(bytes) / kElementBytes<kDtype>;
+        char* scales = stage + shape.piece_bytes;
+        const QuantPiece piece =
+            quantize_piece<kQuant, kDtype>(send, stage, begin, end, scales, global);
+        for (uint32_t rest = __ballot_sync(kFullWarp, to[s] >= 0); rest != 0;) {
+          const int from = take_lowest(rest), r = __shfl_sync(kFullWarp, peer, from);
+          const int64_t row = __shfl_sync(kFullWarp, to[s], from);
+          copy_bytes(call.at(send.link, r, call.entry[r].scales) + row * send.rows.scale_bytes +
+                         piece.scale_at,
+                     scales, piece.scale_bytes);
+        }
+        offset = piece.code_at;
+        bytes = static_cast<uint32_t>(piece.code_bytes);
       }
+      if (to[s] >= 0) bulk_store(rows + to[s] * row_bytes + offset, stage, bytes);
       bulk_commit();
       if (i + kStages - 1 < count) {
         // The stage to load into is that of the piece before, which may still be read.
@@ -178,13 +244,14 @@ __device__ __forceinline__ void send_records(const SendArgs& args, const LinkCal
         write_record(meta, meta.row(call.at(args.link, peer, there.meta), n), slots, weighted);
       }
       write_slots(args, call, peer, n, slots, owner == peer);
-      if (args.rows.scale_bytes != 0)
+      if (args.scales != nullptr && args.rows.scale_bytes != 0)
         copy_bytes(call.at(args.link, peer, there.scales) + to * args.rows.scale_bytes,
                    args.scales + int64_t{t} * args.rows.scale_bytes, args.rows.scale_bytes);
     }
   }
 }
 
+template <Quant kQuant, Dtype kDtype>
 __global__ void __launch_bounds__(kThreads, 1)
     send_kernel(const __grid_constant__ SendKernelArgs args) {
   EPCOMM_SHARED(LinkCall, call);
@@ -196,8 +263,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     if constexpr (kHasBulkCopies) {
       // Warps of one block have pieces far apart, so that few pieces, too, spread over all SMs.
       if (warp < row_warps)
-        send_rows(args, call, warp * blocks + block, row_warps * blocks, loaded + warp * kStages,
-                  dynamic_shared() + warp * kStages * args.shape.piece_bytes);
+        send_rows<kQuant, kDtype>(args, call, warp * blocks + block, row_warps * blocks,
+                                  loaded + warp * kStages,
+                                  dynamic_shared() + warp * kStages * args.shape.stage_bytes);
     } else {
       copy_rows(send, call);
     }
@@ -209,26 +277,55 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 SendShape shape_of(const SendArgs& args) {
-  const int row_bytes = args.rows.row_bytes;
+  const bool quantised = args.quant != Quant::kNone;
+  const int row_bytes = quantised ? args.hidden * dtype_bytes(args.x_dtype) : args.rows.row_bytes;
+  const size_t unit =
+      static_cast<size_t>(quantised ? kQuantPiece * dtype_bytes(args.x_dtype) : kRowAlignment);
   SendShape shape;
   shape.pieces = (row_bytes + kMaxPieceBytes - 1) / kMaxPieceBytes;
   shape.piece_bytes = static_cast<int32_t>(
-      align_up(static_cast<size_t>((row_bytes + shape.pieces - 1) / shape.pieces), kRowAlignment));
-  const size_t warps = kSharedBytes / (kStages * static_cast<size_t>(shape.piece_bytes));
+      align_up(static_cast<size_t>((row_bytes + shape.pieces - 1) / shape.pieces), unit));
+  shape.pieces = (row_bytes + shape.piece_bytes - 1) / shape.piece_bytes;
+  shape.stage_bytes = shape.piece_bytes + (quantised ? kScaleBytes : 0);
+  const size_t warps = kSharedBytes / (kStages * static_cast<size_t>(shape.stage_bytes));
   shape.row_warps = static_cast<int32_t>(std::min<size_t>(warps, kMaxRowWarps));
   return shape;
 }
 
+using SendKernel = void (*)(SendKernelArgs);
+
+template <Quant kQuant>
+SendKernel quantising_kernel(Dtype dtype) {
+  return for_dtype(dtype, send_kernel<kQuant, Dtype::kBfloat16>,
+                   send_kernel<kQuant, Dtype::kFloat16>, send_kernel<kQuant, Dtype::kFloat32>);
+}
+
+SendKernel kernel_of(const SendArgs& args) {
+  switch (args.quant) {
+    case Quant::kFp8:
+      return quantising_kernel<Quant::kFp8>(args.x_dtype);
+    case Quant::kFp8Ue8m0:
+      return quantising_kernel<Quant::kFp8Ue8m0>(args.x_dtype);
+    case Quant::kNvfp4:
+      return quantising_kernel<Quant::kNvfp4>(args.x_dtype);
+    case Quant::kNone:
+      break;
+  }
+  return send_kernel<Quant::kNone, Dtype::kBfloat16>;
+}
+
 }  // namespace
+
+bool can_quantise_on_the_way() { return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
 
 void launch_send(const SendArgs& args, int num_sms, cudaStream_t stream) {
   check_aligned(args.x, "x");
   const SendShape shape = shape_of(args);
   const bool bulk = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
   const size_t stages =
-      bulk ? static_cast<size_t>(shape.row_warps * kStages) * static_cast<size_t>(shape.piece_bytes)
+      bulk ? static_cast<size_t>(shape.row_warps * kStages) * static_cast<size_t>(shape.stage_bytes)
            : 0;
-  launch("launch of send", send_kernel,
+  launch("launch of send", kernel_of(args),
          {persistent_blocks(num_sms), (shape.row_warps + kRecordWarps) * kWarpSize, stages}, stream,
          SendKernelArgs{args, shape});
 }

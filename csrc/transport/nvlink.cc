@@ -76,6 +76,9 @@ NvlinkTransport::NvlinkTransport(const TransportContext& context)
   caps_.symmetric_outputs = true;
   caps_.graph_capture = true;
   caps_.cuda = true;
+  if (can_quantise_on_the_way())
+    caps_.fused_quants =
+        Caps::bit(Quant::kFp8) | Caps::bit(Quant::kFp8Ue8m0) | Caps::bit(Quant::kNvfp4);
 }
 
 NvlinkTransport::~NvlinkTransport() {

@@ -83,6 +83,10 @@ void NvlinkTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
   send.num_tokens = plan.num_tokens;
   send.x = static_cast<const char*>(args.x);
   send.scales = static_cast<const char*>(args.scales);
+  send.quant = args.quant;
+  send.x_dtype = args.x_dtype;
+  send.hidden = config_.hidden;
+  send.global_scale = args.global_scale;
   send.topk_weights = args.topk_weights;
   send.records = !args.replay || args.topk_weights != nullptr;
   send.experts = route_.experts();

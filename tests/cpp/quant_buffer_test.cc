@@ -15,18 +15,19 @@ namespace {
 using testing::Batch;
 using testing::Received;
 
-constexpr int kRanks = 3, kHidden = 256, kTokens = 5;
+constexpr int kRanks = 3, kTokens = 5;
+constexpr int kHidden = 256, kWide = 5248;  // one piece of a bulk copy, and two
 constexpr double kTimeout = 60;
 
 // Every token goes to every rank, so rank r's rows are received rows r * kTokens on, everywhere.
-Batch make_batch(int rank) {
+Batch make_batch(int rank, int hidden = kHidden) {
   Batch b;
   b.tokens = kTokens;
   b.topk = kRanks;
-  b.hidden = kHidden;
+  b.hidden = hidden;
   for (int t = 0; t < kTokens; ++t)
     for (int k = 0; k < kRanks; ++k) b.topk_idx.push_back(k);
-  for (int i = 0; i < kTokens * kHidden; ++i)
+  for (int i = 0; i < kTokens * hidden; ++i)
     b.x.push_back(static_cast<float>((rank + 1) * (i % 37 - 18)) / 7);
   b.weights.assign(static_cast<size_t>(kTokens * kRanks), 1.0f);
   return b;
@@ -34,7 +35,7 @@ Batch make_batch(int rank) {
 
 // Adds global_scale, which nvfp4 rows carry, to what args of a dispatch need.
 DispatchArgs dispatch_args(Quant quant, const Batch& batch, const float* global_scale) {
-  const QuantLayout layout = quant_layout(quant, kHidden);
+  const QuantLayout layout = quant_layout(quant, batch.hidden);
   DispatchArgs args;
   args.x = batch.x.data();
   args.quant = quant;
@@ -47,8 +48,9 @@ DispatchArgs dispatch_args(Quant quant, const Batch& batch, const float* global_
 }
 
 void check_dispatch(Buffer& buffer, Quant quant) {
-  const Batch mine = make_batch(buffer.rank());
-  const QuantLayout layout = quant_layout(quant, kHidden);
+  const int hidden = buffer.config().hidden;
+  const Batch mine = make_batch(buffer.rank(), hidden);
+  const QuantLayout layout = quant_layout(quant, hidden);
   Received to;
   testing::route(buffer, mine, Layout::kToken, 1, to);
   const int rows = to.num_rows;
@@ -65,9 +67,10 @@ void check_dispatch(Buffer& buffer, Quant quant) {
   args.recv_scales = scales.data;
   args.recv_capacity = args.row_capacity = rows;
   buffer.dispatch(to.plan, args);
+  testing::tested_transport.finish_calls();
 
   for (int r = 0; r < kRanks; ++r) {
-    Batch theirs = make_batch(r);
+    Batch theirs = make_batch(r, hidden);
     const float their_global = 0.25f + static_cast<float>(r);
     std::vector<char> their_q(static_cast<size_t>(kTokens * layout.row_bytes)),
         their_scales(static_cast<size_t>(kTokens * layout.wire_scale_bytes));
@@ -75,7 +78,7 @@ void check_dispatch(Buffer& buffer, Quant quant) {
     quantized.quant = quant;
     quantized.dtype = Dtype::kFloat32;
     quantized.num_rows = kTokens;
-    quantized.hidden = kHidden;
+    quantized.hidden = hidden;
     quantized.x = theirs.x.data();
     quantized.q = their_q.data();
     quantized.scales = their_scales.data();
@@ -119,10 +122,12 @@ void check_combine(Buffer& buffer) {
 
 TEST(QuantBuffer, DispatchAndCombine) {
   testing::run_threads(kRanks, kTimeout, [](std::shared_ptr<Bootstrap> bootstrap) {
-    Buffer buffer(bootstrap, testing::options_for(kRanks, kHidden, kRanks, 8, kTimeout));
-    for (Quant quant : {Quant::kFp8, Quant::kFp8Ue8m0, Quant::kNvfp4})
-      check_dispatch(buffer, quant);
-    check_combine(buffer);
+    for (int hidden : {kHidden, kWide}) {
+      Buffer buffer(bootstrap, testing::options_for(kRanks, hidden, kRanks, 8, kTimeout));
+      for (Quant quant : {Quant::kFp8, Quant::kFp8Ue8m0, Quant::kNvfp4})
+        check_dispatch(buffer, quant);
+      if (hidden == kHidden && buffer.caps().combine_quants != 0) check_combine(buffer);
+    }
   });
 }
 
