@@ -15,8 +15,11 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 QUIET = $(if $(wildcard $(VENV)/.installed),--quiet)
 # ThreadSanitizer of older compilers cannot place its shadow memory on kernels that randomise much.
 FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
+# Published engines that tests/engines runs, 300 MB in all; ENGINES= leaves these tests out.
+ENGINES ?= $(patsubst tests/engines/%.txt,%,$(wildcard tests/engines/*.txt))
+NOT_ENGINES = $(if $(ENGINES),,--ignore=tests/engines)
 
-.PHONY: help demo test test-cpp test-python test-gpu bench lint format clean FORCE
+.PHONY: help demo test test-cpp test-python test-engines test-gpu bench engines lint format clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -32,6 +35,7 @@ help:
 	@echo 'make TORCH= test                with the torch that $(PYTHON) has'
 	@echo 'make TORCH= VENV=DIR test       in the virtual environment DIR, with its torch'
 	@echo 'make EPCOMM_CUDA=OFF test       without the CUDA transports'
+	@echo 'make ENGINES= test              without published engines: Megatron-Core, SGLang'
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python bench/demo.py
@@ -52,11 +56,15 @@ test-cpp: $(VENV)/.build_tools
 	cmake --build build/tests-tsan
 	$(FIXED_ADDRESSES) ctest --test-dir build/tests-tsan --output-on-failure
 
-test-python: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -q -m 'not gpu' $(PYTEST_ARGS)
+test-python: $(VENV)/.installed engines
+	$(VENV)/bin/python -m pytest -q -m 'not gpu' $(NOT_ENGINES) $(PYTEST_ARGS)
 
-test-gpu: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -q -m gpu $(PYTEST_ARGS)
+# Part of test-python.
+test-engines: $(VENV)/.installed engines
+	$(VENV)/bin/python -m pytest -q -m 'not gpu' tests/engines $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/.installed engines
+	$(VENV)/bin/python -m pytest -q -m gpu $(NOT_ENGINES) $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node 4 bench/all2all.py
@@ -88,6 +96,18 @@ $(VENV)/.build_tools: $(CONSTRAINTS)
 $(VENV)/.installed: $(VENV)/.build_tools pyproject.toml $(SOURCES)
 	$(PIP) install $(QUIET) --no-build-isolation -c $(CONSTRAINTS) '.[test,bench]'
 	@$(VENV)/bin/python -c 'import epcomm; epcomm.show_config()'
+	@touch $@
+
+engines: $(ENGINES:%=$(VENV)/engines/.%)
+
+# Newer than the Python that may run it: tests/engines/megatron-core-0.19.2.txt says why that works.
+$(VENV)/engines/.megatron-core-0.19.2: ENGINE_OPTIONS = --only-binary=:all: --ignore-requires-python \
+	--python-version 3.12 --implementation cp --abi cp312 --platform manylinux_2_28_$(shell uname -m)
+
+# As published, each in a folder of its own, which only the ranks of tests/engines look into.
+$(VENV)/engines/.%: tests/engines/%.txt | $(VENV)/bin/python
+	@mkdir -p $(VENV)/engines && rm -rf $(VENV)/engines/$*
+	$(PIP) install --quiet --no-deps --no-compile --target $(VENV)/engines/$* $(ENGINE_OPTIONS) -r $<
 	@touch $@
 
 $(VENV)/.lint_tools: pyproject.toml | $(VENV)/.installed

@@ -2,7 +2,8 @@
 # Builds epcomm where GPUs are, runs the GPU tests, then the bench. Needs torch with CUDA, nvcc, cmake, ninja, pybind11,
 # scikit-build-core and pytest; uses no network. Logs and results go to OUT (default build/gpu).
 # TEST_K selects among the tests, as pytest -k does.
-#   scripts/gpu.sh [build] [kernels] [tests] [nccl-modes] [sanitizer] [bench]      default: all
+#   scripts/gpu.sh [build] [kernels] [tests] [nccl-modes] [sanitizer] [bench]      default: all of these
+#   scripts/gpu.sh engines      tests/engines, with EPCOMM_TEST_ENGINES naming the folder that `make engines` filled
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
 OUT=${OUT:-build/gpu}
@@ -55,7 +56,11 @@ for wanted in $STEPS; do
         "$PYTHON" -m pytest -q -m gpu tests/test_nccl.py -k 'test_way and static-grouped and token'
       tail -n 3 "$OUT/memcheck-nccl.log"
       ;;
-    tests) step tests "${TEST_TIMEOUT:-300}" "$PYTHON" -m pytest -q -m gpu tests -k "${TEST_K:-test}" && tail -n 3 "$OUT/tests.log" ;;
+    tests)
+      step tests "${TEST_TIMEOUT:-300}" "$PYTHON" -m pytest -q -m gpu --ignore=tests/engines tests -k "${TEST_K:-test}" &&
+        tail -n 3 "$OUT/tests.log"
+      ;;
+    engines) step engines 300 "$PYTHON" -m pytest -q -m gpu tests/engines && tail -n 3 "$OUT/engines.log" ;;
     nccl-modes)
       # Without peer access, and as two hosts that talk over sockets.
       NCCL_P2P_DISABLE=1 step tests-p2p-off 150 "$PYTHON" -m pytest -q -m gpu tests/test_conformance.py -k "$MODES_K"

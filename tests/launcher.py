@@ -147,13 +147,15 @@ def group_of(ranks: Sequence[int]) -> dist.ProcessGroup:
 
 
 class Pool:
-    """Ranks that are started once. A failure that leaves ranks blocked restarts all of them."""
+    """Ranks that are started once. A failure that leaves ranks blocked restarts all of them.
 
-    def __init__(self, device: str):
+    size: how many; if not given, CPU_RANKS, SIMULATED_RANKS or as many as there are GPUs.
+    """
+
+    def __init__(self, device: str, size: int | None = None):
         self.device = device
-        self.size = torch.cuda.device_count() if device == "cuda" else CPU_RANKS
-        if device == "simulated":
-            self.size = SIMULATED_RANKS
+        usual = {"cpu": CPU_RANKS, "simulated": SIMULATED_RANKS}
+        self.size = size or usual.get(device) or torch.cuda.device_count()
         self._set: _Processes | None = None
 
     def run(self, num_ranks: int, fn: Callable, *args: Any, timeout: float = 120.0) -> list[Any]:

@@ -25,6 +25,7 @@ _KNOWN = (
     "EPCOMM_CUDA",
     "EPCOMM_CUDA_ARCHS",
     "EPCOMM_TEST_HOSTS",
+    "EPCOMM_TEST_ENGINES",
 )
 
 
