@@ -7,7 +7,7 @@ with ==.
 """
 
 import unittest
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,8 @@ import torch
 import torch.distributed as dist
 
 import engine
-import launcher
 
 VERSIONS = ["megatron-core-0.16.1", "megatron-core-0.19.2"]
-RANKS = 4
 EXPERTS = 8
 TOPK = 3
 HIDDEN = 64
@@ -252,24 +250,11 @@ def check(layer: Layer, seed: int, members: list[int], local: slice) -> None:
     equal(layer.w.grad, truth.grad[local, 0], f"{what}: grad of the experts")
 
 
-@pytest.fixture(scope="module")
-def pools() -> Iterator[dict[tuple[str, str], launcher.Pool]]:
-    """Ranks that have imported one version each."""
-    made: dict[tuple[str, str], launcher.Pool] = {}
-    yield made
-    for pool in made.values():
-        pool.kill()
-
-
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("parallel", PARALLEL, ids=lambda p: p.id)
 @pytest.mark.parametrize("version", VERSIONS)
-def test_flex_dispatcher(version: str, parallel: Parallel, device: str, pools: dict) -> None:
-    key = version, device
-    if key not in pools:
-        engine.folder(version)
-        pools[key] = launcher.Pool(device, RANKS if device == "cpu" else None)
-    pool = pools[key]
+def test_flex_dispatcher(version: str, parallel: Parallel, device: str, ranks_of: Callable) -> None:
+    pool = ranks_of(version, device)
     rows = pool.run(pool.size, on_rank, version, parallel, device, timeout=engine.TIMEOUT_S)
     for rank, compared in enumerate(rows):
         assert compared == sum(b.tokens[rank % len(b.tokens)] for b in BATCHES)

@@ -1,7 +1,6 @@
 """SGLang's DeepEPDispatcher on epcomm, normal and low-latency, against a dense layer.
 
-The dispatcher is SGLang's own, from its published package. Values are chosen so that sums are exact
-and so that FP8 with a scale per 128 values holds them exactly; results are compared with ==.
+The dispatcher is SGLang's own, from its published package; results are compared with ==.
 
 SGLang refuses to combine in normal mode unless DeepGEMM is there to run the experts. Where it is
 not, as on any machine without a GPU, it is said to be, and the kernel that quantises for it before
@@ -11,7 +10,7 @@ a normal dispatch is replaced. Without a GPU the number of its SMs is made up, t
 import json
 import os
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,39 +20,20 @@ import torch.distributed as dist
 
 import engine
 import launcher
+import sglang_batches
+from sglang_batches import (
+    ALIGNMENT,
+    HIDDEN,
+    LOCAL_EXPERTS,
+    LOW_LATENCY,
+    MAX_TOKENS,
+    NORMAL,
+    SHAPES,
+    TOPK,
+    Batch,
+    Inputs,
+)
 
-ENGINE = "sglang"
-RANKS = 4
-LOCAL_EXPERTS = 5
-TOPK = 4
-HIDDEN = 256
-MAX_TOKENS = 40  # of a rank, in low-latency mode
-ALIGNMENT = 128  # of the groups that DeepGEMM takes, in normal mode
-NORMAL, LOW_LATENCY = True, False
-
-
-@dataclass(frozen=True)
-class Batch:
-    """tokens: of each rank, repeated. prefill: normal mode, where the dispatcher chooses itself."""
-
-    tokens: tuple[int, ...]
-    prefill: bool = LOW_LATENCY
-    experts: int | None = None  # only the first ones are chosen; None: all
-    holes: float = 0.0  # share of the slots that choose no expert
-    padding: int = 0  # last tokens choose no expert, as in SGLang's padded batches
-
-
-SHAPES = [
-    {"tokens": (1, 17, 4, 9)},
-    {"tokens": (0, 5, 0, 3)},
-    {"tokens": (0,)},
-    {"tokens": (0, 0, 0, 1)},
-    {"tokens": (12, 7), "experts": TOPK},
-    {"tokens": (33, 20, 0, 6), "holes": 0.5},
-    {"tokens": (8,), "padding": 3},
-    {"tokens": (4, 2), "holes": 1.0},
-    {"tokens": (MAX_TOKENS,)},
-]
 LARGE = Batch((1, 300, 2, 40), NORMAL)
 PREFILLS = [*(Batch(prefill=NORMAL, **shape) for shape in SHAPES), LARGE, Batch((3, 9), NORMAL)]
 DECODES = [Batch(prefill=LOW_LATENCY, **shape) for shape in SHAPES]
@@ -97,72 +77,19 @@ CASES = [
 ]
 
 
-@dataclass
-class Inputs:
-    """Of one rank. x [T, HIDDEN], topk_idx [T, TOPK] with -1 where a slot chooses no expert."""
-
-    x: torch.Tensor
-    topk_idx: torch.Tensor
-    topk_weights: torch.Tensor
-
-
-def inputs(batch: Batch, num_experts: int, seed: int, rank: int) -> Inputs:
-    rng = torch.Generator().manual_seed(1000 * seed + rank)
-    num_tokens = batch.tokens[rank % len(batch.tokens)]
-    # Multiples of 1/2 up to 7/2, with 7/2 in each 128: the FP8 scale, 3.5 / 448, is a power of two.
-    x = torch.randint(-7, 8, (num_tokens, HIDDEN), generator=rng) / 2
-    x[:, ::128] = 3.5
-    chosen = torch.rand(num_tokens, batch.experts or num_experts, generator=rng)
-    topk_idx = chosen.topk(TOPK, dim=1).indices.int()
-    topk_idx[torch.rand(topk_idx.shape, generator=rng) < batch.holes] = -1
-    topk_idx[num_tokens - batch.padding :] = -1
-    topk_weights = 2.0 ** -torch.randint(0, 3, topk_idx.shape, generator=rng).float()
-    return Inputs(x.bfloat16(), topk_idx, topk_weights)
-
-
-def expert(x: torch.Tensor, e: int) -> torch.Tensor:
-    """Expert e: exchanges the columns and changes signs. Another for each e, exact in any dtype."""
-    return x.roll(7 * e + 1, dims=-1) * (1 if e % 2 else -1)
-
-
-def dense(given: Inputs) -> torch.Tensor:
-    y = torch.zeros(given.x.shape, dtype=torch.float64)
-    for token, (ids, weights) in enumerate(zip(given.topk_idx, given.topk_weights, strict=True)):
-        for e, weight in zip(ids.tolist(), weights.tolist(), strict=True):
-            if e >= 0:
-                y[token] += weight * expert(given.x[token].double(), e)
-    return y
-
-
-def quantise(x: torch.Tensor, group_size: int, **_: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """In place of SGLang's kernel: FP8 and a scale for each group of a row."""
-    groups = x.float().unflatten(-1, (-1, group_size))
-    scales = groups.abs().amax(dim=-1).clamp(min=1e-10) / 448
-    return (groups / scales.unsqueeze(-1)).flatten(1).to(torch.float8_e4m3fn), scales
-
-
-def dequantised(x: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-    if scales is None:
-        assert x.dtype == torch.bfloat16
-        return x
-    assert x.dtype == torch.float8_e4m3fn and scales.shape == (*x.shape[:-1], HIDDEN // 128)
-    values = x.float().unflatten(-1, (-1, 128)) * scales.float().unsqueeze(-1)
-    return values.flatten(-2).bfloat16()
-
-
 def run_experts(received: Any, first: int, sent: Sequence[Inputs]) -> Any:
     """What SGLang's runner of the experts does between dispatch and combine, for either mode."""
     from sglang.srt.layers.moe.token_dispatcher import deepep
 
-    counts = [sum(int((s.topk_idx == first + e).sum()) for s in sent) for e in range(LOCAL_EXPERTS)]
-    x = dequantised(received.hidden_states, received.hidden_states_scale)
+    counts = sglang_batches.counts(sent, first)
+    x = sglang_batches.dequantised(received.hidden_states, received.hidden_states_scale)
     if isinstance(received, deepep.DeepEPLLDispatchOutput):
         num_rows = len(sent) * MAX_TOKENS
         assert x.shape == (LOCAL_EXPERTS, num_rows, HIDDEN), x.shape
         assert received.masked_m.tolist() == counts, (received.masked_m, counts)
         y = torch.full_like(x, float("nan"))  # nobody may look at the rows beyond
         for e, count in enumerate(counts):
-            y[e, :count] = expert(x[e, :count], first + e)
+            y[e, :count] = sglang_batches.expert(x[e, :count], first + e)
         return deepep.DeepEPLLCombineInput(y, received.topk_ids, received.topk_weights)
     aligned = [-(-count // ALIGNMENT) * ALIGNMENT for count in counts]
     assert received.num_recv_tokens_per_expert == aligned, (received, aligned)
@@ -171,32 +98,25 @@ def run_experts(received: Any, first: int, sent: Sequence[Inputs]) -> Any:
         chosen = received.topk_ids == e
         assert int(chosen.sum()) == count
         weights = (received.topk_weights * chosen).sum(dim=1, keepdim=True)
-        y += weights.to(x.dtype) * expert(x, first + e)
+        y += weights.to(x.dtype) * sglang_batches.expert(x, first + e)
     return deepep.DeepEPNormalCombineInput(y, received.topk_ids, received.topk_weights)
 
 
 def start(case: Case, device: str) -> None:
-    """What SGLang's scheduler does before it makes a model."""
-    from sglang.srt.layers import deep_gemm_wrapper
     from sglang.srt.layers.moe.token_dispatcher import deepep
-    from sglang.srt.layers.moe.utils import initialize_moe_config
-    from sglang.srt.runtime_context import get_context, get_resources
+    from sglang.srt.runtime_context import get_resources
 
-    arguments = {
-        "moe_a2a_backend": "deepep",
-        "deepep_mode": case.mode,
-        "deepep_dispatcher_output_dtype": case.dtype,
-        "deepep_config": json.dumps(case.config) if case.config else None,
-    }
-    get_context().override_server_args(**arguments).install()
-    initialize_moe_config()
+    sglang_batches.configure(
+        deepep,
+        moe_a2a_backend="deepep",
+        deepep_mode=case.mode,
+        deepep_dispatcher_output_dtype=case.dtype,
+        deepep_config=json.dumps(case.config) if case.config else None,
+    )
     os.environ["SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"] = str(MAX_TOKENS)
     # A server lives as long as its process; here the next one follows in the same.
     get_resources().buffers.pop("deepep_ep_state", None)
     deepep.DeepEPConfig._instance = None
-    if not deep_gemm_wrapper.ENABLE_JIT_DEEPGEMM:
-        deep_gemm_wrapper.ENABLE_JIT_DEEPGEMM = True
-        deepep.sglang_per_token_group_quant_fp8 = quantise
     if device == "cpu":
         gpu = types.SimpleNamespace(multi_processor_count=132)
         torch.cuda.get_device_properties = lambda device=None: gpu
@@ -230,9 +150,8 @@ class Layer:
     def dispatch_a(self, batch: Batch, seed: int) -> None:
         from sglang.srt.layers.moe.topk import StandardTopKOutput
 
-        num_experts = LOCAL_EXPERTS * self.num_ranks
         self.what = f"batch {seed}, {batch}, rank {self.rank}"
-        self.sent = [inputs(batch, num_experts, seed, r) for r in range(self.num_ranks)]
+        self.sent = sglang_batches.inputs_of_ranks(batch, self.num_ranks, seed)
         mine = self.sent[self.rank]
         x, ids, weights = (t.to(self.device) for t in (mine.x, mine.topk_idx, mine.topk_weights))
         self.dispatcher.dispatch_a(x, StandardTopKOutput(weights, ids, torch.empty(0)))
@@ -244,29 +163,11 @@ class Layer:
 
     def combine_b(self) -> int:
         """How many tokens came back right."""
-        y = self.dispatcher.combine_b()
-        expected = dense(self.sent[self.rank])
-        assert y.dtype == torch.bfloat16 and y.shape == expected.shape, (self.what, y.shape)
-        wrong = y.cpu().double() != expected
-        assert not wrong.any(), f"{self.what}: {int(wrong.sum())} of {wrong.numel()} are wrong"
-        return y.shape[0]
-
-
-def load(install: bool) -> Any:
-    """SGLang's module; install: put epcomm in the place of deep_ep before it looks for that."""
-    engine.load(
-        ENGINE,
-        asks=("transformers.models.auto.image_processing_auto", "transformers.processing_utils"),
-        placeholders=("triton", "torchvision", "sgl_kernel"),
-        install=install,
-    )
-    from sglang.srt.layers.moe.token_dispatcher import deepep
-
-    return deepep
+        return sglang_batches.check(self.dispatcher.combine_b(), self.sent[self.rank], self.what)
 
 
 def on_rank(group: dist.ProcessGroup, case: Case, device_type: str) -> int:
-    deepep = load(install=True)
+    deepep = sglang_batches.load("deepep")
     import deep_ep
 
     assert deepep.use_deepep and deepep.Buffer is deep_ep.Buffer
@@ -302,25 +203,16 @@ def tokens_of(case: Case, rank: int) -> int:
     return 3 * sum(batch.tokens[rank % len(batch.tokens)] for batch in case.batches)
 
 
-@pytest.fixture(scope="module")
-def pools() -> Iterator[dict[str, launcher.Pool]]:
-    made: dict[str, launcher.Pool] = {}
-    yield made
-    for pool in made.values():
-        pool.kill()
-
-
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_dispatcher(case: Case, device: str, pools: dict[str, launcher.Pool]) -> None:
-    engine.folder(ENGINE)
-    pool = pools.setdefault(device, launcher.Pool(device, RANKS if device == "cpu" else None))
+def test_dispatcher(case: Case, device: str, ranks_of: Callable) -> None:
+    pool = ranks_of("sglang", device)
     returned = pool.run(pool.size, on_rank, case, device, timeout=engine.TIMEOUT_S)
     assert returned == [tokens_of(case, rank) for rank in range(pool.size)]
 
 
 def with_the_plugin(group: dist.ProcessGroup, _: launcher.Parent) -> int:
-    deepep = load(install=False)
+    deepep = sglang_batches.load("deepep", install=False)
     # The case that the plugin is for: SGLang has looked for deep_ep, and not found it.
     assert not deepep.use_deepep
     os.environ["EPCOMM_DEEP_EP"] = "1"
