@@ -119,8 +119,18 @@ def _answer(layout: Layout) -> tuple[SimpleNamespace, reference.Received, list, 
         x.append(part)
     topk_weights = torch.from_numpy(expected.topk_weights.copy())
     offsets = expected.expert_offsets
+    # No token of this case names an expert twice.
+    counts = np.stack([np.bincount(idx[idx >= 0], minlength=6) for idx in routing.topk_idx])
+    ranks = np.stack(
+        [
+            [np.any(routing.owner[idx] == r, axis=1).sum() for r in range(2)]
+            for idx in routing.topk_idx
+        ]
+    )
     plan = SimpleNamespace(
         tokens_per_expert=torch.from_numpy(expected.tokens_per_expert),
+        expert_count=torch.from_numpy(counts.astype(np.int32)),
+        rank_count=torch.from_numpy(ranks.astype(np.int32)),
         layout=layout.name,
         num_recv_tokens=expected.num_tokens,
         expert_offsets=None if offsets is None else torch.from_numpy(offsets),
@@ -178,6 +188,14 @@ def _wrong_plan(recv: SimpleNamespace) -> None:
     recv.plan.num_recv_tokens -= 1
 
 
+def _wrong_rank_count(recv: SimpleNamespace) -> None:
+    recv.plan.rank_count[1, 0] += 1
+
+
+def _wrong_expert_count(recv: SimpleNamespace) -> None:
+    recv.plan.expert_count[0, -1] -= 1
+
+
 SPOILS = [
     _flip_bit_of_a_row,
     _flip_bit_of_a_scale,
@@ -189,6 +207,8 @@ SPOILS = [
     _wrong_count,
     _wrong_total,
     _wrong_plan,
+    _wrong_rank_count,
+    _wrong_expert_count,
 ]
 LAYOUTS = [Layout("token"), Layout("expert", 8), Layout("padded")]
 
