@@ -37,7 +37,7 @@ class Layer:
 
 # The first layer whose pattern matches a file is its layer. {own} is the transport that a file
 # belongs to: the part of its name before the first "_" or "."; transport/gpu_* serves all of those
-# that use a GPU.
+# that use a GPU, transport/host_* those between processes of one machine.
 LAYERS = (
     Layer("include/epcomm/*", ("epcomm/*",), RUNTIME),
     Layer("csrc/kernels/link_nvshmem.cuh", KERNELS, (*CUDA, "nvshmem*.h")),
@@ -56,7 +56,7 @@ LAYERS = (
         "csrc/transport/*",
         (
             *("epcomm/*", "core/*", "kernels/*", "transport/transport.h"),
-            *("transport/{own}.*", "transport/{own}_*", "transport/gpu_*"),
+            *("transport/{own}.*", "transport/{own}_*", "transport/gpu_*", "transport/host_*"),
         ),
         SYSTEM,
     ),
@@ -300,7 +300,9 @@ SELF_TEST: tuple[tuple[dict[str, str], str], ...] = (
     ({"csrc/core/a.cc": "#include <torch/extension.h>\n"}, "torch"),
     ({"csrc/kernels/a.cuh": '#include "epcomm/types.h"\n#include <cuda_fp8.h>\n'}, ""),
     ({"csrc/kernels/a.cuh": '#include "epcomm/buffer.h"\n'}, "includes"),
-    ({"csrc/transport/cpu_channel.cc": '#include "transport/cpu.h"\n#include <unistd.h>\n'}, ""),
+    ({"csrc/transport/cpu_x.cc": '#include "transport/cpu.h"\n#include <unistd.h>\n'}, ""),
+    ({"csrc/transport/cpu.cc": '#include "transport/host_channel.h"\n'}, ""),
+    ({"csrc/transport/host_channel.cc": '#include "transport/cpu.h"\n'}, "includes"),
     ({"csrc/transport/cpu.cc": '#include "transport/nccl.h"\n'}, "includes"),
     ({"csrc/transport/nccl_api.cc": "#include <nccl.h>\n"}, ""),
     ({"csrc/transport/nvlink.cc": "#include <nccl.h>\n"}, "only csrc/transport/nccl* may"),

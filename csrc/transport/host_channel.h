@@ -50,9 +50,9 @@ struct Entry {
 };
 static_assert(sizeof(Entry) <= ControlLayout::kEntryBytes);
 
-class CpuChannel {
+class HostChannel {
  public:
-  CpuChannel(Bootstrap& bootstrap, Window& window, const Dims& dims, double timeout_s);
+  HostChannel(Bootstrap& bootstrap, Window& window, const Dims& dims, double timeout_s);
 
   /// Number of the call that runs, or ran last.
   uint64_t epoch() const { return epoch_; }

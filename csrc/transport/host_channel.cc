@@ -1,4 +1,4 @@
-#include "transport/cpu_channel.h"
+#include "transport/host_channel.h"
 
 #include <linux/futex.h>
 #include <sched.h>
@@ -15,7 +15,7 @@
 namespace epcomm {
 
 // Written by one source rank only; lies in the window of the rank that reads it.
-struct CpuChannel::Inbox {
+struct HostChannel::Inbox {
   std::atomic<uint64_t> entered;      // epoch of the newest entry
   std::atomic<uint64_t> done;         // epoch up to which all rows are written
   std::atomic<uint64_t> fault_epoch;  // not 0: the source gave up on fault_rank
@@ -25,7 +25,7 @@ struct CpuChannel::Inbox {
 
 // In front of the inboxes. The doorbell counts signals of any source, so that one futex serves all
 // waits.
-struct CpuChannel::Header {
+struct HostChannel::Header {
   std::atomic<uint32_t> doorbell;
   std::atomic<uint32_t> waiters;
   std::atomic<int64_t> seen_ns;  // when the owner was last at work in a call, or waiting in one
@@ -81,7 +81,7 @@ int32_t value_of(const CallSignature& s, CallField field) {
 
 }  // namespace
 
-CpuChannel::CpuChannel(Bootstrap& bootstrap, Window& window, const Dims& dims, double timeout_s)
+HostChannel::HostChannel(Bootstrap& bootstrap, Window& window, const Dims& dims, double timeout_s)
     : window_(window),
       layout_(dims),
       rank_(bootstrap.rank()),
@@ -92,30 +92,30 @@ CpuChannel::CpuChannel(Bootstrap& bootstrap, Window& window, const Dims& dims, d
   static_assert(sizeof(Header) <= ControlLayout::kHeaderBytes);
 }
 
-CpuChannel::Inbox& CpuChannel::inbox(int owner, int source) const {
+HostChannel::Inbox& HostChannel::inbox(int owner, int source) const {
   return *reinterpret_cast<Inbox*>(window_.peer(owner) + layout_.inbox(source));
 }
 
-CpuChannel::Header& CpuChannel::header(int owner) const {
+HostChannel::Header& HostChannel::header(int owner) const {
   return *reinterpret_cast<Header*>(window_.peer(owner));
 }
 
-const Entry& CpuChannel::entry(int peer) const {
+const Entry& HostChannel::entry(int peer) const {
   return *reinterpret_cast<const Entry*>(window_.peer(rank_) + layout_.entry(peer, epoch_));
 }
 
-const int32_t* CpuChannel::counts(int peer) const {
+const int32_t* HostChannel::counts(int peer) const {
   return reinterpret_cast<const int32_t*>(window_.peer(rank_) + layout_.counts(peer, epoch_));
 }
 
-void CpuChannel::begin(Operation operation) {
+void HostChannel::begin(Operation operation) {
   operation_ = operation;
   show_up();
   check_faults();
   ++epoch_;
 }
 
-void CpuChannel::enter_all(const Entry& entry, const int32_t* counts) {
+void HostChannel::enter_all(const Entry& entry, const int32_t* counts) {
   for (int i = 0; i < num_ranks_; ++i) {
     const int peer = (rank_ + i) % num_ranks_;
     char* window = window_.peer(peer);
@@ -142,16 +142,16 @@ void CpuChannel::enter_all(const Entry& entry, const int32_t* counts) {
   }
 }
 
-void CpuChannel::signal_done(int peer) {
+void HostChannel::signal_done(int peer) {
   show_up();
   // Release: covers all rows written for peer in this call; paired with the acquire in missing().
   inbox(peer, rank_).done.store(epoch_, std::memory_order_release);
   ring(peer);
 }
 
-void CpuChannel::wait_all_done() { wait_all(&Inbox::done); }
+void HostChannel::wait_all_done() { wait_all(&Inbox::done); }
 
-void CpuChannel::ring(int peer) {
+void HostChannel::ring(int peer) {
   Header& h = header(peer);
   // Sequentially consistent, as in wait_all(): either the waiter sees the new count or we see the
   // waiter.
@@ -160,7 +160,7 @@ void CpuChannel::ring(int peer) {
 }
 
 // The first rank, counted from this one, that has not signalled; -1 if all have.
-int CpuChannel::missing(std::atomic<uint64_t> Inbox::* word) const {
+int HostChannel::missing(std::atomic<uint64_t> Inbox::* word) const {
   for (int i = 0; i < num_ranks_; ++i) {
     const int peer = (rank_ + i) % num_ranks_;
     if ((inbox(rank_, peer).*word).load(std::memory_order_acquire) < epoch_) return peer;
@@ -168,7 +168,7 @@ int CpuChannel::missing(std::atomic<uint64_t> Inbox::* word) const {
   return -1;
 }
 
-void CpuChannel::wait_all(std::atomic<uint64_t> Inbox::* word) {
+void HostChannel::wait_all(std::atomic<uint64_t> Inbox::* word) {
   // A few turns without sleeping: often the signal is there, or its sender only needs this core.
   for (int spin = 0; spin < 4; ++spin) {
     if (missing(word) < 0) return;
@@ -195,7 +195,7 @@ void CpuChannel::wait_all(std::atomic<uint64_t> Inbox::* word) {
   }
 }
 
-void CpuChannel::show_up() {
+void HostChannel::show_up() {
   // Relaxed: covers no other data.
   header(rank_).seen_ns.store(monotonic_ns(), std::memory_order_relaxed);
 }
@@ -203,7 +203,7 @@ void CpuChannel::show_up() {
 // A rank may be missing only because it waits for the one that holds all up. Whoever waits shows up
 // every slice, so the culprit is the one not seen for longest. It is among the missing ranks: it
 // has not signalled all ranks of its step, hence nobody of a later one.
-int CpuChannel::longest_unseen(std::atomic<uint64_t> Inbox::* word) const {
+int HostChannel::longest_unseen(std::atomic<uint64_t> Inbox::* word) const {
   int longest = -1;
   int64_t oldest = 0;
   for (int peer = 0; peer < num_ranks_; ++peer) {
@@ -216,7 +216,7 @@ int CpuChannel::longest_unseen(std::atomic<uint64_t> Inbox::* word) const {
   return longest;
 }
 
-void CpuChannel::check_faults() {
+void HostChannel::check_faults() {
   for (int source = 0; source < num_ranks_; ++source) {
     const Inbox& box = inbox(rank_, source);
     const uint64_t epoch = box.fault_epoch.load(std::memory_order_acquire);
@@ -231,7 +231,7 @@ void CpuChannel::check_faults() {
   }
 }
 
-void CpuChannel::give_up(int peer, const char* why) {
+void HostChannel::give_up(int peer, const char* why) {
   for (int r = 0; r < num_ranks_; ++r) {
     Inbox& box = inbox(r, rank_);
     box.fault_rank.store(peer, std::memory_order_relaxed);

@@ -1,4 +1,4 @@
-#include "transport/cpu_channel.h"
+#include "transport/host_channel.h"
 
 #include <gtest/gtest.h>
 
@@ -14,11 +14,11 @@ constexpr Dims kDims{3, 3, 1, 1};
 
 // Rank 2 stops in the middle of its signals: rank 0 has its rows and goes on to the next call,
 // where it misses rank 1, too, which still waits for rank 2 in the first.
-TEST(CpuChannel, ARankThatOnlyWaitsIsNotBlamed) {
+TEST(HostChannel, ARankThatOnlyWaitsIsNotBlamed) {
   run_threads(3, kTimeout, [](std::shared_ptr<Bootstrap> bootstrap) {
     const int rank = bootstrap->rank();
     auto window = make_host_window(*bootstrap, ControlLayout(kDims).arena, kTimeout);
-    CpuChannel channel(*bootstrap, *window, kDims, rank == 0 ? kShort : kTimeout);
+    HostChannel channel(*bootstrap, *window, kDims, rank == 0 ? kShort : kTimeout);
     channel.begin(Operation::kDispatch);
     channel.enter_all({}, nullptr);
     channel.signal_done(0);
