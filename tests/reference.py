@@ -85,14 +85,17 @@ def combine(
     topk_weights: Array | None = None,
     bias: Array | None = None,
     cross: Callable[[Array], Array] | None = None,
+    node: Array | None = None,
 ) -> Array:
     """y of rank `source`, bit for bit. rows[r]: fp32 values in rank r's layout, flat over rows.
 
     cross: what becomes of a partial row on its way, if it is not just rounded.
+    node[r]: the node of rank r, whose ranks are added up first; None: nothing is.
     """
     cross = cross or round_
     y = np.zeros((len(topk_idx), rows[0].shape[-1]), dtype=np.float32)
     for t, experts in enumerate(topk_idx.tolist()):
+        of_node: dict[int, Array] = {}
         for r in sorted({int(owner[e]) for e in experts if e >= 0}):
             used = {  # k -> row of rank r, k ascending
                 k: received[r].row[source, t, int(np.sum(owner[:e] == r))]
@@ -106,7 +109,10 @@ def combine(
             else:
                 for k, n in used.items():
                     partial = partial + topk_weights[t, k] * rows[r][n]
-            y[t] = y[t] + cross(partial)
+            b = r if node is None else int(node[r])
+            of_node[b] = of_node.get(b, np.zeros_like(y[t])) + cross(partial)
+        for b in sorted(of_node):
+            y[t] = y[t] + (of_node[b] if node is None else round_(of_node[b]))
         if bias is not None:
             y[t] = y[t] + bias[t]
     return round_(y)

@@ -260,6 +260,7 @@ def run_environment(group: Any) -> list[str]:
         ("EPCOMM_TRANSPORT", "pigeon"),
         ("EPCOMM_TIMEOUT", "soon"),
         ("EPCOMM_WINDOW_BYTES", "much"),
+        ("EPCOMM_RANKS_PER_NODE", "two"),
     ):
         os.environ[name] = value
         try:
@@ -267,7 +268,7 @@ def run_environment(group: Any) -> list[str]:
             with pytest.raises(ValueError) as error:
                 Setup(group, **changes)
             texts.append(f"{name} {value}: {error.value}")
-            Setup(group, window_bytes=1 << 22).buf.destroy()
+            Setup(group, window_bytes=1 << 22, ranks_per_node=1).buf.destroy()
         finally:
             del os.environ[name]
     return texts
@@ -275,10 +276,11 @@ def run_environment(group: Any) -> list[str]:
 
 def test_environment_sets_defaults_only() -> None:
     """A wrong value is refused; an argument that is given wins over it."""
-    for transport, timeout, window in launcher.pool().run(2, run_environment):
+    for transport, timeout, window, nodes in launcher.pool().run(2, run_environment):
         assert "pigeon" in transport.partition(": ")[2]
         assert "EPCOMM_TIMEOUT" in timeout.partition(": ")[2] and "soon" in timeout
         assert "EPCOMM_WINDOW_BYTES" in window.partition(": ")[2] and "much" in window
+        assert "EPCOMM_RANKS_PER_NODE" in nodes.partition(": ")[2] and "two" in nodes
 
 
 def run_combine_input(group: Any) -> None:

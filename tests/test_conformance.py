@@ -3,7 +3,7 @@
 A new transport joins by adding one entry to TRANSPORTS.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, product
 from typing import Any
@@ -25,10 +25,25 @@ class Transport:
     marks: tuple[pytest.MarkDecorator, ...] = ()
     # Where making a Buffer takes long, one Buffer serves all layouts, in one test.
     slow_to_make: bool = False
+    # (ranks, ranks_per_node) that it runs with, each with three pairs of layout and format that
+    # differ from one to the next; () = RANKS, with all pairs.
+    nodes: tuple[tuple[int, int], ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def buffer_arguments(self, ranks_per_node: int | None) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"transport": self.name, "timeout": TIMEOUT_S}
+        if self.options:
+            arguments["transport_options"] = dict(self.options)
+        return arguments | {"ranks_per_node": ranks_per_node}
 
 
 TRANSPORTS = (
     Transport("cpu"),
+    Transport(
+        "hierarchical",
+        nodes=((4, 2), (6, 3), (6, 2), (4, 1), (5, 2), (3, 3)),
+        options=(("chunk_tokens", 3),),
+    ),
     Transport("nccl", "cuda", marks=(pytest.mark.gpu,), slow_to_make=True),
     Transport("nvlink", "cuda", marks=(pytest.mark.gpu,), slow_to_make=True),
 )
@@ -44,26 +59,37 @@ LAYOUTS = (
 TIMEOUT_S = 20.0
 
 
-GRID = [
-    pytest.param(
-        transport,
-        num_ranks,
-        layouts,
-        fmt,
-        id=f"{transport.name}-{num_ranks}-{'-'.join(one.id for one in layouts)}-{fmt.id}",
-        marks=transport.marks,
-    )
-    for transport in TRANSPORTS
-    for num_ranks in RANKS
-    if num_ranks <= transport.max_ranks
-    for layouts in ((LAYOUTS,) if transport.slow_to_make else ((one,) for one in LAYOUTS))
-    for fmt in FORMATS.values()
-    if fmt.quant is None or num_ranks in QUANT_RANKS
-]
+def _grid() -> Iterator[Any]:
+    formats = list(FORMATS.values())
+    for transport in TRANSPORTS:
+        sizes = transport.nodes or [(n, None) for n in RANKS if n <= transport.max_ranks]
+        for i, (num_ranks, ranks_per_node) in enumerate(sizes):
+            name = f"{transport.name}-{num_ranks}"
+            name += "" if ranks_per_node is None else f"by{ranks_per_node}"
+            groups = [LAYOUTS] if transport.slow_to_make else [(one,) for one in LAYOUTS]
+            for j, layouts in enumerate(groups):
+                if transport.nodes and (j - i) % len(groups) > 2:
+                    continue
+                for fmt in [formats[(i + j) % len(formats)]] if transport.nodes else formats:
+                    if fmt.quant is not None and num_ranks not in QUANT_RANKS:
+                        continue
+                    yield pytest.param(
+                        transport,
+                        num_ranks,
+                        ranks_per_node,
+                        layouts,
+                        fmt,
+                        id=f"{name}-{'-'.join(one.id for one in layouts)}-{fmt.id}",
+                        marks=transport.marks,
+                    )
 
 
 def run_cases(
-    group: Any, transport: str, device: str, layouts: Sequence[Layout], fmt: Format
+    group: Any,
+    transport: Transport,
+    ranks_per_node: int | None,
+    layouts: Sequence[Layout],
+    fmt: Format,
 ) -> int:
     """All cases on this rank; cases that agree on the Buffer's arguments share one."""
     import epcomm
@@ -75,27 +101,35 @@ def run_cases(
     for _, members in groupby(sorted(CASES.values(), key=key), key=key):
         cases = list(members)
         arguments = buffer_arguments(cases[0], group.size(), fmt)
-        with epcomm.Buffer(group, transport=transport, timeout=TIMEOUT_S, **arguments) as buf:
-            if buf.transport != transport:
+        arguments |= transport.buffer_arguments(ranks_per_node)
+        with epcomm.Buffer(group, **arguments) as buf:
+            if buf.transport != transport.name:
                 raise AssertionError(f"asked for transport {transport}, got {buf.transport}")
+            grouped = ranks_per_node if buf.caps.forwards else None
             able = [one for one in layouts if getattr(buf.caps, f"{one.name}_layout")]
             if not able:
-                raise SkipTest(f"{transport} has none of the layouts {layouts}")
+                raise SkipTest(f"{transport.name} has none of the layouts {layouts}")
             for case, layout in product(cases, able):
                 try:
-                    Trial(buf, case, layout, fmt, device).run()
+                    Trial(buf, case, layout, fmt, transport.device, grouped).run()
                 except Exception as error:
                     raise AssertionError(f"case {case.id}, {layout.id}: {error}") from error
             done += len(cases)
     return done
 
 
-@pytest.mark.parametrize(("transport", "num_ranks", "layouts", "fmt"), GRID)
+@pytest.mark.parametrize(
+    ("transport", "num_ranks", "ranks_per_node", "layouts", "fmt"), list(_grid())
+)
 def test_conformance(
-    transport: Transport, num_ranks: int, layouts: Sequence[Layout], fmt: Format
+    transport: Transport,
+    num_ranks: int,
+    ranks_per_node: int | None,
+    layouts: Sequence[Layout],
+    fmt: Format,
 ) -> None:
     pool = launcher.pool(transport.device)
     if num_ranks > pool.size:
         pytest.skip(f"needs {num_ranks} ranks, this machine has {pool.size}")
-    done = pool.run(num_ranks, run_cases, transport.name, transport.device, layouts, fmt)
+    done = pool.run(num_ranks, run_cases, transport, ranks_per_node, layouts, fmt)
     assert done == [len(CASES)] * num_ranks

@@ -20,6 +20,16 @@ NUM_RANKS = 4
 VICTIM = 2
 SURVIVORS = [r for r in range(NUM_RANKS) if r != VICTIM]
 WARM_UPS = 3
+# Options of each transport: of the four ranks, two by two form nodes, and rows go in many chunks.
+TRANSPORTS: dict[str, dict[str, Any]] = {
+    "cpu": {"transport": "cpu"},
+    "hierarchical": {
+        "transport": "hierarchical",
+        "ranks_per_node": 2,
+        "transport_options": {"chunk_tokens": 16},
+    },
+}
+every_transport = pytest.mark.parametrize("transport", TRANSPORTS)
 
 
 class Setup:
@@ -34,8 +44,7 @@ class Setup:
             hidden=hidden,
             topk=2,
             max_tokens=max_tokens,
-            transport="cpu",
-            **({"timeout": TIMEOUT_S} | options),
+            **(TRANSPORTS["cpu"] | {"timeout": TIMEOUT_S} | options),
         )
         self.tokens = max_tokens
         self.x = torch.full((max_tokens, hidden), float(group.rank()), dtype=torch.bfloat16)
@@ -84,9 +93,9 @@ def check_lost(told: dict[str, Any], since: float, operations: tuple[str, ...]) 
         assert word in told["text"], told
 
 
-def carry_on(survivors: Any) -> None:
+def carry_on(survivors: Any, transport: str = "cpu") -> None:
     """After a fault: a new Buffer over the ranks that are left works."""
-    setup = Setup(survivors)
+    setup = Setup(survivors, **TRANSPORTS[transport])
     for _ in range(3):
         setup.check()
     setup.buf.destroy()
@@ -113,9 +122,11 @@ def spawned(folder: Path, num_ranks: int, fn: Any, *args: Any) -> Iterator[launc
 # A rank dies before or in an operation that the others are in.
 
 
-def lose_peer(group: Any, parent: launcher.Parent, operation: str, how: str, timeout: float) -> Any:
+def lose_peer(
+    group: Any, parent: launcher.Parent, transport: str, operation: str, how: str, timeout: float
+) -> Any:
     survivors = dist.new_group(SURVIVORS)
-    setup = Setup(group, timeout=timeout)
+    setup = Setup(group, timeout=timeout, **TRANSPORTS[transport])
     for _ in range(WARM_UPS):
         setup.check()
     held = setup.dispatch().x
@@ -136,15 +147,16 @@ def lose_peer(group: Any, parent: launcher.Parent, operation: str, how: str, tim
     assert again["type"] == "PeerLost" and again["ended"] - again["began"] < SLACK_S, again
     assert torch.equal(held, copy)
     setup.buf.destroy()
-    carry_on(survivors)
+    carry_on(survivors, transport)
     return told
 
 
+@every_transport
 @pytest.mark.parametrize("timeout", [TIMEOUT_S, 60.0], ids=["impatient", "patient"])
 @pytest.mark.parametrize("operation", ["dispatch", "combine"])
-def test_rank_killed(operation: str, timeout: float, tmp_path: Path) -> None:
+def test_rank_killed(operation: str, timeout: float, transport: str, tmp_path: Path) -> None:
     """The end of a process is noticed as such: even with a long timeout nobody waits for it."""
-    with spawned(tmp_path, NUM_RANKS, lose_peer, operation, "kill", timeout) as ranks:
+    with spawned(tmp_path, NUM_RANKS, lose_peer, transport, operation, "kill", timeout) as ranks:
         for rank in range(NUM_RANKS):
             ranks.hear(rank)
         time.sleep(0.3)  # the others are in the operation now
@@ -163,10 +175,11 @@ def test_rank_killed(operation: str, timeout: float, tmp_path: Path) -> None:
         assert ranks.exit_codes(SURVIVORS, timeout=5.0) == [0] * len(SURVIVORS)
 
 
+@every_transport
 @pytest.mark.parametrize("operation", ["dispatch", "combine"])
-def test_rank_stopped_then_resumed(operation: str, tmp_path: Path) -> None:
+def test_rank_stopped_then_resumed(operation: str, transport: str, tmp_path: Path) -> None:
     """The others give it up after the timeout; when it wakes, it learns so and may not go on."""
-    with spawned(tmp_path, NUM_RANKS, lose_peer, operation, "stop", TIMEOUT_S) as ranks:
+    with spawned(tmp_path, NUM_RANKS, lose_peer, transport, operation, "stop", TIMEOUT_S) as ranks:
         for rank in range(NUM_RANKS):
             ranks.hear(rank)
         ranks.tell(VICTIM)
@@ -187,9 +200,9 @@ def test_rank_stopped_then_resumed(operation: str, tmp_path: Path) -> None:
         ranks.results(SURVIVORS)
 
 
-def storm(group: Any, parent: launcher.Parent) -> Any:
+def storm(group: Any, parent: launcher.Parent, transport: str) -> Any:
     survivors = dist.new_group(SURVIVORS)
-    setup = Setup(group, hidden=2048, max_tokens=256)
+    setup = Setup(group, hidden=2048, max_tokens=256, **TRANSPORTS[transport])
     held = [setup.dispatch().x for _ in range(3)]
     copies = [x.clone() for x in held]
     parent.tell()
@@ -205,8 +218,14 @@ def storm(group: Any, parent: launcher.Parent) -> Any:
         parent.ask()
         assert all(torch.equal(x, copy) for x, copy in zip(held, copies, strict=True))
         setup.buf.destroy()
-        carry_on(survivors)
+        carry_on(survivors, transport)
     return told
+
+
+# Transports, and how long until the signal.
+STORMS = [("cpu", ms) for ms in range(20, 220, 20)] + [
+    ("hierarchical", ms) for ms in range(30, 230, 40)
+]
 
 
 def check_storm(ranks: launcher.Ranks, number: int, delay_ms: int) -> None:
@@ -228,16 +247,16 @@ def check_storm(ranks: launcher.Ranks, number: int, delay_ms: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay_ms", range(20, 220, 20))
-def test_rank_killed_anywhere(delay_ms: int, tmp_path: Path) -> None:
-    with spawned(tmp_path, NUM_RANKS, storm) as ranks:
+@pytest.mark.parametrize(("transport", "delay_ms"), STORMS)
+def test_rank_killed_anywhere(transport: str, delay_ms: int, tmp_path: Path) -> None:
+    with spawned(tmp_path, NUM_RANKS, storm, transport) as ranks:
         check_storm(ranks, signal.SIGKILL, delay_ms)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay_ms", range(20, 120, 20))
-def test_rank_stopped_anywhere(delay_ms: int, tmp_path: Path) -> None:
-    with spawned(tmp_path, NUM_RANKS, storm) as ranks:
+@pytest.mark.parametrize(("transport", "delay_ms"), STORMS[::2])
+def test_rank_stopped_anywhere(transport: str, delay_ms: int, tmp_path: Path) -> None:
+    with spawned(tmp_path, NUM_RANKS, storm, transport) as ranks:
         check_storm(ranks, signal.SIGSTOP, delay_ms)
 
 

@@ -19,6 +19,7 @@ FIELDS: list[tuple[str, dict[str, Any], str, str]] = [
     ("max_tokens", {"max_tokens": 9}, "9", "8"),
     ("dtype", {"dtype": torch.float32}, "float32", "bfloat16"),
     ("expert_to_rank", {"expert_to_rank": [0, 1, 2, 2, 1, 0]}, "table", "table"),
+    ("ranks_per_node", {"ranks_per_node": 2}, "2", "0"),
     ("window_bytes", {"window_bytes": 1 << 26}, str(1 << 26), "0"),
     ("timeout", {"timeout": 7.0}, "7", "20"),
     ("transport_options", {"transport_options": {"a": 1}}, "a=1", ""),

@@ -34,6 +34,15 @@ class Drawn:
     layout: Layout
     fmt: str
     spare: int  # tokens of room left by the fullest rank
+    ranks_per_node: int | None  # None: transport cpu, else hierarchical
+
+    def way(self) -> dict[str, Any]:
+        """How the rows go."""
+        if self.ranks_per_node is None:
+            return {"transport": "cpu"}
+        options = {"chunk_tokens": 1 + self.spare}
+        way: dict[str, Any] = {"transport": "hierarchical", "transport_options": options}
+        return way | {"ranks_per_node": self.ranks_per_node}
 
     def case(self) -> Case:
         tokens = tuple(len(rows) for rows in self.idx)
@@ -71,6 +80,7 @@ def drawn(draw: st.DrawFn) -> Drawn:
         layout=draw(LAYOUTS),
         fmt=draw(st.sampled_from(sorted(FORMATS))),
         spare=draw(st.integers(0, 3)),
+        ranks_per_node=draw(st.none() | st.integers(1, ranks)),
     )
 
 
@@ -79,12 +89,12 @@ def run_drawn(group: Any, d: Drawn) -> None:
 
     case, fmt = d.case(), FORMATS[d.fmt]
     arguments = buffer_arguments(case, group.size(), fmt)
-    with epcomm.Buffer(group, transport="cpu", timeout=TIMEOUT_S, **arguments) as buf:
-        Trial(buf, case, d.layout, fmt).run()
+    with epcomm.Buffer(group, timeout=TIMEOUT_S, **d.way(), **arguments) as buf:
+        Trial(buf, case, d.layout, fmt, ranks_per_node=d.ranks_per_node).run()
 
 
 @settings(
-    max_examples=250,
+    max_examples=320,
     derandomize=True,
     deadline=None,
     database=None,
@@ -142,7 +152,8 @@ SOAK_LAYOUTS = (Layout("token"), Layout("expert", 8), Layout("padded"))
 
 def run_soak(group: Any, num_calls: int) -> int:
     """Calls on four Buffers in one order that all ranks know: two on overlapping subgroups, two on
-    the same group. Some calls replay plans made long before; every call has its own payload."""
+    the same group, one of them hierarchical. Some calls replay plans made long before; every call
+    has its own payload."""
     import epcomm
 
     size, rank = group.size(), group.rank()
@@ -156,10 +167,16 @@ def run_soak(group: Any, num_calls: int) -> int:
         if rank not in members:
             continue
         arguments = buffer_arguments(CASES["uniform"], len(members), fmt)
-        buf = epcomm.Buffer(subgroup, transport="cpu", timeout=TIMEOUT_S, **arguments)
+        nodes = 3 if which == 1 else None
+        way = "cpu" if nodes is None else "hierarchical"
+        buf = epcomm.Buffer(
+            subgroup, transport=way, ranks_per_node=nodes, timeout=TIMEOUT_S, **arguments
+        )
         buffers.append(buf)
         trials[which] = [
-            Trial(buf, CASES[name], layout, fmt) for name in SOAK_CASES for layout in SOAK_LAYOUTS
+            Trial(buf, CASES[name], layout, fmt, ranks_per_node=nodes)
+            for name in SOAK_CASES
+            for layout in SOAK_LAYOUTS
         ]
     rng = np.random.default_rng(17)
     recvs: dict[tuple[int, int], Any] = {}

@@ -70,6 +70,8 @@ class Trial:
     layout: Layout
     fmt: Format
     device: str = "cpu"
+    # Ranks that a transport adds up before their sums leave the node; None: it adds up none.
+    ranks_per_node: int | None = None
 
     def __post_init__(self) -> None:
         self.rank, self.num_ranks = self.buf.rank, self.buf.num_ranks
@@ -196,8 +198,19 @@ class Trial:
         cross = None if quant is None else through_fp8
         dtype, idx = self.fmt.buffer_dtype, self.routing.topk_idx[self.rank]
         round_ = reference.ROUND[str(dtype).removeprefix("torch.")]
+        nodes = self.ranks_per_node
+        node = None if nodes is None else np.arange(self.num_ranks) // nodes
         expected = reference.combine(
-            outputs, self.received, idx, self.routing.owner, self.rank, round_, weights, bias, cross
+            outputs,
+            self.received,
+            idx,
+            self.routing.owner,
+            self.rank,
+            round_,
+            weights,
+            bias,
+            cross,
+            node,
         )
         if quant is not None:  # not exact; tests/test_quant_combine.py bounds the error
             return expected

@@ -46,7 +46,7 @@ LAYERS = (
         "csrc/core/*",
         (
             *("epcomm/*", "core/*", "transport/transport.h"),
-            *("kernels/token_layout.h", "kernels/quant.h"),
+            *("kernels/*_layout.h", "kernels/quant.h"),
         ),
         (*RUNTIME, *SYSTEM),
     ),

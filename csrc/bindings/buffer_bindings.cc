@@ -78,7 +78,20 @@ void bind_types(py::module_& m) {
       .def_readonly("cuda", &Caps::cuda)
       .def_property_readonly("fused_quants", [](const Caps& c) { return quants(c.fused_quants); })
       .def_property_readonly("combine_quants",
-                             [](const Caps& c) { return quants(c.combine_quants); });
+                             [](const Caps& c) { return quants(c.combine_quants); })
+      .def_readonly("link_counters", &Caps::link_counters)
+      .def_readonly("forwards", &Caps::forwards);
+  py::class_<LinkTraffic>(m, "LinkTraffic", py::module_local())
+      .def_readonly("rows", &LinkTraffic::rows)
+      .def_readonly("bytes", &LinkTraffic::bytes)
+      .def_readonly("meta_bytes", &LinkTraffic::meta_bytes);
+  py::class_<OperationTraffic>(m, "OperationTraffic", py::module_local())
+      .def_readonly("local", &OperationTraffic::local)
+      .def_readonly("node", &OperationTraffic::node)
+      .def_readonly("rail", &OperationTraffic::rail);
+  py::class_<LinkCounters>(m, "LinkCounters", py::module_local())
+      .def_readonly("dispatch", &LinkCounters::dispatch)
+      .def_readonly("combine", &LinkCounters::combine);
   py::class_<SendBlock>(m, "SendBlock", py::module_local())
       .def_readonly("bytes", &SendBlock::bytes)
       .def_readonly("rank_count", &SendBlock::rank_count)
@@ -170,6 +183,7 @@ BufferOptions make_options(const py::kwargs& kwargs) {
   o.config.max_tokens = kwargs["max_tokens"].cast<int32_t>();
   o.config.dtype = kwargs["dtype"].cast<Dtype>();
   o.expert_to_rank = kwargs["expert_to_rank"].cast<std::vector<int32_t>>();
+  o.ranks_per_node = kwargs["ranks_per_node"].cast<int32_t>();
   o.transport = kwargs["transport"].cast<std::string>();
   o.timeout_s = kwargs["timeout"].cast<double>();
   o.window_bytes = kwargs["window_bytes"].cast<size_t>();
@@ -233,6 +247,7 @@ void bind_buffer(py::module_& m) {
       .def("max_recv_rows", &Buffer::max_recv_rows)
       .def("send_block", &Buffer::send_block)
       .def("recv_meta_bytes", &Buffer::recv_meta_bytes)
+      .def("recv_block_bytes", &Buffer::recv_block_bytes)
       .def("allocate",
            [](Buffer& b, size_t bytes) -> std::optional<Allocation> {
              Allocation piece = b.allocate(bytes);
@@ -254,6 +269,8 @@ void bind_buffer(py::module_& m) {
            })
       .def("dispatch", &Buffer::dispatch, gil())
       .def("combine", &Buffer::combine, gil())
+      .def("link_counters", &Buffer::link_counters)
+      .def("reset_link_counters", &Buffer::reset_link_counters)
       .def("destroy", &Buffer::destroy, gil());
 }
 

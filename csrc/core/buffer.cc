@@ -14,6 +14,7 @@
 #include "core/expert_map.h"
 #include "core/plan_state.h"
 #include "epcomm/quant.h"
+#include "kernels/node_layout.h"
 #include "kernels/token_layout.h"
 #include "transport/transport.h"
 
@@ -27,7 +28,8 @@ namespace {
 // What ranks tell each other about their options; plain bytes of one size.
 struct Agreement {
   char transport[24];
-  int64_t num_experts, hidden, topk, max_tokens, dtype, expert_to_rank, window_bytes, timeout_ms;
+  int64_t num_experts, hidden, topk, max_tokens, dtype, expert_to_rank, ranks_per_node;
+  int64_t window_bytes, timeout_ms;
   char transport_options[256];
   char refusal[320];  // why this rank cannot take part; empty = it can
 };
@@ -51,6 +53,7 @@ constexpr AgreementField kAgreementFields[] = {
      }},
     {"expert_to_rank",
      [](const Agreement& a) { return "table #" + std::to_string(a.expert_to_rank); }},
+    {"ranks_per_node", [](const Agreement& a) { return std::to_string(a.ranks_per_node); }},
     {"window_bytes", [](const Agreement& a) { return std::to_string(a.window_bytes); }},
     {"timeout", [](const Agreement& a) { return std::to_string(a.timeout_ms) + " ms"; }},
 };
@@ -88,6 +91,8 @@ void check_options(const BufferOptions& o, int num_ranks) {
   EPCOMM_CHECK(int64_t{c.max_tokens} * num_ranks * kMaxTopk < INT32_MAX,
                expect("max_tokens", c.max_tokens,
                       "max_tokens * num_ranks * 32 below 2^31; dispatch in smaller batches"));
+  EPCOMM_CHECK(o.ranks_per_node >= 0, expect("ranks_per_node", o.ranks_per_node,
+                                             "at least 1, or 0 for all ranks in one node"));
   EPCOMM_CHECK(o.timeout_s > 0 && o.timeout_s < 1e6, "timeout is " + std::to_string(o.timeout_s) +
                                                          " s; expected more than 0, less than 1e6");
 }
@@ -126,7 +131,9 @@ struct Buffer::State {
   Caps caps;
 
   Dims dims(int topk) const {
-    return {num_ranks, options.config.num_experts, experts.local_experts(rank), topk, caps.cuda};
+    const NodeMap nodes{num_ranks, options.ranks_per_node};
+    return {num_ranks, options.config.num_experts,           experts.local_experts(rank), topk,
+            caps.cuda, caps.forwards ? nodes.num_nodes() : 0};
   }
   // Most rows that a rank with so many experts can receive in one call.
   int64_t max_recv_rows(const RouteArgs& args, int64_t local_experts) const {
@@ -198,6 +205,7 @@ void agree(Bootstrap& bootstrap, const BufferOptions& options, const std::vector
   mine.max_tokens = c.max_tokens;
   mine.dtype = static_cast<int64_t>(c.dtype);
   mine.expert_to_rank = table_hash(owners);
+  mine.ranks_per_node = options.ranks_per_node;
   mine.window_bytes = static_cast<int64_t>(options.window_bytes);
   mine.timeout_ms = static_cast<int64_t>(options.timeout_s * 1e3);
   std::vector<Agreement> all(static_cast<size_t>(bootstrap.size()));
@@ -282,6 +290,10 @@ PlanView Buffer::view_send_block(void* block, int num_tokens, int topk) const {
 
 size_t Buffer::recv_meta_bytes(int topk, int num_recv) const {
   return MetaLayout(topk).record_bytes * static_cast<size_t>(num_recv);
+}
+
+size_t Buffer::recv_block_bytes(const Plan& plan, int num_recv) const {
+  return recv_meta_bytes(plan.topk, num_recv) + state_->usable(plan).forward_bytes(plan);
 }
 
 int64_t Buffer::max_recv_tokens() const { return int64_t{num_ranks()} * config().max_tokens; }
@@ -406,6 +418,20 @@ void Buffer::combine(const Plan& plan, const CombineArgs& args) {
   EPCOMM_CHECK(plan.attached, "plan was routed but never dispatched; dispatch with it first");
   transport.combine(plan, args);
 }
+
+namespace {
+
+LinkCounters& counters_of(Transport& transport, const std::string& name) {
+  LinkCounters* counters = transport.link_counters();
+  EPCOMM_CHECK(counters != nullptr, "link counters are not offered by the " + name +
+                                        " transport; cpu and hierarchical count");
+  return *counters;
+}
+
+}  // namespace
+
+LinkCounters Buffer::link_counters() const { return counters_of(state_->usable(), transport()); }
+void Buffer::reset_link_counters() { counters_of(state_->usable(), transport()) = {}; }
 
 void Buffer::destroy() {
   if (::getpid() == state_->pid) state_->transport.reset();

@@ -27,7 +27,8 @@ struct Dims {
   int32_t num_experts = 0;
   int32_t local_experts = 0;
   int32_t topk = 0;
-  bool device = false;  ///< plans also hold what kernels on a GPU need
+  bool device = false;    ///< plans also hold what kernels on a GPU need
+  int32_t num_nodes = 0;  ///< plans also hold what forwarding needs; 0 = nothing is forwarded
 };
 
 constexpr int kMaxChunks = 8;  ///< pieces that a batch is sent in
@@ -59,7 +60,8 @@ struct AnnounceLayout {
 /// Send block of a plan: offsets of the arrays of PlanView that route fills.
 struct PlanSendLayout {
   size_t topk_idx, row, slot, rank_count, expert_count, expert_offset, tokens_per_expert, num_recv;
-  size_t announced, first_row;  ///< empty unless Dims::device
+  size_t announced, first_row;   ///< empty unless Dims::device
+  size_t node_slot, node_count;  ///< empty unless Dims::num_nodes
   size_t bytes;
 
   EPCOMM_HOST_DEVICE PlanSendLayout(const Dims& d, int64_t num_tokens) {
@@ -80,6 +82,8 @@ struct PlanSendLayout {
     announced = take(
         d.device ? int64_t{d.num_ranks} * AnnounceLayout{d.num_ranks, d.num_experts}.words() : 0);
     first_row = take(d.device ? num_tokens * d.num_ranks : 0);
+    node_slot = take(num_tokens * d.num_nodes);
+    node_count = take(int64_t{d.num_ranks} * d.num_nodes);
     bytes = at;
   }
 };
@@ -99,6 +103,8 @@ inline void set_send_block(PlanView& view, void* block, const PlanSendLayout& la
   view.num_recv = at(layout.num_recv);
   view.announced = at(layout.announced);
   view.first_row = at(layout.first_row);
+  view.node_slot = at(layout.node_slot);
+  view.node_count = at(layout.node_count);
 }
 
 /// Metadata of one received token, written by its source rank. A plan's receive block is an array
@@ -132,21 +138,23 @@ struct MetaLayout {
 /// Control area at the start of every rank's window, on transports whose peers store into it: a
 /// header, then one inbox per source rank, then the memory that allocate() hands out. An inbox is
 /// the signals of its source, then two entries (what the source announces when it enters a call;
-/// alternating by the parity of the epoch), each followed by the counts that routing announces.
+/// alternating by the parity of the epoch), each followed by the counts that routing announces:
+/// int32 tokens to each rank, to each expert, to each node (where rows are forwarded).
 struct ControlLayout {
   static constexpr size_t kHeaderBytes = 128;
   static constexpr size_t kSignalBytes = 128;
   static constexpr size_t kEntryBytes = 128;
 
+  size_t num_counts;
   size_t entry_bytes;  ///< one entry with its counts
   size_t inbox_bytes;
   size_t arena;  ///< offset of allocatable memory in the window
 
   EPCOMM_HOST_DEVICE explicit ControlLayout(const Dims& d) {
     const AnnounceLayout announcement{d.num_ranks, d.num_experts};
-    const size_t counts = d.device ? static_cast<size_t>(announcement.words())
-                                   : static_cast<size_t>(d.num_ranks + d.num_experts);
-    entry_bytes = align_up(kEntryBytes + counts * sizeof(int32_t), kBlockAlignment);
+    num_counts = d.device ? static_cast<size_t>(announcement.words())
+                          : static_cast<size_t>(d.num_ranks + d.num_experts + d.num_nodes);
+    entry_bytes = align_up(kEntryBytes + num_counts * sizeof(int32_t), kBlockAlignment);
     inbox_bytes = kSignalBytes + 2 * entry_bytes;
     arena = align_up(kHeaderBytes + inbox_bytes * static_cast<size_t>(d.num_ranks), 4096);
   }
@@ -157,8 +165,7 @@ struct ControlLayout {
   EPCOMM_HOST_DEVICE size_t entry(int source, uint64_t epoch) const {
     return inbox(source) + kSignalBytes + (epoch & 1) * entry_bytes;
   }
-  /// int32 [num_ranks + num_experts]: tokens that source sends to each rank, to each expert; on a
-  /// GPU the whole announcement (AnnounceLayout).
+  /// int32 [num_counts]; on a GPU the whole announcement (AnnounceLayout).
   EPCOMM_HOST_DEVICE size_t counts(int source, uint64_t epoch) const {
     return entry(source, epoch) + kEntryBytes;
   }

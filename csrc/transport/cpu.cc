@@ -15,13 +15,13 @@ namespace {
 
 class CpuTransport final : public HostTransport {
  public:
-  using HostTransport::HostTransport;
+  explicit CpuTransport(const TransportContext& context) : HostTransport(context, false) {}
   void dispatch(const Plan& plan, const DispatchArgs& args) override;
   void combine(const Plan& plan, const CombineArgs& args) override;
 
  private:
-  void send_rows(const Plan& plan, const DispatchArgs& args, int peer) const;
-  void send_partials(const Plan& plan, const CombineArgs& args, int peer) const;
+  void send_rows(const Plan& plan, const DispatchArgs& args, int peer);
+  void send_partials(const Plan& plan, const CombineArgs& args, int peer);
   void sum_partials(const Plan& plan, const CombineArgs& args, const char* partials) const;
 };
 
@@ -38,7 +38,7 @@ void CpuTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
   place_received(plan, args);
 }
 
-void CpuTransport::send_rows(const Plan& plan, const DispatchArgs& args, int peer) const {
+void CpuTransport::send_rows(const Plan& plan, const DispatchArgs& args, int peer) {
   for (int64_t t = 0; t < plan.num_tokens; ++t) {
     const int32_t n = plan.view.slot[t * num_ranks_ + peer];
     if (n >= 0) deliver(plan, args, own_token(plan, args, t), peer, n);
@@ -73,7 +73,7 @@ void CpuTransport::combine(const Plan& plan, const CombineArgs& args) {
 }
 
 // One row per (token, this rank) to the token's owner: the sum over this rank's rows for it.
-void CpuTransport::send_partials(const Plan& plan, const CombineArgs& args, int peer) const {
+void CpuTransport::send_partials(const Plan& plan, const CombineArgs& args, int peer) {
   const Entry& there = channel_.entry(peer);
   const MetaLayout meta(plan.topk);
   const float* weights = args.topk_weights == nullptr
@@ -87,6 +87,11 @@ void CpuTransport::send_partials(const Plan& plan, const CombineArgs& args, int 
     const int64_t token = *meta.token(plan.view.recv_meta, n);
     write_partial(plan, args, n, weights == nullptr ? nullptr : weights + token * plan.topk, out);
   }
+  const auto rows = static_cast<uint64_t>(end - begin);
+  LinkTraffic& link = link_to(counters_.combine, peer);
+  link.rows += rows;
+  link.bytes += rows * partial_row_bytes(args);
+  if (weights != nullptr) link.meta_bytes += rows * static_cast<uint64_t>(plan.topk) * 4;
 }
 
 void CpuTransport::sum_partials(const Plan& plan, const CombineArgs& args,

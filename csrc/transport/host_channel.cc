@@ -16,9 +16,8 @@ namespace epcomm {
 
 // Written by one source rank only; lies in the window of the rank that reads it.
 struct HostChannel::Inbox {
-  std::atomic<uint64_t> entered;      // epoch of the newest entry
-  std::atomic<uint64_t> done;         // epoch up to which all rows are written
-  std::atomic<uint64_t> fault_epoch;  // not 0: the source gave up on fault_rank
+  std::atomic<uint64_t> stage[kNumStages];  // Chunks::signal of the newest
+  std::atomic<uint64_t> fault_epoch;        // not 0: the source gave up on fault_rank
   std::atomic<int32_t> fault_rank;
   std::atomic<int32_t> fault_operation;
 };
@@ -86,7 +85,6 @@ HostChannel::HostChannel(Bootstrap& bootstrap, Window& window, const Dims& dims,
       layout_(dims),
       rank_(bootstrap.rank()),
       num_ranks_(bootstrap.size()),
-      num_counts_(dims.num_ranks + dims.num_experts),
       timeout_s_(timeout_s) {
   static_assert(sizeof(Inbox) <= ControlLayout::kSignalBytes);
   static_assert(sizeof(Header) <= ControlLayout::kHeaderBytes);
@@ -122,12 +120,10 @@ void HostChannel::enter_all(const Entry& entry, const int32_t* counts) {
     std::memcpy(window + layout_.entry(rank_, epoch_), &entry, sizeof entry);
     if (counts != nullptr)
       std::memcpy(window + layout_.counts(rank_, epoch_), counts,
-                  static_cast<size_t>(num_counts_) * sizeof(int32_t));
-    // Release: covers the entry and the counts; paired with the acquire in missing().
-    inbox(peer, rank_).entered.store(epoch_, std::memory_order_release);
-    ring(peer);
+                  layout_.num_counts * sizeof(int32_t));
+    signal(peer, Stage::kEntered);
   }
-  wait_all(&Inbox::entered);
+  wait_all(Stage::kEntered);
 
   for (int f = 0; f < kCallFields; ++f) {
     const auto field = static_cast<CallField>(f);
@@ -142,36 +138,43 @@ void HostChannel::enter_all(const Entry& entry, const int32_t* counts) {
   }
 }
 
-void HostChannel::signal_done(int peer) {
+void HostChannel::signal(int peer, Stage stage, int32_t chunks) {
   show_up();
-  // Release: covers all rows written for peer in this call; paired with the acquire in missing().
-  inbox(peer, rank_).done.store(epoch_, std::memory_order_release);
+  // Release: covers all that was written for peer up to here; paired with the acquire in reached().
+  inbox(peer, rank_)
+      .stage[static_cast<int>(stage)]
+      .store(Chunks::signal(epoch_, chunks), std::memory_order_release);
   ring(peer);
 }
 
-void HostChannel::wait_all_done() { wait_all(&Inbox::done); }
+bool HostChannel::reached(int source, Stage stage, int32_t chunks) const {
+  return inbox(rank_, source).stage[static_cast<int>(stage)].load(std::memory_order_acquire) >=
+         Chunks::signal(epoch_, chunks);
+}
 
 void HostChannel::ring(int peer) {
   Header& h = header(peer);
-  // Sequentially consistent, as in wait_all(): either the waiter sees the new count or we see the
+  // Sequentially consistent, as in wait_until(): either the waiter sees the new count or we see the
   // waiter.
   h.doorbell.fetch_add(1, std::memory_order_seq_cst);
   if (h.waiters.load(std::memory_order_seq_cst) != 0) futex_wake_all(h.doorbell);
 }
 
-// The first rank, counted from this one, that has not signalled; -1 if all have.
-int HostChannel::missing(std::atomic<uint64_t> Inbox::* word) const {
-  for (int i = 0; i < num_ranks_; ++i) {
-    const int peer = (rank_ + i) % num_ranks_;
-    if ((inbox(rank_, peer).*word).load(std::memory_order_acquire) < epoch_) return peer;
-  }
-  return -1;
+void HostChannel::wait_all(Stage stage) {
+  wait_until(
+      [this, stage] {
+        for (int r = 0; r < num_ranks_; ++r)
+          if (!reached(r, stage)) return false;
+        return true;
+      },
+      stage);
 }
 
-void HostChannel::wait_all(std::atomic<uint64_t> Inbox::* word) {
+// last: what every rank signals to every other when it can no longer hold up this wait.
+void HostChannel::wait_until(const std::function<bool()>& ready, Stage last) {
   // A few turns without sleeping: often the signal is there, or its sender only needs this core.
   for (int spin = 0; spin < 4; ++spin) {
-    if (missing(word) < 0) return;
+    if (ready()) return;
     ::sched_yield();
   }
   const Deadline deadline(timeout_s_);
@@ -180,18 +183,17 @@ void HostChannel::wait_all(std::atomic<uint64_t> Inbox::* word) {
     show_up();
     own.waiters.fetch_add(1, std::memory_order_seq_cst);
     const uint32_t rung = own.doorbell.load(std::memory_order_seq_cst);
-    int late = missing(word);
-    if (late >= 0) futex_wait(own.doorbell, rung, deadline.left_ms(kSliceMs));
+    const bool there = ready();
+    if (!there) futex_wait(own.doorbell, rung, deadline.left_ms(kSliceMs));
     own.waiters.fetch_sub(1, std::memory_order_relaxed);
-    if (late < 0 || (late = missing(word)) < 0) return;
+    if (there || ready()) return;
     check_faults();
     for (int peer = 0; peer < num_ranks_; ++peer) {
       // Dead first, then silent: it may have signalled as its last act.
-      if (!window_.alive(peer) &&
-          (inbox(rank_, peer).*word).load(std::memory_order_acquire) < epoch_)
+      if (!window_.alive(peer) && !reached(peer, last))
         give_up(peer, "its process ended or its Buffer was destroyed");
     }
-    if (deadline.passed()) give_up(longest_unseen(word), "it did not answer within the timeout");
+    if (deadline.passed()) give_up(longest_unseen(last), "it did not answer within the timeout");
   }
 }
 
@@ -200,14 +202,14 @@ void HostChannel::show_up() {
   header(rank_).seen_ns.store(monotonic_ns(), std::memory_order_relaxed);
 }
 
-// A rank may be missing only because it waits for the one that holds all up. Whoever waits shows up
-// every slice, so the culprit is the one not seen for longest. It is among the missing ranks: it
-// has not signalled all ranks of its step, hence nobody of a later one.
-int HostChannel::longest_unseen(std::atomic<uint64_t> Inbox::* word) const {
+// A rank may be late only because it waits for the one that holds all up. Whoever waits shows up
+// every slice, so the culprit is the one not seen for longest. It is among the ranks that have not
+// signalled `last`: it has not signalled all ranks of its step, hence nobody of a later one.
+int HostChannel::longest_unseen(Stage last) const {
   int longest = -1;
   int64_t oldest = 0;
   for (int peer = 0; peer < num_ranks_; ++peer) {
-    if ((inbox(rank_, peer).*word).load(std::memory_order_acquire) >= epoch_) continue;
+    if (peer == rank_ || reached(peer, last)) continue;
     const int64_t seen = header(peer).seen_ns.load(std::memory_order_relaxed);
     if (longest >= 0 && seen >= oldest) continue;
     longest = peer;

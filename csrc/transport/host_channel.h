@@ -2,22 +2,25 @@
 //
 // Every collective call has an epoch, counted alike on all ranks. A rank *enters* a call by writing
 // an Entry (what it is about to do and where its results shall land) and its counts into its inbox
-// in every window, then it signals; it is *done* with a peer when all rows for it are written.
+// in every window, then it signals; it is *done* with a peer when it has written all that the peer
+// waits for. Between the two, transports that move rows in stages signal each chunk of a stage.
 //
-// Memory order: enter_all() and signal_done() store the epoch with release after the plain stores
-// that it covers; missing() loads it with acquire before the plain loads. Entries alternate between
+// Memory order: signal() stores with release after the plain stores that it covers; reached() loads
+// with acquire before the plain loads. Entries alternate between
 // two slots: a source can be at most one call ahead, because it cannot finish call e + 1 before
 // this rank has entered e + 1, and this rank enters e + 1 only after it has read everything of e.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "epcomm/bootstrap.h"
 #include "epcomm/error.h"
 #include "epcomm/types.h"
 #include "epcomm/window.h"
+#include "kernels/node_layout.h"
 #include "kernels/token_layout.h"
 
 namespace epcomm {
@@ -44,11 +47,23 @@ struct Entry {
   uint64_t scales = 0;   ///< dispatch: recv_scales
   uint64_t meta = 0;     ///< dispatch: recv_meta
   uint64_t weights = 0;  ///< combine: topk_weights of this rank's tokens
+  uint64_t forward = 0;  ///< dispatch: rows that wait to be forwarded
   uint64_t full = 0;     ///< 1 = no room: needed_bytes and free_bytes say why
   uint64_t needed_bytes = 0;
   uint64_t free_bytes = 0;
 };
 static_assert(sizeof(Entry) <= ControlLayout::kEntryBytes);
+
+/// What a rank tells a peer of its progress in a call: how many chunks of a stage it has written.
+enum class Stage {
+  kEntered,   ///< 0 chunks: the entry is there
+  kDone,      ///< 0 chunks: nothing more comes from this rank
+  kRailOut,   ///< rows for the ranks of a node, to the rank that forwards them
+  kNodeOut,   ///< what was forwarded, inside the node
+  kNodeBack,  ///< rows to be added up, inside the node
+  kRailBack,  ///< sums, to the source of the tokens
+};
+constexpr int kNumStages = 6;
 
 class HostChannel {
  public:
@@ -64,10 +79,17 @@ class HostChannel {
   /// What peer announced for this call.
   const Entry& entry(int peer) const;
   const int32_t* counts(int peer) const;
-  /// Tells peer that all its rows of this call are written.
-  void signal_done(int peer);
-  /// Returns when every peer has written all rows for this rank.
-  void wait_all_done();
+  /// Tells peer that so many chunks of a stage of this call are written.
+  void signal(int peer, Stage stage, int32_t chunks = 0);
+  /// True once source has told so.
+  bool reached(int source, Stage stage, int32_t chunks = 0) const;
+  /// Returns when ready() holds. Every rank must signal kDone to every other in the end: who has
+  /// not holds the wait up.
+  void wait_until(const std::function<bool()>& ready) { wait_until(ready, Stage::kDone); }
+  /// Tells peer that nothing more comes from this rank in this call.
+  void signal_done(int peer) { signal(peer, Stage::kDone); }
+  /// Returns when every peer has told so.
+  void wait_all_done() { wait_all(Stage::kDone); }
 
  private:
   struct Inbox;
@@ -75,16 +97,16 @@ class HostChannel {
   Inbox& inbox(int owner, int source) const;
   Header& header(int owner) const;
   void ring(int peer);
-  int missing(std::atomic<uint64_t> Inbox::* word) const;
-  void wait_all(std::atomic<uint64_t> Inbox::* word);
+  void wait_until(const std::function<bool()>& ready, Stage last);
+  void wait_all(Stage stage);
   void show_up();
-  int longest_unseen(std::atomic<uint64_t> Inbox::* word) const;
+  int longest_unseen(Stage last) const;
   void check_faults();
   [[noreturn]] void give_up(int peer, const char* why);
 
   Window& window_;
   ControlLayout layout_;
-  int rank_, num_ranks_, num_counts_;
+  int rank_, num_ranks_;
   double timeout_s_;
   Operation operation_ = Operation::kInit;
   uint64_t epoch_ = 0;

@@ -28,18 +28,25 @@ int first_naming(const int32_t* topk_idx, int k) {
 }  // namespace
 
 std::vector<int32_t> HostRouting::count(const RouteArgs& args) const {
-  std::vector<int32_t> counts(static_cast<size_t>(num_ranks_ + experts_.num_experts()), 0);
+  std::vector<int32_t> counts(static_cast<size_t>(num_ranks_ + experts_.num_experts() + num_nodes_),
+                              0);
   int32_t* per_rank = counts.data();
   int32_t* per_expert = per_rank + num_ranks_;
+  int32_t* per_node = per_expert + experts_.num_experts();
   for (int t = 0; t < args.num_tokens; ++t) {
     const int32_t* idx = args.plan.topk_idx + int64_t{t} * args.topk;
     int32_t* slot = args.plan.slot + int64_t{t} * num_ranks_;
+    int32_t* node_slot = args.plan.node_slot + int64_t{t} * num_nodes_;
     std::fill_n(slot, num_ranks_, -1);
+    std::fill_n(node_slot, num_nodes_, -1);
     for (int k = 0; k < args.topk; ++k) {
       if (idx[k] < 0 || first_naming(idx, k) < k) continue;
       const int owner = experts_.rank(idx[k]);
       if (slot[owner] < 0) slot[owner] = per_rank[owner]++;
       ++per_expert[idx[k]];
+      if (num_nodes_ == 0) continue;
+      const int node = map_.node(owner);
+      if (node_slot[node] < 0) node_slot[node] = per_node[node]++;
     }
   }
   return counts;

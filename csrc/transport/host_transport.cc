@@ -52,19 +52,30 @@ Entry entry_of_plan(Operation operation, const Plan& plan) {
 
 }  // namespace
 
-HostTransport::HostTransport(const TransportContext& context)
+HostTransport::HostTransport(const TransportContext& context, bool forwarding)
     : experts_(context.experts),
       config_(context.options.config),
       rank_(context.bootstrap.rank()),
       num_ranks_(context.bootstrap.size()),
-      dims_{num_ranks_, config_.num_experts, experts_.local_experts(rank_), config_.topk, false},
-      routing_(experts_, rank_, config_.max_tokens),
+      map_{num_ranks_, context.options.ranks_per_node},
+      dims_{num_ranks_,
+            config_.num_experts,
+            experts_.local_experts(rank_),
+            config_.topk,
+            false,
+            forwarding ? map_.num_nodes() : 0},
+      routing_(experts_, map_, forwarding, rank_, config_.max_tokens),
       window_(make_host_window(context.bootstrap, ControlLayout(dims_).arena + arena_bytes(context),
                                context.options.timeout_s)),
       arena_(*window_, ControlLayout(dims_).arena),
+      node_link_(*window_, forwarding ? map_ : NodeMap{num_ranks_}, rank_),
+      rail_link_(*window_, map_, rank_),
       channel_(context.bootstrap, *window_, dims_, context.options.timeout_s) {
   caps_.token_layout = caps_.expert_layout = caps_.padded_layout = true;
   caps_.symmetric_outputs = true;
+  caps_.link_counters = true;
+  caps_.forwards = forwarding;
+  if (forwarding) return;  // rows are quantised before they are sent
   caps_.fused_quants =
       Caps::bit(Quant::kFp8) | Caps::bit(Quant::kFp8Ue8m0) | Caps::bit(Quant::kNvfp4);
   caps_.combine_quants = Caps::bit(Quant::kFp8);
@@ -88,6 +99,8 @@ RouteResult HostTransport::route(const RouteArgs& args) {
     std::copy_n(theirs, num_ranks_, args.plan.rank_count + int64_t{s} * num_ranks_);
     std::copy_n(theirs + num_ranks_, config_.num_experts,
                 args.plan.expert_count + int64_t{s} * config_.num_experts);
+    std::copy_n(theirs + num_ranks_ + config_.num_experts, dims_.num_nodes,
+                args.plan.node_count + int64_t{s} * dims_.num_nodes);
   }
   routing_.place(args);
 
@@ -120,7 +133,8 @@ void HostTransport::check_outputs(const Plan& plan, const DispatchArgs& args) co
       inside(args.recv_x, rows * args.row_bytes) &&
           inside(args.recv_scales, rows * args.scale_bytes) &&
           inside(plan.view.recv_meta,
-                 tokens * static_cast<int64_t>(MetaLayout(plan.topk).record_bytes)),
+                 tokens * static_cast<int64_t>(MetaLayout(plan.topk).record_bytes) +
+                     static_cast<int64_t>(forward_bytes(plan))),
       "recv_x, recv_scales and recv_meta must lie in memory from Buffer::allocate and hold "
       "what the plan receives");
 }
@@ -182,7 +196,7 @@ TokenRow HostTransport::own_token(const Plan& plan, const DispatchArgs& args, in
 }
 
 void HostTransport::deliver(const Plan& plan, const DispatchArgs& args, const TokenRow& token,
-                            int peer, int64_t n) const {
+                            int peer, int64_t n) {
   const Entry& there = channel_.entry(peer);
   const MetaLayout meta(plan.topk);
   char* records = at(peer, there.meta);
@@ -206,6 +220,10 @@ void HostTransport::deliver(const Plan& plan, const DispatchArgs& args, const To
     copy_row(at(peer, there.rows), first, token.x, 0, args.row_bytes);
     copy_row(at(peer, there.scales), first, token.scales, 0, args.scale_bytes);
   }
+  LinkTraffic& link = link_to(counters_.dispatch, peer);
+  ++link.rows;
+  link.bytes += static_cast<uint64_t>(args.row_bytes + args.scale_bytes);
+  link.meta_bytes += meta.record_bytes;
 }
 
 void HostTransport::place_received(const Plan& plan, const DispatchArgs& args) const {

@@ -14,6 +14,7 @@
 #include "epcomm/window.h"
 #include "kernels/token_layout.h"
 #include "transport/host_channel.h"
+#include "transport/host_link.h"
 #include "transport/host_routing.h"
 #include "transport/transport.h"
 
@@ -31,8 +32,10 @@ struct TokenRow {
 
 class HostTransport : public Transport {
  public:
-  explicit HostTransport(const TransportContext& context);
+  /// forwarding: ranks reach the windows of their own node, others by the rail. Else all of them.
+  HostTransport(const TransportContext& context, bool forwarding);
 
+  LinkCounters* link_counters() final { return &counters_; }
   const Caps& caps() const final { return caps_; }
   RouteResult route(const RouteArgs& args) final;
   Allocation allocate(size_t bytes) final { return arena_.allocate(bytes); }
@@ -50,7 +53,7 @@ class HostTransport : public Transport {
   TokenRow own_token(const Plan& plan, const DispatchArgs& args, int64_t t) const;
   /// Writes a token's record and row to peer, as the n-th token that it receives.
   void deliver(const Plan& plan, const DispatchArgs& args, const TokenRow& token, int peer,
-               int64_t n) const;
+               int64_t n);
   /// What remains for the receiver: the tensors of expert ids and weights, and the copies of a
   /// token that several local experts want.
   void place_received(const Plan& plan, const DispatchArgs& args) const;
@@ -73,10 +76,14 @@ class HostTransport : public Transport {
   int32_t partial_base(const PlanView& view, int source, int contributor) const {
     return epcomm::partial_base(view, num_ranks_, source, contributor);
   }
-  char* at(int rank, uint64_t offset) const { return window_->peer(rank) + offset; }
+  char* at(int rank, uint64_t offset) const { return node_link_.at(rank, offset); }
   uint64_t offset_of(const void* p) const {
-    return p == nullptr ? 0
-                        : static_cast<uint64_t>(static_cast<const char*>(p) - window_->peer(rank_));
+    return p == nullptr ? 0 : static_cast<uint64_t>(static_cast<const char*>(p) - at(rank_, 0));
+  }
+  /// Counter of what goes to peer.
+  LinkTraffic& link_to(OperationTraffic& traffic, int peer) const {
+    if (peer == rank_) return traffic.local;
+    return map_.same_node(rank_, peer) ? traffic.node : traffic.rail;
   }
 
  private:
@@ -88,14 +95,18 @@ class HostTransport : public Transport {
 
  protected:
   int rank_, num_ranks_;
+  NodeMap map_;
 
  private:
   Dims dims_;
   HostRouting routing_;
   std::unique_ptr<Window> window_;
   WindowArena arena_;
+  NodeLink node_link_;
 
  protected:
+  RailLink rail_link_;
+  LinkCounters counters_;
   HostChannel channel_;
 };
 

@@ -32,6 +32,10 @@ class Transport {
   virtual void combine(const Plan& plan, const CombineArgs& args) = 0;
   /// Throws what an earlier call could not report when it was made.
   virtual void check() {}
+  /// Counted here, for caps().link_counters; null where nothing is counted.
+  virtual LinkCounters* link_counters() { return nullptr; }
+  /// Bytes that forwarding adds to a plan's receive block.
+  virtual size_t forward_bytes(const Plan&) const { return 0; }
   /// Symmetric memory, for caps().symmetric_outputs; others never get these calls.
   virtual Allocation allocate(size_t bytes) = 0;
   virtual size_t free_bytes() const = 0;

@@ -74,8 +74,11 @@ class Buffer {
   SendBlock send_block(int num_tokens, int topk) const;
   /// A view over a send block, for RouteArgs::plan.
   PlanView view_send_block(void* block, int num_tokens, int topk) const;
-  /// Bytes of PlanView::recv_meta for num_recv tokens; from allocate() if caps().symmetric_outputs.
+  /// Bytes of the records of num_recv received tokens, with which a receive block begins.
   size_t recv_meta_bytes(int topk, int num_recv) const;
+  /// Bytes of the plan's receive block (PlanView::recv_meta) with room for num_recv tokens; from
+  /// allocate() if caps().symmetric_outputs.
+  size_t recv_block_bytes(const Plan& plan, int num_recv) const;
   /// Most tokens, and most rows in the layout, that this rank can receive in one call.
   int64_t max_recv_tokens() const;
   int64_t max_recv_rows(Layout layout, int topk, int expert_alignment) const;
@@ -95,8 +98,15 @@ class Buffer {
   /// Collective. y[t] = (sum over ranks r, ascending, of round(partial)) + bias[t], in fp32,
   /// rounded once to dtype. partial is the sum over the distinct rows of rank r that carry token t;
   /// with topk_weights, the sum over k, ascending, of topk_weights[t, k] * (the row that carries
-  /// (t, k)). With by_token the partial of a token is its row of x.
+  /// (t, k)). With by_token the partial of a token is its row of x. A transport that forwards
+  /// (caps().forwards) adds the ranks of a node first:
+  /// y[t] = (sum over nodes, ascending, of round(sum over ranks r of the node, ascending, of
+  /// round(partial))) + bias[t].
   void combine(const Plan& plan, const CombineArgs& args);
+
+  /// What this rank has sent. Throws InvalidArgument unless caps().link_counters.
+  LinkCounters link_counters() const;
+  void reset_link_counters();
 
   /// Local, not collective. Later calls throw BufferUnusable. Allocations stay readable.
   void destroy();

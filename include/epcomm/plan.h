@@ -21,7 +21,7 @@ struct Plan {
   PlanView view;
   RouteResult result;
 
-  /// The same plan with its receive block: num_recv tokens' records (Buffer::recv_meta_bytes),
+  /// The same plan with its receive block: num_recv tokens' records (Buffer::recv_block_bytes),
   /// which may be null where that is 0.
   Plan with_recv_block(void* recv_meta) const {
     Plan plan = *this;

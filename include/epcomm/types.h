@@ -112,6 +112,9 @@ struct BufferOptions {
   /// Owner of each expert; empty = contiguous split, ceil(num_experts / num_ranks) each, the tail
   /// shorter.
   std::vector<int32_t> expert_to_rank;
+  /// Ranks [0, n) form node 0, [n, 2n) node 1, ...; 0 = all ranks are one node. NodeMap in
+  /// csrc/kernels/node_layout.h says what follows from it.
+  int32_t ranks_per_node = 0;
   std::string transport = "cpu";
   double timeout_s = 30.0;  ///< every wait for a peer gives up after this
   size_t window_bytes = 0;  ///< memory for what calls return; 0 = sized from config
@@ -129,6 +132,8 @@ struct Caps {
   bool cuda = false;               ///< tensors are on the GPU (else on the CPU)
   uint32_t fused_quants = 0;       ///< Caps::bit(q): dispatch can quantise rows on the way
   uint32_t combine_quants = 0;     ///< Caps::bit(q): combine can send partial rows as q
+  bool link_counters = false;      ///< Buffer::link_counters() is offered
+  bool forwards = false;           ///< rows reach a node once and are forwarded inside it
 
   static constexpr uint32_t bit(Quant quant) { return 1u << static_cast<int32_t>(quant); }
 
@@ -137,6 +142,24 @@ struct Caps {
            (layout == Layout::kExpert && expert_layout) ||
            (layout == Layout::kPadded && padded_layout);
   }
+};
+
+/// What went over one kind of link, counted where it was sent.
+struct LinkTraffic {
+  uint64_t rows = 0;        ///< token rows or sums of rows
+  uint64_t bytes = 0;       ///< of those rows, scales included
+  uint64_t meta_bytes = 0;  ///< what travels with them: routing records, weights
+};
+
+/// Rows that one operation moved from this rank to itself, inside its node, and to other nodes.
+struct OperationTraffic {
+  LinkTraffic local, node, rail;
+};
+
+/// Since the Buffer was made, or since they were last reset. Signals, and the counts and addresses
+/// that ranks announce when they enter a call, are not in them.
+struct LinkCounters {
+  OperationTraffic dispatch, combine;
 };
 
 /// Pointers into a plan's two memory blocks (see token_layout.h for sizes and offsets). R =
@@ -154,7 +177,11 @@ struct PlanView {
   int32_t* announced = nullptr;          ///< GPU only: [R, AnnounceLayout::words()], by rank
   int32_t* first_row = nullptr;          ///< GPU only: [T, R] first row at rank r that carries t,
                                          ///< -1 = not sent; unused in kToken, where it is slot
-  // The receive block, filled by dispatch: N records of MetaLayout, written by the source ranks.
+  // Only where rows are forwarded inside their node; M = num_nodes.
+  int32_t* node_slot = nullptr;   ///< [T, M] index among the tokens that this rank sends to a node
+  int32_t* node_count = nullptr;  ///< [R source, M] tokens
+  // The receive block, filled by dispatch: N records of MetaLayout, written by the source ranks;
+  // behind them, where this rank forwards rows, one record of ForwardLayout for each.
   void* recv_meta = nullptr;
 };
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .bootstrap import Bootstrap, TorchBootstrap
     from .buffer import Buffer
     from .events import Event
-    from .results import Combined, Plan, Recv
+    from .results import Combined, LinkCounters, LinkTraffic, OperationTraffic, Plan, Recv
 
 _LAZY = {
     "Bootstrap": "bootstrap",
@@ -30,6 +30,9 @@ _LAZY = {
     "Buffer": "buffer",
     "Combined": "results",
     "Event": "events",
+    "LinkCounters": "results",
+    "LinkTraffic": "results",
+    "OperationTraffic": "results",
     "Plan": "results",
     "Recv": "results",
 }
@@ -43,6 +46,9 @@ __all__ = [
     "Error",
     "Event",
     "Evicted",
+    "LinkCounters",
+    "LinkTraffic",
+    "OperationTraffic",
     "PeerLost",
     "Plan",
     "Recv",

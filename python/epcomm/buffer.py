@@ -19,7 +19,15 @@ from .bootstrap import TIMEOUT_S, Bootstrap, bootstrap_of, set_up_seconds
 from .checks import dtype_name
 from .errors import Error, WindowFull
 from .events import Event
-from .results import Combined, Plan, Recv, Rows
+from .results import (
+    Combined,
+    LinkCounters,
+    LinkTraffic,
+    OperationTraffic,
+    Plan,
+    Recv,
+    Rows,
+)
 from .slots import rows_of_slots
 from .streams import Call, CallOrder
 from .symmetric import tensors_of
@@ -41,18 +49,21 @@ class Buffer:
         topk: most experts per token, 1 to 32.
         max_tokens: most tokens that any rank dispatches in one call.
         dtype: widest element type of token rows: bfloat16, float16 or float32.
-        transport: "cpu" or "nccl", or "auto" to choose by the machine, alike on all ranks
-            (EPCOMM_TRANSPORT overrides "auto"). A GPU transport uses the device that is current
-            when the Buffer is made.
+        transport: "cpu", "hierarchical" or "nccl", or "auto" to choose by the machine, alike on all
+            ranks (EPCOMM_TRANSPORT overrides "auto"). "hierarchical" works on tensors of the CPU. A
+            GPU transport uses the device that is current when the Buffer is made.
         expert_to_rank: owner rank of each expert; None = a contiguous split of
             ceil(num_experts / num_ranks) experts a rank, the last ranks getting the shorter rest.
             Local ids follow ascending expert ids.
+        ranks_per_node: ranks [0, n) form node 0, [n, 2n) node 1, ...; the last node may be smaller.
+            Splits one machine into nodes (docs/hierarchical.md). None = all ranks are one node.
+            "hierarchical" moves rows by it, "cpu" only counts by it, the others ignore it.
         timeout: seconds that a wait for a peer may take before `PeerLost` (default 30).
         window_bytes: memory for the tensors that calls return. None = from the sizes above. The cpu
             transport takes memory from the machine only where it is touched; nccl returns memory
             of torch's allocator and ignores this.
         transport_options: choices of one transport, by name; nccl: "algorithm", "schedule" and
-            "chunks" (docs/nccl.md).
+            "chunks" (docs/nccl.md); hierarchical: "chunk_tokens" (docs/hierarchical.md).
         comm_stream: of asynchronous calls on a GPU; None = a stream of the Buffer's own.
 
     Attributes:
@@ -75,6 +86,7 @@ class Buffer:
         dtype: torch.dtype = torch.bfloat16,
         transport: str = "auto",
         expert_to_rank: Sequence[int] | None = None,
+        ranks_per_node: int | None = None,
         timeout: float | None = None,
         window_bytes: int | None = None,
         transport_options: Mapping[str, object] | None = None,
@@ -90,6 +102,8 @@ class Buffer:
                 timeout = env.number("EPCOMM_TIMEOUT", TIMEOUT_S)
             if window_bytes is None:
                 window_bytes = int(env.number("EPCOMM_WINDOW_BYTES", 0))
+            if ranks_per_node is None:
+                ranks_per_node = env.integer("EPCOMM_RANKS_PER_NODE")
             table = () if expert_to_rank is None else expert_to_rank
             options = {
                 "num_experts": checks.integer("num_experts", num_experts),
@@ -99,6 +113,11 @@ class Buffer:
                 "dtype": self._dtype(dtype),
                 "transport": transport,
                 "expert_to_rank": checks.integers("expert_to_rank", table),
+                "ranks_per_node": (
+                    0
+                    if ranks_per_node is None
+                    else checks.integer("ranks_per_node", ranks_per_node, 1)
+                ),
                 "timeout": checks.seconds("timeout", timeout),
                 "window_bytes": checks.integer("window_bytes", window_bytes, 0, 2**62),
                 "transport_options": {str(k): str(v) for k, v in (transport_options or {}).items()},
@@ -153,6 +172,30 @@ class Buffer:
         its event, and want to know whether its results are whole.
         """
         self._native.check_faults()
+
+    def link_counters(self, *, reset: bool = False) -> LinkCounters:
+        """Rows and bytes that this rank has sent, by operation and kind of link. Local.
+
+        Counted since the Buffer was made or the counters were last reset. Nodes are those of
+        `ranks_per_node`. Not counted: signals, and the counts and addresses (a few hundred bytes a
+        peer) that ranks announce when they enter a call. Offered by "cpu" and "hierarchical".
+
+        Args:
+            reset: start again from 0 after this.
+
+        Raises:
+            ValueError: the transport does not count (`buf.caps.link_counters` is False).
+            BufferUnusable: the Buffer was destroyed.
+        """
+        native = self._native.link_counters()
+        if reset:
+            self._native.reset_link_counters()
+
+        def traffic(operation: Any) -> OperationTraffic:
+            links = (operation.local, operation.node, operation.rail)
+            return OperationTraffic(*(LinkTraffic(i.rows, i.bytes, i.meta_bytes) for i in links))
+
+        return LinkCounters(traffic(native.dispatch), traffic(native.combine))
 
     def destroy(self) -> None:
         """Gives back windows and connections. Local; may be called twice.
@@ -316,6 +359,9 @@ class Buffer:
             with topk_weights: the sum over k, ascending, of topk_weights[t, k] * (the row that
             carries (t, k)). In layout "token" that is the one row of (t, r).
         A token that was sent nowhere gives 0 (+ bias).
+        The transport "hierarchical" adds up each node first: y[t] = round(sum over nodes,
+        ascending, of node[t], then + bias[t]), where node[t] = round(sum over ranks r of the node,
+        ascending, of partial[r, t]).
 
         Args:
             x: rows in the shape of `recv.x`, bfloat16, float16 or float32 (not wider than the
@@ -540,7 +586,7 @@ class Buffer:
         send_bytes = self._native.send_block(plan.num_tokens, plan.topk).bytes
         self._limits.tensor("send_block", send_block, (torch.uint8,), (send_bytes,))
         if recv_block is not None:
-            recv_bytes = self._native.recv_meta_bytes(plan.topk, plan.recv_capacity)
+            recv_bytes = self._native.recv_block_bytes(plan.native, plan.recv_capacity)
             self._limits.tensor("recv_block", recv_block, (torch.uint8,), (recv_bytes,))
         return plan
 
@@ -552,7 +598,7 @@ class Buffer:
         shapes = [(dtype, self._shape(plan, width)) for dtype, width in moved]
         wanted = dict(zip(("x", "scales"), shapes, strict=False))
         if plan.recv_block is None:
-            meta_bytes = self._native.recv_meta_bytes(plan.topk, plan.recv_capacity)
+            meta_bytes = self._native.recv_block_bytes(plan.native, plan.recv_capacity)
             wanted["meta"] = (torch.uint8, (meta_bytes,))
         by_token = plan.layout == "token"
         entries = (plan.recv_capacity, plan.topk) if by_token else self._shape(plan, 0)[:-1]

@@ -3,6 +3,7 @@
 EPCOMM_TRANSPORT: the transport that `transport="auto"` takes.
 EPCOMM_TIMEOUT: seconds that a wait for a peer may take, where `timeout=` is not given.
 EPCOMM_WINDOW_BYTES: bytes of a Buffer's window, where `window_bytes=` is not given.
+EPCOMM_RANKS_PER_NODE: ranks that form a node, where `ranks_per_node=` is not given.
 EPCOMM_MAX_TOKENS: tokens per rank that `epcomm.compat.deep_ep` makes room for at once, where the
     call does not say.
 EPCOMM_DEEP_EP: 1 = the plugins for vLLM and SGLang put `epcomm.compat.deep_ep` in the place of
@@ -20,6 +21,7 @@ _KNOWN = (
     "EPCOMM_TRANSPORT",
     "EPCOMM_TIMEOUT",
     "EPCOMM_WINDOW_BYTES",
+    "EPCOMM_RANKS_PER_NODE",
     "EPCOMM_MAX_TOKENS",
     "EPCOMM_DEEP_EP",
     "EPCOMM_CUDA",
@@ -62,3 +64,16 @@ def number(name: str, default: float) -> float:
         return float(value)
     except ValueError:
         raise ValueError(f"environment variable {name} is {value!r}; expected a number") from None
+
+
+def integer(name: str) -> int | None:
+    """Value of a variable that holds a whole number, None if unset or empty."""
+    value = text(name)
+    if value is None:
+        return None
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(
+            f"environment variable {name} is {value!r}; expected a whole number"
+        ) from None

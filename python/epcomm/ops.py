@@ -207,7 +207,12 @@ def _fake_dispatch(
             else buf._native.send_block(num_tokens, topk).bytes,
             dtype=torch.uint8,
         ),
-        x.new_empty(capacity * buf._native.recv_meta_bytes(topk, 1), dtype=torch.uint8),
+        x.new_empty(
+            unknown()  # how many rows a rank forwards depends on the ids of all ranks
+            if buf.caps.forwards
+            else capacity * buf._native.recv_meta_bytes(topk, 1),
+            dtype=torch.uint8,
+        ),
         x.new_empty(unknown() if host_sync else _STATE_WORDS, dtype=torch.int64, device="cpu"),
     )
 

@@ -114,3 +114,32 @@ class Combined(NamedTuple):
     y: torch.Tensor
     event: Event
     hook: Callable[[], None] | None
+
+
+class LinkTraffic(NamedTuple):
+    """What one rank sent over one kind of link, counted where it was sent.
+
+    Attributes:
+        rows: token rows (dispatch), rows of sums (combine).
+        bytes: of those rows, scales included.
+        meta_bytes: what travels with them: routing records, weights.
+    """
+
+    rows: int
+    bytes: int
+    meta_bytes: int
+
+
+class OperationTraffic(NamedTuple):
+    """`LinkTraffic` of one operation: to the rank itself, inside its node, to other nodes."""
+
+    local: LinkTraffic
+    node: LinkTraffic
+    rail: LinkTraffic
+
+
+class LinkCounters(NamedTuple):
+    """What `Buffer.link_counters` returns."""
+
+    dispatch: OperationTraffic
+    combine: OperationTraffic

@@ -8,9 +8,10 @@ from .results import Plan
 
 
 def _records(plan: Plan, record_bytes: int) -> torch.Tensor:
-    """int32 [recv_capacity, words]: the plan's receive block (MetaLayout in token_layout.h)."""
+    """int32 [recv_capacity, words]: what the plan's receive block begins with (MetaLayout in
+    token_layout.h). Records of rows that this rank forwards may follow."""
     assert plan.recv_block is not None
-    words = plan.recv_block.view(torch.int32)
+    words = plan.recv_block.view(torch.int32)[: plan.recv_capacity * (record_bytes // 4)]
     return words.view(plan.recv_capacity, record_bytes // 4)
 
 
@@ -49,7 +50,8 @@ def rows_and_tokens(plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
         elsewhere; int32 [recv_capacity] token). -1 in both from num_recv on.
     """
     assert plan.recv_block is not None
-    records = _records(plan, plan.recv_block.numel() // max(1, plan.recv_capacity))
+    # 3 * topk + 1 words, rounded up to 16 bytes; the block itself may be longer.
+    records = _records(plan, -(-(3 * plan.topk + 1) // 4) * 16)
     received = torch.arange(len(records), device=records.device) < plan.num_recv
     row, token = records[:, : plan.topk], records[:, 3 * plan.topk]
     return torch.where(received.unsqueeze(1), row, -1), torch.where(received, token, -1)

@@ -42,6 +42,8 @@ inline BufferOptions options_for(int num_experts, int hidden, int topk, int max_
                                  double timeout_s) {
   BufferOptions options;
   options.transport = tested_transport.name;
+  options.ranks_per_node = tested_transport.ranks_per_node;
+  options.transport_options = tested_transport.options;
   options.config = {num_experts, hidden, topk, max_tokens, Dtype::kFloat32};
   options.timeout_s = timeout_s;
   return options;
@@ -65,7 +67,7 @@ inline void route(Buffer& buffer, const Batch& batch, Layout layout, int alignme
 inline void dispatch(Buffer& buffer, const Batch& batch, Received& to) {
   const int received = to.plan.result.num_recv_tokens;
   const int row_bytes = batch.hidden * static_cast<int>(sizeof(float));
-  to.meta = buffer.allocate(buffer.recv_meta_bytes(batch.topk, received));
+  to.meta = buffer.allocate(buffer.recv_block_bytes(to.plan, received));
   to.rows = buffer.allocate(static_cast<size_t>(to.num_rows) * static_cast<size_t>(row_bytes));
   if (to.meta.data == nullptr || to.rows.data == nullptr)
     throw std::runtime_error("the test's window is full");

@@ -2,6 +2,7 @@
 // that the same tests serve transports whose calls return before they are done.
 #pragma once
 
+#include <map>
 #include <string>
 
 #include "epcomm/buffer.h"
@@ -10,6 +11,8 @@ namespace epcomm::testing {
 
 struct TestedTransport {
   std::string name = "cpu";
+  int ranks_per_node = 0;
+  std::map<std::string, std::string> options;
   /// Called by each rank's thread before anything else.
   void (*begin_rank)(int rank) = [](int) {};
   /// Returns when the calls of this rank's thread are over; does not throw.

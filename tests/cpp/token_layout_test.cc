@@ -27,8 +27,9 @@ void expect_packed(std::vector<Piece> pieces, size_t begin, size_t end) {
   EXPECT_LE(at, end);
 }
 
-const std::vector<Dims> kDims = {{1, 1, 1, 1},  {2, 3, 2, 2},  {4, 256, 64, 8},
-                                 {7, 10, 2, 3}, {4, 5, 0, 32}, {64, 512, 8, 8}};
+const std::vector<Dims> kDims = {{1, 1, 1, 1},          {2, 3, 2, 2},  {4, 256, 64, 8},
+                                 {7, 10, 2, 3},         {4, 5, 0, 32}, {64, 512, 8, 8},
+                                 {5, 9, 2, 4, false, 3}};
 
 TEST(TokenLayout, AlignUp) {
   static_assert(align_up(0, 128) == 0 && align_up(1, 128) == 128 && align_up(128, 128) == 128 &&
@@ -47,13 +48,15 @@ TEST(TokenLayout, PlanSendArraysDoNotOverlap) {
                      {"expert_count", l.expert_count, count(d.num_ranks * d.num_experts)},
                      {"expert_offset", l.expert_offset, count(d.local_experts + 1)},
                      {"tokens_per_expert", l.tokens_per_expert, count(d.local_experts)},
-                     {"num_recv", l.num_recv, count(1)}},
+                     {"num_recv", l.num_recv, count(1)},
+                     {"node_slot", l.node_slot, count(tokens * d.num_nodes)},
+                     {"node_count", l.node_count, count(d.num_ranks * d.num_nodes)}},
                     0, l.bytes);
     }
 }
 
 TEST(TokenLayout, SendBlockPointersAreTheOffsets) {
-  const PlanSendLayout layout({4, 16, 4, 2}, 10);
+  const PlanSendLayout layout({4, 16, 4, 2, false, 2}, 10);
   std::vector<char> block(layout.bytes);
   PlanView view;
   set_send_block(view, block.data(), layout);
@@ -68,6 +71,8 @@ TEST(TokenLayout, SendBlockPointersAreTheOffsets) {
   EXPECT_EQ(offset(view.expert_offset), layout.expert_offset);
   EXPECT_EQ(offset(view.tokens_per_expert), layout.tokens_per_expert);
   EXPECT_EQ(offset(view.num_recv), layout.num_recv);
+  EXPECT_EQ(offset(view.node_slot), layout.node_slot);
+  EXPECT_EQ(offset(view.node_count), layout.node_count);
 }
 
 // Every word of every record is its own: writing them all and reading them back finds nothing
@@ -100,7 +105,8 @@ TEST(TokenLayout, MetaRecordsDoNotOverlap) {
 TEST(TokenLayout, ControlAreaDoesNotOverlap) {
   for (const Dims& d : kDims) {
     const ControlLayout l(d);
-    const size_t counts = static_cast<size_t>(d.num_ranks + d.num_experts) * sizeof(int32_t);
+    const size_t counts =
+        static_cast<size_t>(d.num_ranks + d.num_experts + d.num_nodes) * sizeof(int32_t);
     std::vector<Piece> pieces = {{"header", 0, ControlLayout::kHeaderBytes}};
     for (int source = 0; source < d.num_ranks; ++source) {
       pieces.push_back({"signals", l.inbox(source), ControlLayout::kSignalBytes});
