@@ -59,7 +59,7 @@ def test_gpu_that_the_build_has_no_code_for() -> None:
 @no_gpu
 def test_gpu_transport_without_a_gpu() -> None:
     cuda = native.load_cuda()
-    assert cuda is not None and cuda.transports() == ["nccl"]
+    assert cuda is not None and cuda.transports() == ["nccl", "nvlink"]
     with pytest.raises(ValueError, match="finds no GPU"):
         Buffer(Alone(), transport="nccl", **ARGUMENTS)
 
