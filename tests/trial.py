@@ -212,7 +212,7 @@ class Trial:
             cross,
             node,
         )
-        if quant is not None:  # not exact; tests/test_quant_combine.py bounds the error
+        if quant is not None:  # not exact; tests/test_quant_dispatch.py bounds the error
             return expected
         exact = checks.exact_sum(outputs, self.received, self.rank, len(idx), weights is not None)
         exact += 0.0 if bias is None else bias

@@ -34,13 +34,16 @@ class Finish:
         self._tensors += [x, to]
         return to
 
-    def column_major(self, scales: torch.Tensor, packed: bool) -> torch.Tensor:
-        """The scales [L, rows, S] with stride 1 over rows; packed: exponents, 4 to an int32."""
+    def column_major(self, scales: torch.Tensor, unpacked: int | None = None) -> torch.Tensor:
+        """The scales [L, rows, S] with stride 1 over rows.
+
+        unpacked: int32 of four exponents each become so many float32 powers of two.
+        """
         groups, rows, width = scales.shape
-        shape = (groups, width // 4 if packed else width, rows)
-        dtype = torch.int32 if packed else scales.dtype
+        shape = (groups, unpacked or width, rows)
+        dtype = torch.float32 if unpacked else scales.dtype
         to = torch.empty(shape, dtype=dtype, device=scales.device).transpose(1, 2)
-        self._steps.append(lambda: to.copy_(_packed(scales) if packed else scales))
+        self._steps.append(lambda: to.copy_(_powers(scales, unpacked) if unpacked else scales))
         self._tensors += [scales, to]
         return to
 
@@ -106,10 +109,7 @@ class Finish:
         return Event(done, tuple(self._tensors))
 
 
-def _packed(scales: torch.Tensor) -> torch.Tensor:
-    """int32 [..., S / 4]: the exponents of power-of-two scales [..., S], the first lowest.
-
-    The biased exponent of an fp32 number is its UE8M0 code (OCP microscaling specification 1.0).
-    """
-    exponents = (scales.view(torch.int32) >> 23).to(torch.uint8)
-    return exponents.contiguous().view(torch.int32)
+def _powers(packed: torch.Tensor, count: int) -> torch.Tensor:
+    """The powers of two behind biased exponents, four to an int32; 255, a NaN, becomes infinite."""
+    exponents = packed.contiguous().view(torch.uint8)[..., :count]
+    return (exponents.to(torch.int32) << 23).view(torch.float32)

@@ -127,7 +127,8 @@ class LowLatencyCalls:
         finish = Finish()
         recv_x = finish.first_rows(recv.x, self.group_size * most)
         if isinstance(recv_x, tuple):
-            recv_x = recv_x[0], finish.column_major(recv_x[1], packed=use_ue8m0)
+            powers = hidden // 128 if round_scale and not use_ue8m0 else None
+            recv_x = recv_x[0], finish.column_major(recv_x[1], powers)
         if cumulative_local_expert_recv_stats is not None:
             finish.add(cumulative_local_expert_recv_stats, recv.tokens_per_expert)
         rows = self.group_size * most
