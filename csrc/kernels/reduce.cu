@@ -9,58 +9,19 @@
 // after another. finish: a grid-stride loop over vectors.
 // Memory order: none between threads, each byte is written by one. Rows have arrived before the
 // kernel starts; a target in memory of a peer is released by whoever signals that peer afterwards.
-//
-// Sums are in fp32, start at 0 and run in the order that Buffer::combine documents; a product is
-// rounded before it is added. Every transport so gives the same bits.
 #include <algorithm>
 
 #include "kernels/device.cuh"
 #include "kernels/elements.cuh"
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
+#include "kernels/partials.cuh"
 #include "kernels/rows.cuh"
 
 namespace epcomm {
 namespace {
 
 static_assert(sizeof(PartialArgs) <= kMaxKernelArgs && sizeof(SumArgs) <= kMaxKernelArgs);
-
-// fp32 sums of the elements that a lane holds at a time, in the places of a Batch.
-template <Dtype kDtype>
-struct Sum {
-  static constexpr int kElements = kPerVector<kDtype>;
-  float value[kUnroll][kElements];
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
-#pragma unroll
-      for (int i = 0; i < kElements; ++i) value[u][i] = 0.0f;
-  }
-  __device__ __forceinline__ void add(const Batch& batch) {
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      float x[kElements];
-      vector_to_float<kDtype>(batch.data[u], x);
-#pragma unroll
-      for (int i = 0; i < kElements; ++i) value[u][i] = __fadd_rn(value[u][i], x[i]);
-    }
-  }
-  __device__ __forceinline__ void add_weighted(const Batch& batch, float weight) {
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      float x[kElements];
-      vector_to_float<kDtype>(batch.data[u], x);
-#pragma unroll
-      for (int i = 0; i < kElements; ++i)
-        value[u][i] = __fadd_rn(value[u][i], __fmul_rn(weight, x[i]));
-    }
-  }
-  __device__ __forceinline__ void round_to(Batch& batch) const {
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) batch.data[u] = vector_from_float<kDtype>(value[u]);
-  }
-};
 
 // Where dense partials go; row null: not dense.
 struct DenseTarget {
@@ -86,42 +47,6 @@ __device__ __forceinline__ void store_dense(const Batch& batch, float* row, int 
     vector_to_float<kDtype>(batch.data[u], x);
     store_floats<n>(row + int64_t{v + u * kWarpSize} * n, x);
   }
-}
-
-// One lane's view of a received token: lane k holds slot k.
-struct PartialToken {
-  int32_t row;
-  float weight;
-  uint32_t summands;  // slots whose rows add up to the partial; the same in all lanes
-  bool weighted;
-};
-
-// The partial of the vectors v, v + 32, ... of a token.
-template <Dtype kDtype>
-__device__ __forceinline__ void sum_rows(const PartialArgs& args, const PartialToken& token, int v,
-                                         int end, Batch& batch) {
-  const int64_t row_bytes = int64_t{args.hidden} * kElementBytes<kDtype>;
-  uint32_t rest = token.summands;
-  if (!token.weighted && __popc(rest) == 1) {
-    // The row as it is.
-    const int32_t row = __shfl_sync(kFullWarp, token.row, take_lowest(rest));
-    batch.load(args.x + row * row_bytes, v, end);
-    return;
-  }
-  Sum<kDtype> sum;
-  sum.clear();
-  int32_t loaded = -1;  // in layout kToken all slots have one row, which is read once
-  while (rest != 0) {
-    const int k = take_lowest(rest);
-    const int32_t row = __shfl_sync(kFullWarp, token.row, k);
-    if (row != loaded) batch.load(args.x + row * row_bytes, v, end);
-    loaded = row;
-    if (token.weighted)
-      sum.add_weighted(batch, __shfl_sync(kFullWarp, token.weight, k));
-    else
-      sum.add(batch);
-  }
-  sum.round_to(batch);
 }
 
 // What of each source's tokens is in the chunk.
@@ -152,21 +77,13 @@ __global__ void __launch_bounds__(kRowThreads, 1)
     const int32_t n = job.row + ranges.to_recv[s];
     void* record = meta.row(args.plan.recv_meta, n);
     const int64_t t = *meta.token(record, 0);
-    PartialToken token;
-    token.row = lane < topk ? meta.row(record, 0)[lane] : -1;
-    if (args.by_token) token.row = n;
-    token.weight = 0.0f;
-    token.weighted = args.topk_weights[s] != nullptr;
-    if (token.weighted) {
-      if (lane < topk) token.weight = args.topk_weights[s][t * topk + lane];
-      token.summands = __ballot_sync(kFullWarp, token.row >= 0);
-    } else {
-      token.summands = distinct_rows(token.row);
-    }
+    const float* weights = args.topk_weights[s];
+    const PartialToken token(meta, record, weights == nullptr ? nullptr : weights + t * topk,
+                             args.by_token ? n : -1);
     for (int at = job.begin; at < job.end; at += Batch::kStep) {
       const int v = at + lane;
       Batch batch;
-      sum_rows<kDtype>(args, token, v, job.end, batch);
+      sum_rows<kDtype>(args.x, row_bytes, token, v, job.end, batch);
       if constexpr (kDense)
         store_dense<kDtype>(batch, dense.rows + (int64_t{s} * dense.capacity + t) * args.hidden, v,
                             job.end);

@@ -47,16 +47,29 @@ struct RowJobs {
   }
 };
 
+/// What is known of rows in memory.
+enum class RowMemory {
+  kConstant,  ///< nobody writes them while the kernel runs
+  kArrived,   ///< a peer wrote them while the kernel ran; the lane has acquired its signal
+};
+
 /// The vectors v, v + 32, ... of a row that a lane holds at a time.
 struct Batch {
   static constexpr int kStep = kUnroll * kWarpSize;
   uint4 data[kUnroll];
 
+  template <RowMemory kMemory = RowMemory::kConstant>
   __device__ __forceinline__ void load(const char* row, int v, int end) {
     const char* at = row + int64_t{v} * kVectorBytes;
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
-      if (v + u * kWarpSize < end) data[u] = load_streaming(at + u * kWarpSize * kVectorBytes);
+    for (int u = 0; u < kUnroll; ++u) {
+      const char* p = at + u * kWarpSize * kVectorBytes;
+      if (v + u * kWarpSize >= end) continue;
+      if constexpr (kMemory == RowMemory::kConstant)
+        data[u] = load_streaming(p);
+      else
+        data[u] = *reinterpret_cast<const uint4*>(p);
+    }
   }
   __device__ __forceinline__ void store(char* row, int v, int end) const {
 #pragma unroll

@@ -1,0 +1,99 @@
+// What kernels that place received tokens share: a token's row to every row of the layout that
+// carries it, its expert ids and weights to the outputs.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "epcomm/types.h"
+#include "kernels/device.cuh"
+#include "kernels/kernels.h"
+#include "kernels/rows.cuh"
+
+namespace epcomm {
+
+/// What arrives is not trusted: an exchange that was cut short leaves whatever was in the memory,
+/// and that must not become an address.
+__device__ __forceinline__ int32_t valid_row(const PlaceArgs& args, int32_t row) {
+  return row >= 0 && row < args.row_capacity ? row : -1;
+}
+__device__ __forceinline__ int32_t valid_expert(const PlaceArgs& args, int32_t expert) {
+  return expert >= 0 && expert < args.dims.num_experts ? expert : -1;
+}
+
+/// Stores a job's part of the row at from, of which batch holds the first vectors, to the rows of
+/// the target lanes; lane k holds slot k's row.
+template <RowMemory kMemory = RowMemory::kConstant>
+__device__ __forceinline__ void copy_payload(const PlaceArgs& args, const RowJob& job,
+                                             const char* from, int32_t row, uint32_t targets,
+                                             Batch& batch) {
+  const int64_t row_bytes = args.rows.row_bytes;
+  int v = job.begin + lane_index();
+  for (int at = job.begin; at < job.end; at += Batch::kStep) {
+    for (uint32_t rest = targets; rest != 0;) {
+      const int64_t to = __shfl_sync(kFullWarp, row, take_lowest(rest));
+      batch.store(args.recv_x + to * row_bytes, v, job.end);
+    }
+    v += Batch::kStep;
+    batch.load<kMemory>(from, v, job.end);
+  }
+}
+
+__device__ __forceinline__ void place_scales(const PlaceArgs& args, const char* from, int32_t row,
+                                             uint32_t firsts) {
+  while (firsts != 0) {
+    const int64_t to = __shfl_sync(kFullWarp, row, take_lowest(firsts));
+    copy_bytes(args.recv_scales + to * args.rows.scale_bytes, from, args.rows.scale_bytes);
+  }
+}
+
+/// Copies a job's part of a row to the distinct rows that carry the token; lane k holds slot k's
+/// row. Returns the lanes that stand for these rows.
+template <RowMemory kMemory = RowMemory::kConstant>
+__device__ __forceinline__ uint32_t place_payload(const PlaceArgs& args, const RowJob& job,
+                                                  const char* from, int32_t row) {
+  // The payload is on its way before its rows are known.
+  Batch batch;
+  batch.load<kMemory>(from, job.begin + lane_index(), job.end);
+  const uint32_t firsts = distinct_rows(row);
+  copy_payload<kMemory>(args, job, from, row, firsts, batch);
+  return firsts;
+}
+
+/// Local expert ids and weights: per slot in layout kToken, else per row.
+__device__ __forceinline__ void place_outputs(const PlaceArgs& args, int64_t n,
+                                              const TokenSlots& slots, bool is_first) {
+  const int lane = lane_index(), topk = args.dims.topk;
+  const bool here = slots.row >= 0 && slots.expert >= 0;
+  float weight = here ? __fadd_rn(0.0f, slots.weight) : 0.0f;
+  int64_t entry = n * topk + lane;
+  bool writes = lane < topk;
+  if (args.layout != Layout::kToken) {
+    entry = slots.row;
+    writes = is_first;
+    // A row that several slots name has the sum of their weights, in the order of slots.
+    weight = 0.0f;
+    for (int k = 0; k < topk; ++k) {
+      const int32_t row = __shfl_sync(kFullWarp, slots.row, k);
+      const float other = __shfl_sync(kFullWarp, slots.weight, k);
+      if (row == slots.row) weight = __fadd_rn(weight, other);
+    }
+  }
+  if (!writes) return;
+  if (args.recv_topk_idx != nullptr)
+    store_index(args.recv_topk_idx, args.index_type, entry,
+                here ? args.experts.local[slots.expert] : -1);
+  if (args.recv_topk_weights != nullptr) args.recv_topk_weights[entry] = weight;
+}
+
+/// Sets 4-byte words to value; by threads first, first + step, ...
+__device__ __forceinline__ void fill_words(uint32_t* words, int64_t count, uint32_t value,
+                                           int64_t first, int64_t step) {
+  const int64_t vectors = reinterpret_cast<uintptr_t>(words) % sizeof(uint4) == 0 ? count / 4 : 0;
+  for (int64_t i = first; i < vectors; i += step)
+    reinterpret_cast<uint4*>(words)[i] = make_uint4(value, value, value, value);
+  for (int64_t i = 4 * vectors + first; i < count; i += step) words[i] = value;
+}
+
+}  // namespace epcomm
