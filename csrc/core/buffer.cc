@@ -154,6 +154,11 @@ struct Buffer::State {
                            ") cannot use it: make a Buffer in the process that uses it");
     return *transport;
   }
+  void check_phase(Phase phase) const {
+    EPCOMM_CHECK(phase == Phase::kAll || caps.two_phases,
+                 "phase is one half of a call; this Buffer's " + options.transport +
+                     " transport offers whole calls only");
+  }
   Transport& usable(const Plan& plan) const {
     Transport& t = usable();
     EPCOMM_CHECK(plan.buffer_id == id,
@@ -391,6 +396,7 @@ void Buffer::dispatch(const Plan& plan, const DispatchArgs& args) {
                  "scales and scale_bytes must be given together");
   }
   EPCOMM_CHECK(args.needed_bytes != 0 || plan.attached, "plan has no receive block attached");
+  state_->check_phase(args.phase);
   transport.dispatch(plan, args);
 }
 
@@ -416,6 +422,7 @@ void Buffer::combine(const Plan& plan, const CombineArgs& args) {
     quant_layout(args.quant, args.hidden);  // says what hidden must be
   }
   EPCOMM_CHECK(plan.attached, "plan was routed but never dispatched; dispatch with it first");
+  state_->check_phase(args.phase);
   transport.combine(plan, args);
 }
 

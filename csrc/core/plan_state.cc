@@ -15,7 +15,10 @@ void visit_numbers(PlanType& plan, Visit visit) {
   auto& [buffer_id, attached, layout, expert_alignment, num_tokens, topk, host_sync, view, result] =
       plan;
   (void)attached, (void)view;  // the memory, which is not the plan's
-  auto& [epoch, num_recv_tokens, num_recv_rows, tokens_per_expert, chunk_count] = result;
+  auto& [epoch, num_recv_tokens, num_recv_rows, tokens_per_expert, chunk_count, deferred, topk_idx,
+         index_type] = result;
+  (void)deferred, (void)topk_idx,
+      (void)index_type;  // of the first dispatch only, which has filled the send block
   visit(buffer_id);
   visit(layout);
   visit(expert_alignment);

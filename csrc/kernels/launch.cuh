@@ -40,6 +40,7 @@ struct LaunchShape {
   int blocks;
   int threads;
   size_t shared_bytes = 0;  ///< dynamic shared memory per block
+  bool together = false;    ///< no block starts before there is room for all: they wait for others
 };
 
 /// Throws Error if the launch fails; what the kernel does later is not waited for.
@@ -56,6 +57,11 @@ void launch(const char* name, void (*kernel)(Args...), const LaunchShape& shape,
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute together = {};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  config.attrs = &together;
+  config.numAttrs = shape.together ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, kernel, args...), name);
 }
 

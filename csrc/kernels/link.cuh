@@ -74,21 +74,29 @@ __device__ __forceinline__ void report_refusal(const LinkArgs& link, const LinkC
   *static_cast<volatile uint64_t*>(&link.report->refused) = call.epoch;
 }
 
-/// Begins a call: by every block of its first kernel, all threads. Block 0 announces. Returns true
-/// if all ranks have entered, want the same and have room; call holds their entries then. False:
-/// move nothing, go on to link_finish. Ends with a barrier.
-__device__ __forceinline__ bool link_enter(const LinkArgs& link, LinkCall& call,
-                                           const int32_t* announce = nullptr, int words = 0) {
-  const int r = thread_index();
-  if (r == 0) {
+/// Begins a call, or a phase of one: by every block, all threads. False: the link is lost. Ends
+/// with a barrier.
+__device__ __forceinline__ bool link_begin(const LinkArgs& link, LinkCall& call) {
+  if (thread_index() == 0) {
     call.epoch = link.state->epoch + 1;
     call.bad = link.state->lost != 0;
     call.last = 0;
-    if (blockIdx.x == 0 && call.bad == 0) mark_progress(&link.progress[0], link.entry.signature[0]);
   }
   __syncthreads();
-  if (call.bad != 0) return false;
-  if (blockIdx.x == 0) link_announce(link, call.epoch, announce, words);
+  return call.bad == 0;
+}
+
+/// Tells the host that a call has begun, before its first wait. By one thread of the grid.
+__device__ __forceinline__ void link_mark_begun(const LinkArgs& link) {
+  mark_progress(&link.progress[0], link.entry.signature[0]);
+}
+
+/// Waits for the entries of all ranks and compares them: by every block, all threads. Returns true
+/// if all ranks want the same and have room; call holds their entries then. tells: the host learns
+/// what they found; once per call. Ends with a barrier.
+__device__ __forceinline__ bool link_agree(const LinkArgs& link, LinkCall& call,
+                                           bool tells = true) {
+  const int r = thread_index();
   bool lost = false, refused = false;
   if (r < link.num_ranks) {
     lost = !wait_signal(link, &inbox(link, link.rank, r)->entered, call.epoch);
@@ -109,13 +117,26 @@ __device__ __forceinline__ bool link_enter(const LinkArgs& link, LinkCall& call,
     refused = __syncthreads_or(refused);
     if (r == 0) {
       call.bad = refused;
-      if (refused && blockIdx.x == 0) report_refusal(link, call);
-      if (link.token != 0 && blockIdx.x == 0)
-        store_release_system(&link.report->entered, link.token);
+      tells &= blockIdx.x == 0;
+      if (refused && tells) report_refusal(link, call);
+      if (link.token != 0 && tells) store_release_system(&link.report->entered, link.token);
     }
   }
   __syncthreads();
   return call.bad == 0;
+}
+
+/// Begins a call: by every block of its first kernel, all threads. Block 0 announces. Returns true
+/// if all ranks have entered, want the same and have room; call holds their entries then. False:
+/// move nothing, go on to link_finish. Ends with a barrier.
+__device__ __forceinline__ bool link_enter(const LinkArgs& link, LinkCall& call,
+                                           const int32_t* announce = nullptr, int words = 0) {
+  if (!link_begin(link, call)) return false;
+  if (blockIdx.x == 0) {
+    if (thread_index() == 0) link_mark_begun(link);
+    link_announce(link, call.epoch, announce, words);
+  }
+  return link_agree(link, call);
 }
 
 /// Goes on with a call that an earlier kernel on the stream has entered: by every block, all
@@ -157,25 +178,37 @@ __device__ __forceinline__ bool link_pushed(const LinkArgs& link, LinkCall& call
   return false;
 }
 
+/// By every block of the last kernel of a call, all threads, when this block's stores are written.
+/// True in one block: all others have come here before it. call.bad says there whether the link is
+/// lost.
+__device__ __forceinline__ bool link_is_last(const LinkArgs& link, LinkCall& call) {
+  __syncthreads();
+  if (thread_index() == 0) {
+    fence_system();  // covers the stores of the whole block, which the barrier has ordered before
+    call.last = atomicAdd(&link.state->arrived, 1u) + 1 == gridDim.x;
+    fence_system();  // and acquires those of the blocks that came before
+    if (call.last != 0) {
+      link.state->arrived = 0;
+      call.bad = atomicAdd(&link.state->lost, 0u) != 0;
+    }
+  }
+  __syncthreads();
+  return call.last != 0;
+}
+
+/// The call is over on this rank. By one thread of the grid.
+__device__ __forceinline__ void link_close(const LinkArgs& link, const LinkCall& call) {
+  link.state->epoch = call.epoch;
+  mark_progress(&link.progress[1], link.entry.signature[0]);
+}
+
 /// Ends a call: by every block of its last kernel, all threads, when this block's stores are
 /// written. The last block signals, and waits for the peers. No thread needs what call holds
 /// afterwards.
 __device__ __forceinline__ void link_finish(const LinkArgs& link, LinkCall& call) {
-  const int r = thread_index();
-  __syncthreads();
-  if (r == 0) {
-    fence_system();  // covers the stores of the whole block, which the barrier has ordered before
-    call.last = atomicAdd(&link.state->arrived, 1u) + 1 == gridDim.x;
-    fence_system();  // and acquires those of the blocks that came before
-  }
-  __syncthreads();
-  if (call.last == 0) return;
-  if (r == 0) {
-    link.state->arrived = 0;
-    call.bad = atomicAdd(&link.state->lost, 0u) != 0;
-  }
-  __syncthreads();
+  if (!link_is_last(link, call)) return;
   if (call.bad != 0) return;  // not marked as ended: the host is to notice
+  const int r = thread_index();
   bool lost = false;
   if (r < link.num_ranks) {
     store_release_system(&inbox(link, (link.rank + r) % link.num_ranks, link.rank)->done,
@@ -184,12 +217,19 @@ __device__ __forceinline__ void link_finish(const LinkArgs& link, LinkCall& call
   }
   lost = __syncthreads_or(lost);
   if (r != 0) return;
-  if (lost) {
+  if (lost)
     atomicExch(&link.state->lost, 1u);
-    return;
-  }
-  link.state->epoch = call.epoch;
-  mark_progress(&link.progress[1], link.entry.signature[0]);
+  else
+    link_close(link, call);
+}
+
+/// Ends a call without waiting: by every block, all threads. `done` is signalled all the same, for
+/// peers that disagree and are in a call that waits for it.
+__device__ __forceinline__ void link_leave(const LinkArgs& link, LinkCall& call) {
+  if (!link_is_last(link, call) || call.bad != 0) return;
+  const int r = thread_index();
+  if (r < link.num_ranks) store_release_system(&inbox(link, r, link.rank)->done, call.epoch);
+  if (r == 0) link_close(link, call);
 }
 
 }  // namespace epcomm

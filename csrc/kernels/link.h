@@ -5,8 +5,9 @@
 // *enters* a call by writing a LinkEntry (and, when it routes, its announcement) into its inbox in
 // every window, then it signals `entered`; it signals `done` to a peer when it will not touch that
 // peer's memory any more in this call. Nobody writes to a rank before that rank has entered: the
-// work that used its memory before lies ahead of the call on its stream. Entries alternate between
-// two slots by the parity of the epoch: a source is at most one call ahead.
+// work that used its memory before lies ahead of the call on its stream (small batches go
+// elsewhere: kernels/small.h). Entries alternate between two slots by the parity of the epoch: a
+// source is at most one call ahead.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -29,9 +30,11 @@ struct alignas(16) LinkEntry {
   int32_t pushed;                      ///< combine: not 0 = this rank stores partial rows into the
                                        ///< owners' staging; 0 = they load its rows
   int32_t index_bytes;                 ///< dispatch: of an id in recv_topk_idx, 4 or 8
-  uint64_t rows;                       ///< dispatch: recv_x; combine: x
-  uint64_t scales;                     ///< dispatch: recv_scales
-  uint64_t meta;                       ///< dispatch: recv_meta
+  int32_t num_tokens;                  ///< dispatch of a small batch: tokens of this rank
+  int32_t unused;
+  uint64_t rows;          ///< dispatch: recv_x; combine: x
+  uint64_t scales;        ///< dispatch: recv_scales
+  uint64_t meta;          ///< dispatch: recv_meta
   uint64_t topk_idx;      ///< dispatch: recv_topk_idx of layout kToken; 0 = not in the window
   uint64_t topk_weights;  ///< dispatch: recv_topk_weights of layout kToken; 0 = not in the window
   uint64_t needed_bytes;  ///< not 0 = no room for the result

@@ -171,4 +171,56 @@ struct ControlLayout {
   }
 };
 
+/// Where the rows of small batches wait for their receiver, in every rank's window, and the signals
+/// that say that they are there. Each part has a slot per source rank; all but the signals
+/// alternate by the parity of the epoch.
+struct SmallLayout {
+  /// Token (or row) i of a batch belongs to share i % kShares. A share has a signal of its own.
+  static constexpr int kShares = 128;
+
+  size_t signals, ids, weights, rows;  ///< offsets in the window
+  size_t end;
+  size_t row_bytes;  ///< of a staged row, its scales included
+  int32_t num_ranks, max_tokens, topk;
+
+  /// From offset `begin` on; widest_row is a multiple of kRowAlignment.
+  EPCOMM_HOST_DEVICE SmallLayout(const Dims& d, int max_tokens_, size_t widest_row, size_t begin)
+      : row_bytes(widest_row), num_ranks(d.num_ranks), max_tokens(max_tokens_), topk(d.topk) {
+    const size_t ranks = static_cast<size_t>(num_ranks), tokens = static_cast<size_t>(max_tokens);
+    signals = align_up(begin, kBlockAlignment);
+    ids = align_up(signals + ranks * kShares * sizeof(uint64_t), kBlockAlignment);
+    weights = ids + 2 * ranks * slots_bytes();
+    rows = weights + 2 * ranks * slots_bytes();
+    end = rows + 2 * ranks * tokens * row_bytes;
+  }
+  /// uint64: epoch of the last call in which the rows of this share were stored by source.
+  EPCOMM_HOST_DEVICE size_t signal(int source, int share) const {
+    return signals +
+           (static_cast<size_t>(source) * kShares + static_cast<size_t>(share)) * sizeof(uint64_t);
+  }
+  /// int32 [T, K]: expert ids of source's tokens; -1 = none.
+  EPCOMM_HOST_DEVICE size_t source_ids(int source, uint64_t epoch) const {
+    return ids + slot(source, epoch) * slots_bytes();
+  }
+  /// float [T, K]: weights of source's tokens.
+  EPCOMM_HOST_DEVICE size_t source_weights(int source, uint64_t epoch) const {
+    return weights + slot(source, epoch) * slots_bytes();
+  }
+  /// Dispatch: token t of source, then its scales. Combine: the partial row of source for this
+  /// rank's token t.
+  EPCOMM_HOST_DEVICE size_t row(int source, uint64_t epoch, int64_t t) const {
+    return rows + (slot(source, epoch) * static_cast<size_t>(max_tokens) + static_cast<size_t>(t)) *
+                      row_bytes;
+  }
+
+ private:
+  EPCOMM_HOST_DEVICE size_t slot(int source, uint64_t epoch) const {
+    return (epoch & 1) * static_cast<size_t>(num_ranks) + static_cast<size_t>(source);
+  }
+  EPCOMM_HOST_DEVICE size_t slots_bytes() const {
+    return align_up(static_cast<size_t>(max_tokens) * static_cast<size_t>(topk) * sizeof(int32_t),
+                    kBlockAlignment);
+  }
+};
+
 }  // namespace epcomm

@@ -25,6 +25,9 @@ class GpuRoute {
   /// [layout().words()] of this rank, written by launch_count.
   int32_t* announce() const { return announce_.as<int32_t>(); }
 
+  /// See RouteKernelArgs.
+  volatile int32_t* bad_index() const { return bad_index_.as<int32_t>(); }
+
   /// For launch_count and launch_assign.
   RouteKernelArgs args(const RouteArgs& args, int chunks) const;
   /// Throws InvalidArgument for a bad expert id of an earlier route whose counts the host did not

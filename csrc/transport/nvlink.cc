@@ -21,6 +21,11 @@ size_t widest_row(const Config& config) {
   return static_cast<size_t>(config.hidden) * static_cast<size_t>(dtype_bytes(config.dtype));
 }
 
+// Floats per slot (CombineArgs::by_token) can be wider than very short rows.
+size_t slots_row(const Config& config) {
+  return align_up(static_cast<size_t>(config.topk), 4) * sizeof(float);
+}
+
 // Unlike memory of the host, memory of a GPU is taken when it is mapped: four full dispatches of
 // layout kToken, and two of kPadded where that is not out of all proportion.
 size_t arena_bytes(const TransportContext& context) {
@@ -33,35 +38,42 @@ size_t arena_bytes(const TransportContext& context) {
   return 4 * tokens * row + 2 * std::min(padded, kMostForPadded) + (size_t{64} << 20);
 }
 
-Dims device_dims(const TransportContext& context) {
+}  // namespace
+
+Dims nvlink_dims(const TransportContext& context) {
   const int rank = context.bootstrap.rank();
   return {context.bootstrap.size(), context.options.config.num_experts,
           context.experts.local_experts(rank), context.options.config.topk, true};
 }
 
-}  // namespace
-
-NvlinkLayout::NvlinkLayout(const TransportContext& context, const ControlLayout& control) {
+NvlinkLayout::NvlinkLayout(const TransportContext& context, const ControlLayout& control,
+                           bool takes_small)
+    : small(nvlink_dims(context), context.options.config.max_tokens,
+            std::max(widest_row(context.options.config), slots_row(context.options.config)),
+            control.arena) {
+  if (takes_small) {
+    weights = staging = arena = bytes = align_up(small.end, kPage);
+    return;
+  }
   const Config& config = context.options.config;
   const size_t ranks = static_cast<size_t>(context.bootstrap.size()),
                tokens = static_cast<size_t>(config.max_tokens);
   weights = control.arena;
   staging = align_up(weights + tokens * static_cast<size_t>(config.topk) * sizeof(float), kPage);
-  // Floats per slot can be wider than very short rows.
-  const size_t slots = align_up(static_cast<size_t>(config.topk), 4) * sizeof(float);
-  arena = align_up(staging + ranks * tokens * std::max(widest_row(config), slots), kPage);
+  arena = align_up(staging + ranks * tokens * small.row_bytes, kPage);
   bytes = arena + arena_bytes(context);
 }
 
-NvlinkTransport::NvlinkTransport(const TransportContext& context)
-    : config_(context.options.config),
+NvlinkTransport::NvlinkTransport(const TransportContext& context, bool takes_small)
+    : takes_small_(takes_small),
+      config_(context.options.config),
       experts_(context.experts),
       rank_(context.bootstrap.rank()),
       num_ranks_(context.bootstrap.size()),
       timeout_s_(context.options.timeout_s),
       route_(config_, experts_, rank_, num_ranks_),
-      control_(device_dims(context)),
-      layout_(context, control_),
+      control_(nvlink_dims(context)),
+      layout_(context, control_, takes_small),
       window_(make_gpu_window(context.bootstrap, layout_.bytes, timeout_s_)),
       arena_(*window_, layout_.arena),
       state_(sizeof(LinkState)),
@@ -73,10 +85,11 @@ NvlinkTransport::NvlinkTransport(const TransportContext& context)
           },
           [] { return false; }) {
   caps_.token_layout = caps_.expert_layout = caps_.padded_layout = true;
-  caps_.symmetric_outputs = true;
+  caps_.symmetric_outputs = !takes_small_;
+  caps_.two_phases = caps_.small_batches = takes_small_;
   caps_.graph_capture = true;
   caps_.cuda = true;
-  if (can_quantise_on_the_way())
+  if (!takes_small_ && can_quantise_on_the_way())
     caps_.fused_quants =
         Caps::bit(Quant::kFp8) | Caps::bit(Quant::kFp8Ue8m0) | Caps::bit(Quant::kNvfp4);
 }
@@ -148,6 +161,12 @@ void NvlinkTransport::wait_entered(uint64_t token) {
 RouteResult NvlinkTransport::route(const RouteArgs& args) {
   check();
   route_.report_bad_index();
+  if (takes_small_) {
+    check_phase(Phase::kAll, Operation::kRoute);
+    check_fits_slot(args.row_bytes, args.scale_bytes);
+    // Where the host waits for the counts it waits before the rows are sent: two kernels at least.
+    if (!args.host_sync) return route_small(args);
+  }
   const auto stream = static_cast<cudaStream_t>(args.stream);
   Call call(*this, stream);
   const RouteKernelArgs k = route_.args(args, 1);
@@ -177,10 +196,7 @@ std::unique_ptr<Transport> make_nvlink_transport(const TransportContext& context
   EPCOMM_CHECK(context.bootstrap.size() <= kMaxLinkRanks,
                "the nvlink transport takes at most " + std::to_string(kMaxLinkRanks) +
                    " ranks; this group has " + std::to_string(context.bootstrap.size()));
-  if (const auto& given = context.options.transport_options; !given.empty())
-    throw InvalidArgument("transport_options has '" + given.begin()->first +
-                          "'; the nvlink transport has no options");
-  return std::make_unique<NvlinkTransport>(context);
+  return std::make_unique<NvlinkTransport>(context, takes_small_path(context));
 }
 
 }  // namespace epcomm

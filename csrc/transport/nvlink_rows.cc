@@ -12,34 +12,33 @@ namespace {
 constexpr int kDispatchSms = 16;
 constexpr int kCombineSms = 24;
 
-int32_t& field(LinkEntry& entry, CallField field) {
-  return entry.signature[static_cast<int>(field)];
-}
+}  // namespace
 
 void describe_plan(LinkEntry& entry, const Plan& plan) {
-  field(entry, CallField::kLayout) = static_cast<int32_t>(plan.layout);
-  field(entry, CallField::kTopk) = plan.topk;
-  field(entry, CallField::kAlignment) = plan.expert_alignment;
-  field(entry, CallField::kHostSync) = plan.host_sync ? 1 : 0;
-  field(entry, CallField::kPlan) = static_cast<int32_t>(plan.result.epoch);
+  entry_field(entry, CallField::kLayout) = static_cast<int32_t>(plan.layout);
+  entry_field(entry, CallField::kTopk) = plan.topk;
+  entry_field(entry, CallField::kAlignment) = plan.expert_alignment;
+  entry_field(entry, CallField::kHostSync) = plan.host_sync ? 1 : 0;
+  entry_field(entry, CallField::kPlan) = static_cast<int32_t>(plan.result.epoch);
 }
 
-}  // namespace
+void NvlinkTransport::check_capacity(const Plan& plan, const DispatchArgs& args) const {
+  if (!plan.host_sync) return;
+  const bool by_token = plan.layout == Layout::kToken;
+  const int32_t tokens = plan.result.num_recv_tokens;
+  const int32_t rows = by_token ? tokens : plan.result.num_recv_rows;
+  EPCOMM_CHECK(args.recv_capacity >= tokens && args.row_capacity >= rows,
+               "recv_capacity and row_capacity are " + std::to_string(args.recv_capacity) +
+                   " and " + std::to_string(args.row_capacity) + "; this plan receives " +
+                   std::to_string(tokens) + " tokens in " + std::to_string(rows) + " rows");
+}
 
 // Peers write to these addresses: a wrong one must be refused here, not met there.
 void NvlinkTransport::check_outputs(const Plan& plan, const DispatchArgs& args) const {
   auto inside = [this](const void* p, int64_t bytes) {
     return bytes == 0 || arena_.contains(p, static_cast<size_t>(bytes));
   };
-  if (plan.host_sync) {
-    const bool by_token = plan.layout == Layout::kToken;
-    const int32_t tokens = plan.result.num_recv_tokens;
-    const int32_t rows = by_token ? tokens : plan.result.num_recv_rows;
-    EPCOMM_CHECK(args.recv_capacity >= tokens && args.row_capacity >= rows,
-                 "recv_capacity and row_capacity are " + std::to_string(args.recv_capacity) +
-                     " and " + std::to_string(args.row_capacity) + "; this plan receives " +
-                     std::to_string(tokens) + " tokens in " + std::to_string(rows) + " rows");
-  }
+  check_capacity(plan, args);
   EPCOMM_CHECK(
       inside(args.recv_x, int64_t{args.row_capacity} * args.row_bytes) &&
           inside(args.recv_scales, int64_t{args.row_capacity} * args.scale_bytes) &&
@@ -51,6 +50,7 @@ void NvlinkTransport::check_outputs(const Plan& plan, const DispatchArgs& args) 
 }
 
 void NvlinkTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
+  if (takes_small_) return dispatch_small(plan, args);
   check();
   if (args.needed_bytes == 0) check_outputs(plan, args);
   const auto stream = static_cast<cudaStream_t>(args.stream);
@@ -60,10 +60,10 @@ void NvlinkTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
   send.link.token = ++tokens_;
   LinkEntry& entry = send.link.entry;
   describe_plan(entry, plan);
-  field(entry, CallField::kDtype) = static_cast<int32_t>(args.dtype);
-  field(entry, CallField::kRowBytes) = args.row_bytes;
-  field(entry, CallField::kScaleBytes) = args.scale_bytes;
-  field(entry, CallField::kWeighted) = args.topk_weights != nullptr ? 1 : 0;
+  entry_field(entry, CallField::kDtype) = static_cast<int32_t>(args.dtype);
+  entry_field(entry, CallField::kRowBytes) = args.row_bytes;
+  entry_field(entry, CallField::kScaleBytes) = args.scale_bytes;
+  entry_field(entry, CallField::kWeighted) = args.topk_weights != nullptr ? 1 : 0;
   if (args.needed_bytes == 0) {
     entry.rows = offset_of(args.recv_x);
     entry.scales = offset_of(args.recv_scales);
@@ -135,6 +135,7 @@ PlaceArgs NvlinkTransport::place_args(const Plan& plan, const DispatchArgs& args
 }
 
 void NvlinkTransport::combine(const Plan& plan, const CombineArgs& args) {
+  if (takes_small_) return combine_small(plan, args);
   check();
   const int64_t row_bytes = int64_t{args.hidden} * dtype_bytes(args.dtype);
   EPCOMM_CHECK(args.by_token || row_bytes <= int64_t{config_.hidden} * dtype_bytes(config_.dtype),
@@ -146,10 +147,10 @@ void NvlinkTransport::combine(const Plan& plan, const CombineArgs& args) {
   pull.link = link(Operation::kCombine);
   LinkEntry& entry = pull.link.entry;
   describe_plan(entry, plan);
-  field(entry, CallField::kDtype) = static_cast<int32_t>(args.dtype);
-  field(entry, CallField::kRowBytes) = static_cast<int32_t>(row_bytes);
-  field(entry, CallField::kWeighted) = args.topk_weights != nullptr ? 1 : 0;
-  field(entry, CallField::kRows) = args.by_token ? 1 : 0;
+  entry_field(entry, CallField::kDtype) = static_cast<int32_t>(args.dtype);
+  entry_field(entry, CallField::kRowBytes) = static_cast<int32_t>(row_bytes);
+  entry_field(entry, CallField::kWeighted) = args.topk_weights != nullptr ? 1 : 0;
+  entry_field(entry, CallField::kRows) = args.by_token ? 1 : 0;
   // Where a token has one row and that lies in the window, the owners of the tokens load the rows
   // from where they are. Others are summed here first, and stored to the owners.
   const bool one_row = args.by_token || plan.layout == Layout::kToken;

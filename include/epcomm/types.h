@@ -97,6 +97,12 @@ enum class Layout : int32_t {
                 ///< are valid
 };
 
+/// Which part of a dispatch or combine a call does. Transports with Caps::two_phases offer halves:
+/// both are called with the same arguments, no other call of the Buffer between them. The send half
+/// occupies no SM once its rows are on their way; nothing received may be read before the receive
+/// half.
+enum class Phase : int32_t { kAll = 0, kSend = 1, kReceive = 2 };
+
 /// What every rank of a Buffer must agree on.
 struct Config {
   int32_t num_experts = 0;
@@ -130,6 +136,8 @@ struct Caps {
   bool symmetric_outputs = false;  ///< received rows must lie in Buffer::allocate() memory
   bool graph_capture = false;      ///< host_sync=False calls can be captured into a CUDA graph
   bool cuda = false;               ///< tensors are on the GPU (else on the CPU)
+  bool two_phases = false;         ///< dispatch and combine can be called in halves, see Phase
+  bool small_batches = false;      ///< the path for batches of at most 256 tokens a rank is taken
   uint32_t fused_quants = 0;       ///< Caps::bit(q): dispatch can quantise rows on the way
   uint32_t combine_quants = 0;     ///< Caps::bit(q): combine can send partial rows as q
   bool link_counters = false;      ///< Buffer::link_counters() is offered
@@ -212,6 +220,11 @@ struct RouteResult {
   std::vector<int32_t> tokens_per_expert;  ///< [L]; empty where unknown
   /// For transports that send a batch in pieces: [pieces, R source, R destination] tokens.
   std::vector<int32_t> chunk_count;
+  /// route has only taken note of these expert ids: the first dispatch of the plan
+  /// (DispatchArgs::replay false) fills its send block, and reads them.
+  bool deferred = false;
+  const void* topk_idx = nullptr;
+  IndexType index_type = IndexType::kInt64;
 };
 
 /// Step 2, dispatch: rows to the ranks of their experts. Collective. A null pointer means "not
@@ -241,6 +254,7 @@ struct DispatchArgs {
   size_t needed_bytes = 0;
   size_t free_bytes = 0;
   // How.
+  Phase phase = Phase::kAll;
   int32_t num_sms = 0;     ///< most SMs used; 0 = the transport's choice
   void* stream = nullptr;  ///< cudaStream_t on GPU transports
 };
@@ -255,6 +269,7 @@ struct CombineArgs {
   /// Partial rows cross as this, where caps().combine_quants has it; kNone: as dtype.
   Quant quant = Quant::kNone;
   int32_t hidden = 0;
+  Phase phase = Phase::kAll;
   /// Floats per slot instead of rows of the layout: x is [N, hidden] with one row per received
   /// token, whatever the plan's layout; y[t] is the sum of its rows. dtype kFloat32, hidden = topk
   /// rounded up to a multiple of 4, no topk_weights.

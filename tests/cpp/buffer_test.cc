@@ -367,6 +367,7 @@ TEST(Buffer, WhatDispatchReturnedOutlivesTheBuffer) {
       const size_t free = buffer.free_bytes();
       testing::route(buffer, all[static_cast<size_t>(rank)], Layout::kToken, 1, recv);
       testing::dispatch(buffer, all[static_cast<size_t>(rank)], recv);
+      if (!buffer.caps().symmetric_outputs) return;  // it wrote into memory of the test
       EXPECT_LT(buffer.free_bytes(), free);
       Allocation rows = recv.rows;
       recv.rows = {};

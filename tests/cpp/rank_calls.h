@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -63,12 +64,21 @@ inline void route(Buffer& buffer, const Batch& batch, Layout layout, int alignme
   to.num_rows = to.plan.result.num_recv_rows;
 }
 
+/// Memory that a dispatch of the Buffer can write.
+inline Allocation memory_for(Buffer& buffer, size_t bytes) {
+  if (buffer.caps().symmetric_outputs) return buffer.allocate(bytes);
+  constexpr size_t kAlignment = 256;
+  char* data =
+      static_cast<char*>(std::aligned_alloc(kAlignment, (bytes / kAlignment + 1) * kAlignment));
+  return {data, bytes, std::shared_ptr<void>(data, [](void* p) { std::free(p); })};
+}
+
 /// Gives `to` fresh memory for one dispatch of its plan and dispatches into it.
 inline void dispatch(Buffer& buffer, const Batch& batch, Received& to) {
   const int received = to.plan.result.num_recv_tokens;
   const int row_bytes = batch.hidden * static_cast<int>(sizeof(float));
-  to.meta = buffer.allocate(buffer.recv_block_bytes(to.plan, received));
-  to.rows = buffer.allocate(static_cast<size_t>(to.num_rows) * static_cast<size_t>(row_bytes));
+  to.meta = memory_for(buffer, buffer.recv_block_bytes(to.plan, received));
+  to.rows = memory_for(buffer, static_cast<size_t>(to.num_rows) * static_cast<size_t>(row_bytes));
   if (to.meta.data == nullptr || to.rows.data == nullptr)
     throw std::runtime_error("the test's window is full");
   to.plan = to.plan.with_recv_block(to.meta.data);
@@ -93,7 +103,7 @@ inline void dispatch(Buffer& buffer, const Batch& batch, Received& to) {
   const bool shared = by_token && buffer.caps().cuda && to.plan.result.epoch % 2 == 0;
   const size_t slot_bytes = static_cast<size_t>(entries) * sizeof(int32_t);
   if (shared) {
-    to.slots = buffer.allocate(2 * slot_bytes);
+    to.slots = memory_for(buffer, 2 * slot_bytes);
     std::memset(to.slots.data, 0xf9, to.slots.bytes);
     args.recv_topk_idx = to.slots.data;
     args.recv_topk_weights = reinterpret_cast<float*>(to.slots.data + slot_bytes);

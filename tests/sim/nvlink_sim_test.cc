@@ -138,8 +138,8 @@ class GraphedCalls {
     const int row_bytes = batch_.hidden * static_cast<int>(sizeof(float));
     route_.stream = stream_;
     Plan plan = buffer.route(route_);
-    meta_ = buffer.allocate(buffer.recv_meta_bytes(batch_.topk, tokens));
-    rows_ = buffer.allocate(static_cast<size_t>(rows) * static_cast<size_t>(row_bytes));
+    meta_ = testing::memory_for(buffer, buffer.recv_meta_bytes(batch_.topk, tokens));
+    rows_ = testing::memory_for(buffer, static_cast<size_t>(rows) * static_cast<size_t>(row_bytes));
     if (meta_.data == nullptr || rows_.data == nullptr) throw Error("the test's window is full");
     plan = plan.with_recv_block(meta_.data);
     DispatchArgs dispatch;

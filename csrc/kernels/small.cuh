@@ -1,0 +1,99 @@
+// What the kernels for small batches share: which rows of a batch a block sends, and the signals
+// that say that they have been stored.
+//
+// Row i of a batch belongs to share i % kShares, and a share to one block of its source. The block
+// stores its rows, then signals its shares; a warp of the receiver waits for the share of the row
+// it is about to read. So no grid waits for all of its blocks, and ranks may use different numbers
+// of blocks.
+//
+// Memory order: the threads of a block store rows, meet at a barrier, then one thread per (share,
+// rank) releases the signal at system scope, which covers the whole block. Each lane that reads the
+// rows has acquired the signal itself, or is ordered by __syncwarp after a lane that has.
+#pragma once
+
+#include "epcomm/types.h"
+#include "kernels/device.cuh"
+#include "kernels/link.cuh"
+#include "kernels/rows.cuh"
+#include "kernels/token_layout.h"
+
+namespace epcomm {
+
+constexpr int kSmallThreads = 512;
+constexpr int kSmallWarps = kSmallThreads / kWarpSize;
+
+/// The rows of a batch that this block sends, in order of shares.
+struct BlockRows {
+  static constexpr int kShares = SmallLayout::kShares;
+  int first, step;
+  int shares;  ///< of this block: first, first + step, ...
+  int count;
+
+  __device__ explicit BlockRows(int rows)
+      : first(static_cast<int>(blockIdx.x)), step(static_cast<int>(gridDim.x)) {
+    shares = below(kShares);
+    count = rows / kShares * shares + below(rows % kShares);
+  }
+  /// Row i of count.
+  __device__ __forceinline__ int at(int i) const {
+    return first + i % shares * step + i / shares * kShares;
+  }
+
+ private:
+  __device__ __forceinline__ int below(int end) const {
+    return end > first ? (end - first + step - 1) / step : 0;
+  }
+};
+
+/// Cuts the rows that a block sends into jobs of its warps; RowJob::row is a number below count.
+struct BlockJobs {
+  int parts, units, vectors, jobs;
+
+  __device__ BlockJobs(int count, int row_bytes) {
+    vectors = row_bytes / kVectorBytes;
+    units = (vectors + kWarpSize - 1) / kWarpSize;
+    parts = count > 0 ? max(min(kSmallWarps / count, units), 1) : 1;
+    jobs = count * parts;
+  }
+  __device__ __forceinline__ RowJob at(int job) const {
+    const int row = job / parts, part = job - row * parts;
+    return {row, units * part / parts * kWarpSize,
+            min(units * (part + 1) / parts * kWarpSize, vectors), part == 0};
+  }
+};
+
+__device__ __forceinline__ uint64_t* share_signal(const LinkArgs& link, const SmallLayout& small,
+                                                  int owner, int source, int share) {
+  return reinterpret_cast<uint64_t*>(link.window[owner] + small.signal(source, share));
+}
+
+/// Says that this block's rows are stored: by all threads. rows(r) gives how many rows all blocks
+/// together send to rank r. Begins with a barrier.
+template <class Rows>
+__device__ __forceinline__ void signal_shares(const LinkArgs& link, const SmallLayout& small,
+                                              uint64_t epoch, Rows rows) {
+  const BlockRows own(0);
+  __syncthreads();
+  for (int i = thread_index(); i < own.shares * link.num_ranks; i += kSmallThreads) {
+    const int share = own.first + i / link.num_ranks * own.step;
+    const int peer = (link.rank + i) % link.num_ranks;
+    if (share < rows(peer))
+      store_release_system(share_signal(link, small, peer, link.rank, share), epoch);
+  }
+}
+
+/// Waits for the share of row i of source. Every lane that asks acquires it. Lanes that need none
+/// pass i < 0. By a warp; false in all lanes if a wait was given up.
+__device__ __forceinline__ bool rows_arrived(const LinkArgs& link, const SmallLayout& small,
+                                             uint64_t epoch, int source, int i) {
+  const bool there =
+      i < 0 ||
+      wait_signal(link, share_signal(link, small, link.rank, source, i % SmallLayout::kShares),
+                  epoch);
+  __syncwarp();
+  if (__all_sync(kFullWarp, there)) return true;
+  if (lane_index() == 0) atomicExch(&link.state->lost, 1u);
+  return false;
+}
+
+}  // namespace epcomm

@@ -1,0 +1,66 @@
+// Host entry points of the kernels for small batches between GPUs that load and store each other's
+// memory: one kernel per call. See docs/nvlink.md, "Small batches".
+//
+// Rows go to staging memory in the receiver's window at once, without asking: nothing there is in
+// use. Staging alternates by the parity of the epoch. A sender in epoch e + 2 has seen every rank
+// enter e + 1, and a rank enters e + 1 only after it has read what came in e.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "epcomm/types.h"
+#include "kernels/kernels.h"
+#include "kernels/link.h"
+#include "kernels/token_layout.h"
+
+namespace epcomm {
+
+/// Shared memory that every GPU gives a block: what routing needs of it decides whether batches
+/// count as small, and all ranks must decide alike.
+constexpr size_t kMaxSmallShared = 94 << 10;
+/// What a block of the dispatch needs to route the tokens of all ranks.
+size_t small_shared_bytes(const Dims& dims, int max_tokens);
+
+/// A whole dispatch, routing included, or one of its halves.
+struct SmallDispatchArgs {
+  LinkArgs link;
+  SmallLayout small = SmallLayout(Dims{}, 0, 0, 0);
+  PlaceArgs place;  ///< where received tokens go; source[] unused
+  Phase phase;
+  int32_t num_tokens;
+  int32_t expert_alignment;
+  bool fresh;                   ///< the plan's send block is filled; else it is read
+  bool records;                 ///< metadata records are written, not kept from an earlier dispatch
+  const void* topk_idx;         ///< fresh: [T, K]
+  IndexType index_type;         ///< of topk_idx
+  volatile int32_t* bad_index;  ///< as in RouteKernelArgs
+  const char* x;
+  const char* scales;
+  const float* topk_weights;
+};
+/// Uses exactly num_sms SMs.
+void launch_small_dispatch(const SmallDispatchArgs& args, int num_sms, cudaStream_t stream);
+
+/// A whole combine, or one of its halves. The formula of Buffer::combine.
+struct SmallCombineArgs {
+  LinkArgs link;
+  SmallLayout small = SmallLayout(Dims{}, 0, 0, 0);
+  Dims dims;
+  Dtype dtype;
+  Phase phase;
+  int32_t hidden;
+  int32_t num_tokens;
+  bool by_token;  ///< as CombineArgs::by_token
+  PlanView plan;
+  const char* x;              ///< rows of the layout
+  const float* topk_weights;  ///< [T, K], or null
+  const void* bias;           ///< [T, hidden], or null
+  void* out;                  ///< [T, hidden]
+};
+/// Uses exactly num_sms SMs.
+void launch_small_combine(const SmallCombineArgs& args, int num_sms, cudaStream_t stream);
+
+}  // namespace epcomm

@@ -1,0 +1,169 @@
+// Combine of a small batch, in one kernel: the ranks that have a token's rows add them up and store
+// one partial row into the window of the token's owner, which sums the partial rows of all ranks.
+//
+// Does, block by block:
+//   1. Block 0 sends the weights of this rank's tokens, if there are any, to all ranks, with the
+//      entry of the call. With weights all blocks then wait for those of the others.
+//   2. Partial rows: those of the block's shares of every source's tokens, then their signals.
+//   3. Waits for the entries of all ranks. Sums each of this rank's tokens when its partial rows
+//      have arrived, in the order of ranks, then adds the bias.
+// The send half is 1 and 2, the receive half 3.
+//
+// Buffers: x, plan.recv_meta, plan.rank_count, topk_weights, plan.slot, bias are read. In the
+// window of a token's owner, at SmallLayout of this rank and epoch: weights, rows. From this rank's
+// window, of all ranks: the same. out is written.
+// Launch: num_sms blocks of 512 threads, one per SM, all at the same time (a cooperative launch):
+// blocks wait for other blocks, of this rank, too. Sending, warps share the rows of their block;
+// summing, all warps of the grid share all tokens, cut into parts.
+// Memory order: weights are released by `entered` (kernels/link.cuh), partial rows by the signals
+// of their shares (kernels/small.cuh).
+#include "kernels/device.cuh"
+#include "kernels/elements.cuh"
+#include "kernels/launch.cuh"
+#include "kernels/link.cuh"
+#include "kernels/partials.cuh"
+#include "kernels/small.cuh"
+#include "kernels/small.h"
+
+namespace epcomm {
+namespace {
+
+static_assert(sizeof(SmallCombineArgs) <= kMaxKernelArgs);
+
+// By block 0: weights to all ranks, then the entry.
+__device__ __forceinline__ void announce(const SmallCombineArgs& args, uint64_t epoch) {
+  const LinkArgs& link = args.link;
+  if (args.topk_weights != nullptr) {
+    const int slots = args.num_tokens * args.dims.topk;
+    for (int i = thread_index(); i < slots; i += kSmallThreads) {
+      const float weight = args.topk_weights[i];
+      for (int r = 0; r < link.num_ranks; ++r)
+        reinterpret_cast<float*>(link.window[(link.rank + r) % link.num_ranks] +
+                                 args.small.source_weights(link.rank, epoch))[i] = weight;
+    }
+  }
+  __syncthreads();  // the entry's signal releases what all threads have stored
+  link_announce(link, epoch, nullptr, 0);
+}
+
+// Tokens of source s that this rank has received.
+__device__ __forceinline__ int32_t received_from(const SmallCombineArgs& args, int s) {
+  return args.plan.rank_count[s * args.dims.num_ranks + args.link.rank];
+}
+
+template <Dtype kDtype>
+__device__ __forceinline__ void send_partials(const SmallCombineArgs& args, uint64_t epoch) {
+  EPCOMM_SHARED(SourceRanges, ranges);
+  const LinkArgs& link = args.link;
+  const int num_ranks = args.dims.num_ranks, topk = args.dims.topk;
+  const int row_bytes = args.hidden * kElementBytes<kDtype>;
+  // Lines up what this block sends to each source.
+  ranges.fill(num_ranks, [&](int s) {
+    const int32_t total = received_from(args, s);
+    return SourceCount{0, BlockRows(total).count, total};
+  });
+  const MetaLayout meta(topk);
+  const BlockRows own(0);
+  const BlockJobs jobs(ranges.end[num_ranks - 1], row_bytes);
+  for (int j = warp_index(); j < jobs.jobs; j += kSmallWarps) {
+    const RowJob job = jobs.at(j);
+    const int s = ranges.source(job.row, num_ranks);
+    const int32_t before = ranges.to_recv[s] - ranges.to_source[s];  // tokens of lower ranks
+    const int32_t n = before + own.at(job.row + ranges.to_source[s]);
+    void* record = meta.row(args.plan.recv_meta, n);
+    const int t = *meta.token(record, 0);
+    if (t < 0 || t >= args.small.max_tokens) continue;
+    const float* weights = nullptr;
+    if (args.topk_weights != nullptr)
+      weights = reinterpret_cast<const float*>(link.window[link.rank] +
+                                               args.small.source_weights(s, epoch)) +
+                t * topk;
+    const PartialToken token(meta, record, weights, args.by_token ? n : -1);
+    char* to = link.window[s] + args.small.row(link.rank, epoch, t);
+    for (int at = job.begin; at < job.end; at += Batch::kStep) {
+      const int v = at + lane_index();
+      Batch batch;
+      sum_rows<kDtype>(args.x, row_bytes, token, v, job.end, batch);
+      batch.store(to, v, job.end);
+    }
+  }
+  signal_shares(link, args.small, epoch, [&](int s) { return received_from(args, s); });
+}
+
+// The tokens of this rank, by all warps of the grid.
+template <Dtype kDtype>
+__device__ __forceinline__ void sum_partials(const SmallCombineArgs& args, uint64_t epoch) {
+  EPCOMM_SHARED(int32_t[kMaxPackRanks], sent_before);
+  const LinkArgs& link = args.link;
+  const int num_ranks = args.dims.num_ranks, lane = lane_index();
+  count_sent_before(sent_before, args.plan.rank_count, num_ranks, link.rank);
+  const int64_t row_bytes = int64_t{args.hidden} * kElementBytes<kDtype>;
+  const char* window = link.window[link.rank];
+  const char* bias = static_cast<const char*>(args.bias);
+  char* out = static_cast<char*>(args.out);
+  const RowJobs jobs(args.num_tokens, static_cast<int>(row_bytes));
+  for (int j = jobs.first; j < jobs.count; j += jobs.step) {
+    const RowJob job = jobs.at(j);
+    const int64_t t = job.row;
+    const TokenRanks at_rank(args.plan.slot + t * num_ranks, sent_before, num_ranks);
+    // A share counts the rows that one rank sends to this one: lane r waits for rank r.
+    if (!rows_arrived(link, args.small, epoch, lane, at_rank.low)) return;
+    for (int at = job.begin; at < job.end; at += Batch::kStep) {
+      const int v = at + lane;
+      Batch batch;
+      Sum<kDtype> sum;
+      sum.clear();
+      for (uint64_t rest = at_rank.ranks(); rest != 0;) {
+        const int r = take_lowest(rest);
+        batch.load<RowMemory::kArrived>(window + args.small.row(r, epoch, t), v, job.end);
+        sum.add(batch);
+      }
+      if (bias != nullptr) {
+        batch.load(bias + t * row_bytes, v, job.end);
+        sum.add(batch);
+      }
+      sum.round_to(batch);
+      batch.store(out + t * row_bytes, v, job.end);
+    }
+  }
+}
+
+template <Dtype kDtype>
+__global__ void __launch_bounds__(kSmallThreads, 1)
+    small_combine_kernel(const __grid_constant__ SmallCombineArgs args) {
+  EPCOMM_SHARED(LinkCall, call);
+  const LinkArgs& link = args.link;
+  const bool weighted = args.topk_weights != nullptr, marks = blockIdx.x == 0;
+  bool going = link_begin(link, call);
+  if (going && args.phase != Phase::kReceive) {
+    if (blockIdx.x == 0) announce(args, call.epoch);
+    if (weighted) {
+      if (marks && thread_index() == 0) link_mark_begun(link);
+      going = link_agree(link, call, args.phase == Phase::kAll);
+    }
+    if (going) send_partials<kDtype>(args, call.epoch);
+  }
+  if (args.phase == Phase::kSend) return;
+  const bool waited = weighted && args.phase == Phase::kAll;
+  if (going && !waited) {
+    if (marks && !weighted && thread_index() == 0) link_mark_begun(link);
+    going = link_agree(link, call);
+  }
+  if (going) sum_partials<kDtype>(args, call.epoch);
+  link_leave(link, call);
+}
+
+}  // namespace
+
+void launch_small_combine(const SmallCombineArgs& args, int num_sms, cudaStream_t stream) {
+  check_aligned(args.x, "x");
+  check_aligned(args.bias, "bias");
+  check_aligned(args.out, "out");
+  const auto kernel =
+      for_dtype(args.dtype, small_combine_kernel<Dtype::kBfloat16>,
+                small_combine_kernel<Dtype::kFloat16>, small_combine_kernel<Dtype::kFloat32>);
+  launch("launch of small_combine", kernel, {persistent_blocks(num_sms), kSmallThreads, 0, true},
+         stream, args);
+}
+
+}  // namespace epcomm

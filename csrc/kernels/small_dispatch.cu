@@ -1,0 +1,406 @@
+// Dispatch of a small batch, in one kernel: expert ids and rows go out together, and every block
+// works the routing of all ranks out from the ids while the rows are under way.
+//
+// Does, block by block:
+//   1. Block 0 sends the ids and weights of all tokens to all ranks, with the entry of the call.
+//   2. Rows: those of the block's shares, each once per destination rank, then their signals.
+//   3. Waits for the entries of all ranks, and has their ids. From them: bit masks of all ranks'
+//      tokens (kernels/route_tile.cuh), counts, the rows of every layout. The plan is filled, what
+//      no token will write is cleared.
+//   4. Each received token, when it has arrived, goes to the rows that carry it.
+// The send half is 1 and 2, the receive half 3 and 4.
+//
+// Buffers: topk_idx [T, K] (or plan.topk_idx), topk_weights, x, scales are read. In every rank's
+// window, at SmallLayout of this rank and epoch: ids, weights, rows. From this rank's window, of
+// all sources: the same. Written: the plan, its records, and the outputs of place.
+// Launch: num_sms blocks of 512 threads, one per SM. Sending, warps share the rows of their block;
+// receiving, all warps of the grid share all rows, cut into parts. Rows go through registers.
+// Host guarantees: max_tokens is at most kTileTokens, small_shared_bytes at most kMaxSmallShared.
+// Memory order: ids are released by `entered` (kernels/link.cuh), rows by the signals of their
+// shares (kernels/small.cuh). Blocks wait for other blocks, of this rank, too, so all of them run
+// at the same time (a cooperative launch).
+#include "kernels/device.cuh"
+#include "kernels/launch.cuh"
+#include "kernels/link.cuh"
+#include "kernels/place.cuh"
+#include "kernels/route_tile.cuh"
+#include "kernels/small.cuh"
+#include "kernels/small.h"
+
+namespace epcomm {
+namespace {
+
+static_assert(sizeof(SmallDispatchArgs) <= kMaxKernelArgs);
+constexpr int32_t kNoBadId = 0x7fffffff;
+
+__host__ __device__ constexpr int mask_words(int max_tokens) {
+  return (max_tokens + kWarpSize - 1) / kWarpSize;
+}
+
+__device__ __forceinline__ int grid_thread() {
+  return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+}
+__device__ __forceinline__ int grid_threads() { return static_cast<int>(gridDim.x * blockDim.x); }
+
+// The expert id of slot i of this rank's batch as it was given.
+__device__ __forceinline__ int64_t given_id(const SmallDispatchArgs& args, int i) {
+  if (!args.fresh) return args.place.plan.topk_idx[i];
+  return args.index_type == IndexType::kInt32
+             ? int64_t{static_cast<const int32_t*>(args.topk_idx)[i]}
+             : static_cast<const int64_t*>(args.topk_idx)[i];
+}
+__device__ __forceinline__ bool good_id(const SmallDispatchArgs& args, int64_t id) {
+  return id >= -1 && id < args.place.dims.num_experts;
+}
+
+// ---- sending ----
+
+// By block 0: ids and weights to all ranks, then the entry.
+__device__ __forceinline__ void announce(const SmallDispatchArgs& args, uint64_t epoch,
+                                         int32_t& first_bad) {
+  const LinkArgs& link = args.link;
+  const int slots = args.num_tokens * args.place.dims.topk;
+  if (thread_index() == 0) first_bad = kNoBadId;
+  __syncthreads();
+  for (int i = thread_index(); i < slots; i += kSmallThreads) {
+    const int64_t id = given_id(args, i);
+    if (!good_id(args, id)) atomicMin(&first_bad, i);
+    const int32_t expert = good_id(args, id) ? static_cast<int32_t>(id) : -1;
+    if (args.fresh) args.place.plan.topk_idx[i] = expert;
+    const float weight = args.topk_weights != nullptr ? args.topk_weights[i] : 0.0f;
+    for (int r = 0; r < link.num_ranks; ++r) {
+      char* window = link.window[(link.rank + r) % link.num_ranks];
+      reinterpret_cast<int32_t*>(window + args.small.source_ids(link.rank, epoch))[i] = expert;
+      if (args.topk_weights != nullptr)
+        reinterpret_cast<float*>(window + args.small.source_weights(link.rank, epoch))[i] = weight;
+    }
+  }
+  __syncthreads();  // the entry's signal releases what all threads have stored
+  link_announce(link, epoch, nullptr, 0);
+  if (thread_index() == 0 && first_bad != kNoBadId && args.bad_index != nullptr) {
+    const int64_t bad = max(min(given_id(args, first_bad), int64_t{INT32_MAX}), int64_t{INT32_MIN});
+    args.bad_index[1] = static_cast<int32_t>(bad);
+    args.bad_index[2] = args.place.dims.topk;
+    fence_system();  // the host takes the position as the sign that the rest is there
+    args.bad_index[0] = first_bad + 1;
+  }
+}
+
+// The ranks that token t goes to, one bit each; by a warp.
+__device__ __forceinline__ uint32_t destinations(const SmallDispatchArgs& args, int t) {
+  const int topk = args.place.dims.topk;
+  uint32_t ranks = 0;
+  if (lane_index() < topk) {
+    const int64_t id = given_id(args, t * topk + lane_index());
+    if (id >= 0 && good_id(args, id)) ranks = 1u << args.place.experts.rank[id];
+  }
+  return __reduce_or_sync(kFullWarp, ranks);
+}
+
+// Calls to(window of r) for all ranks of a set, beginning with this one: no receiver is hit by all
+// senders at once.
+template <class To>
+__device__ __forceinline__ void for_ranks(const LinkArgs& link, uint32_t ranks, To to) {
+  const uint32_t lower = lanes_below(link.rank);
+  for (uint32_t rest = ranks & ~lower; rest != 0;) to(link.window[take_lowest(rest)]);
+  for (uint32_t rest = ranks & lower; rest != 0;) to(link.window[take_lowest(rest)]);
+}
+
+__device__ __forceinline__ void send_rows(const SmallDispatchArgs& args, uint64_t epoch) {
+  const LinkArgs& link = args.link;
+  const int row_bytes = args.place.rows.row_bytes, scale_bytes = args.place.rows.scale_bytes;
+  const BlockRows own(args.num_tokens);
+  const BlockJobs jobs(own.count, row_bytes);
+  for (int j = warp_index(); j < jobs.jobs; j += kSmallWarps) {
+    const RowJob job = jobs.at(j);
+    const int t = own.at(job.row);
+    const size_t slot = args.small.row(link.rank, epoch, t);
+    const uint32_t ranks = destinations(args, t);
+    for (int at = job.begin; at < job.end; at += Batch::kStep) {
+      const int v = at + lane_index();
+      // Vector v, v + 32, ... of the row: here is where a dispatch that quantises would do it.
+      Batch batch;
+      batch.load(args.x + int64_t{t} * row_bytes, v, job.end);
+      for_ranks(link, ranks, [&](char* window) { batch.store(window + slot, v, job.end); });
+    }
+    if (job.leads && scale_bytes != 0)
+      for_ranks(link, ranks, [&](char* window) {
+        copy_bytes(window + slot + row_bytes, args.scales + int64_t{t} * scale_bytes, scale_bytes);
+      });
+  }
+}
+
+// ---- routing ----
+
+// The routing of all ranks' tokens, in the shared memory of every block.
+struct GroupRoute {
+  int num_ranks, topk, rank, words;
+  RouteTile shape;
+  RouteExperts experts;
+  bool by_token;
+
+  __device__ explicit GroupRoute(const SmallDispatchArgs& args)
+      : num_ranks(args.place.dims.num_ranks),
+        topk(args.place.dims.topk),
+        rank(args.place.rank),
+        words(mask_words(args.small.max_tokens)),
+        shape(args.place.dims, words),
+        experts(args.place.dims),
+        by_token(args.place.layout == Layout::kToken) {
+    experts.memory = dynamic_shared() + static_cast<size_t>(num_ranks) * shape.bytes;
+  }
+  __device__ __forceinline__ RouteTile tile(int source) const {
+    return shape.at(dynamic_shared(), source);
+  }
+  // Row (or slot) of a column of the destination's layout for source's token t.
+  __device__ __forceinline__ int32_t place(const RouteTile& of, int column, int t) const {
+    const int32_t start = column >= num_ranks ? experts.start(column - num_ranks) : 0;
+    return start + of.place(column, t);
+  }
+  // Row of this rank that carries source's token t for one of this rank's experts.
+  __device__ __forceinline__ int32_t row(const RouteTile& of, int expert, int t) const {
+    return place(of, by_token ? rank : num_ranks + expert, t);
+  }
+  // Tokens of source in a column.
+  __device__ __forceinline__ int32_t count(int source, int column, int32_t total) const {
+    const int32_t end = source + 1 < num_ranks ? tile(source + 1).base(column) : total;
+    return end - tile(source).base(column);
+  }
+};
+
+// Totals that do not belong to an expert, in shared memory.
+struct RouteTotals {
+  int32_t rank[kMaxLinkRanks];  // tokens that go to a rank
+  int32_t rows;                 // of layout kExpert: end of the last group of this rank
+};
+
+__device__ __forceinline__ const int32_t* ids_of(const SmallDispatchArgs& args, uint64_t epoch,
+                                                 int source) {
+  return reinterpret_cast<const int32_t*>(args.link.window[args.link.rank] +
+                                          args.small.source_ids(source, epoch));
+}
+
+// Masks, bases and starts, by the whole block; tokens(s) of each source. Ends with a barrier.
+template <class Tokens>
+__device__ __forceinline__ void route_group(const SmallDispatchArgs& args, const GroupRoute& route,
+                                            uint64_t epoch, RouteTotals& totals, Tokens tokens) {
+  const int num_ranks = route.num_ranks, columns = route.shape.columns;
+  for (int s = 0; s < num_ranks; ++s)
+    for (int i = thread_index(); i < route.words * columns; i += kSmallThreads)
+      route.tile(s).mask(0, i) = 0;
+  route.experts.load_owners(args.place.experts);
+  __syncthreads();
+  for (int i = warp_index(); i < num_ranks * route.words; i += kSmallWarps) {
+    const int s = i / route.words, word = i - s * route.words;
+    const int t = word * kWarpSize + lane_index();
+    const int32_t* ids = ids_of(args, epoch, s) + int64_t{t} * route.topk;
+    const bool there = t < tokens(s);
+    mark_word(route.tile(s), route.experts, word, 0, 1, route.topk,
+              [&](int k) { return there ? valid_expert(args.place, ids[k]) : -1; });
+  }
+  __syncthreads();
+  const bool padded = args.place.layout == Layout::kPadded;
+  for (int column = thread_index(); column < columns; column += kSmallThreads) {
+    int32_t total = 0;
+    for (int s = 0; s < num_ranks; ++s) {
+      const RouteTile tile = route.tile(s);
+      tile.base(column) = total;
+      total += tile.fill_prefixes(column);
+    }
+    if (column < num_ranks) {
+      totals.rank[column] = total;
+      continue;
+    }
+    const int e = column - num_ranks;
+    route.experts.total(e) = total;
+    route.experts.start(e) =
+        padded ? args.place.experts.local[e] * num_ranks * args.small.max_tokens : 0;
+  }
+  __syncthreads();
+  if (padded) return;
+  for (int r = warp_index(); r < num_ranks; r += kSmallWarps) {
+    const bool reports = args.fresh && blockIdx.x == 0 && r == route.rank;
+    if (route.by_token && !reports) continue;
+    const int32_t end =
+        line_up_groups(route.experts, r, args.expert_alignment, [&](int e, int32_t start) {
+          if (!route.by_token) route.experts.start(e) = start;
+          if (reports) args.place.plan.expert_offset[args.place.experts.local[e]] = start;
+        });
+    if (lane_index() != 0) continue;
+    if (r == route.rank) totals.rows = end;
+    if (reports) args.place.plan.expert_offset[args.place.dims.local_experts] = end;
+  }
+  __syncthreads();
+}
+
+// The plan's counts, by block 0.
+__device__ __forceinline__ void write_counts(const SmallDispatchArgs& args, const GroupRoute& route,
+                                             const RouteTotals& totals) {
+  const PlanView& plan = args.place.plan;
+  const int num_ranks = route.num_ranks, num_experts = args.place.dims.num_experts;
+  for (int i = thread_index(); i < num_ranks * num_ranks; i += kSmallThreads) {
+    const int s = i / num_ranks, r = i - s * num_ranks;
+    plan.rank_count[i] = route.count(s, r, totals.rank[r]);
+  }
+  for (int i = thread_index(); i < num_ranks * num_experts; i += kSmallThreads) {
+    const int s = i / num_experts, e = i - s * num_experts;
+    plan.expert_count[i] = route.count(s, num_ranks + e, route.experts.total(e));
+  }
+  const bool padded = args.place.layout == Layout::kPadded;
+  for (int e = thread_index(); e < num_experts; e += kSmallThreads) {
+    if (route.experts.owner(e) != route.rank) continue;
+    const int local = args.place.experts.local[e];
+    plan.tokens_per_expert[local] = route.experts.total(e);
+    if (padded) plan.expert_offset[local] = route.experts.start(e);
+  }
+  if (thread_index() != 0) return;
+  *plan.num_recv = totals.rank[route.rank];
+  const int local_experts = args.place.dims.local_experts;
+  if (padded) plan.expert_offset[local_experts] = local_experts * num_ranks * args.small.max_tokens;
+}
+
+// ---- receiving ----
+
+// Entries [begin, end) of the outputs that no token writes, by the whole grid.
+__device__ __forceinline__ void clear_entries(const PlaceArgs& place, int64_t begin, int64_t end) {
+  if (begin >= end) return;
+  const int words = static_cast<int>(place.index_type) / 4;
+  if (place.recv_topk_idx != nullptr)
+    fill_words(static_cast<uint32_t*>(place.recv_topk_idx) + begin * words, (end - begin) * words,
+               0xffffffffu, grid_thread(), grid_threads());
+  if (place.recv_topk_weights != nullptr)
+    fill_words(reinterpret_cast<uint32_t*>(place.recv_topk_weights) + begin, end - begin, 0,
+               grid_thread(), grid_threads());
+}
+
+__device__ __forceinline__ void clear_rest(const SmallDispatchArgs& args, const GroupRoute& route,
+                                           const RouteTotals& totals) {
+  const PlaceArgs& place = args.place;
+  if (place.recv_topk_idx == nullptr && place.recv_topk_weights == nullptr) return;
+  const int topk = route.topk;
+  if (route.by_token)
+    return clear_entries(place, int64_t{totals.rank[route.rank]} * topk,
+                         int64_t{place.recv_capacity} * topk);
+  const bool padded = place.layout == Layout::kPadded;
+  const int32_t alignment = args.expert_alignment;
+  for (int e = 0; e < place.dims.num_experts; ++e) {
+    if (route.experts.owner(e) != route.rank) continue;
+    const int32_t start = route.experts.start(e), total = route.experts.total(e);
+    const int32_t group = padded ? route.num_ranks * args.small.max_tokens
+                                 : (total + alignment - 1) / alignment * alignment;
+    clear_entries(place, start + total, min(start + group, place.row_capacity));
+  }
+  if (!padded) clear_entries(place, totals.rows, place.row_capacity);
+}
+
+// What arrives goes to its rows, by all warps of the grid.
+__device__ __forceinline__ void receive_rows(const SmallDispatchArgs& args, const GroupRoute& route,
+                                             uint64_t epoch, const SourceRanges& ranges) {
+  const PlaceArgs& place = args.place;
+  const LinkArgs& link = args.link;
+  const int topk = route.topk, lane = lane_index();
+  const bool weighted = args.topk_weights != nullptr;
+  const char* window = link.window[link.rank];
+  const MetaLayout meta(topk);
+  const RowJobs jobs(ranges.end[route.num_ranks - 1], place.rows.row_bytes);
+  for (int j = jobs.first; j < jobs.count; j += jobs.step) {
+    const RowJob job = jobs.at(j);
+    const int s = ranges.source(job.row, route.num_ranks);
+    const int t = job.row + ranges.to_source[s];
+    const RouteTile tile = route.tile(s);
+    if (!tile.has(route.rank, t)) continue;
+    const int32_t n = tile.place(route.rank, t);
+    if (n >= place.recv_capacity) continue;
+    TokenSlots slots;
+    slots.token = t;
+    if (lane < topk) {
+      slots.expert = valid_expert(place, ids_of(args, epoch, s)[t * topk + lane]);
+      if (slots.expert >= 0 && route.experts.owner(slots.expert) == route.rank) {
+        const int32_t row = route.row(tile, slots.expert, t);
+        slots.row = valid_row(place, row);
+      }
+    }
+    if (!rows_arrived(link, args.small, epoch, s, t)) return;
+    const char* from = window + args.small.row(s, epoch, t);
+    const uint32_t firsts = place_payload<RowMemory::kArrived>(place, job, from, slots.row);
+    if (!job.leads) continue;
+    if (place.rows.scale_bytes != 0)
+      place_scales(place, from + place.rows.row_bytes, slots.row, firsts);
+    void* record = meta.row(place.plan.recv_meta, n);
+    if (lane < topk) {
+      if (weighted)
+        slots.weight = reinterpret_cast<const float*>(
+            window + args.small.source_weights(s, epoch))[t * topk + lane];
+      else if (!args.records)
+        slots.weight = meta.topk_weights(record, 0)[lane];
+    }
+    if (args.records) write_record(meta, record, slots, weighted);
+    place_outputs(place, n, slots, (firsts >> lane & 1) != 0);
+  }
+}
+
+// agreed: all ranks want the same and are there. Else nobody has sent anything.
+__device__ __forceinline__ void receive(const SmallDispatchArgs& args, const LinkCall& call,
+                                        bool agreed) {
+  EPCOMM_SHARED(SourceRanges, ranges);
+  EPCOMM_SHARED(RouteTotals, totals);
+  const GroupRoute route(args);
+  ranges.fill(route.num_ranks, [&](int s) {
+    const int32_t tokens =
+        agreed ? max(min(call.entry[s].num_tokens, args.small.max_tokens), 0) : 0;
+    return SourceCount{0, tokens, tokens};
+  });
+  auto tokens = [&](int s) { return ranges.end[s] + ranges.to_source[s]; };
+  route_group(args, route, call.epoch, totals, tokens);
+  if (args.fresh) {
+    if (blockIdx.x == 0) write_counts(args, route, totals);
+    const RouteTile own = route.tile(route.rank);
+    // Block 0 (or the send half) has filled plan.topk_idx before it signalled this rank's entry.
+    const int32_t* ids = args.place.plan.topk_idx;
+    const PlaceWriter writer{args.place.layout, route.topk, args.place.plan, 0};
+    writer.write(
+        own, route.experts, args.num_tokens, grid_thread(), grid_threads(),
+        [&](int i) { return agreed ? ids[i] : -1; },
+        [&](int column, int t) { return route.place(own, column, t); });
+  }
+  clear_rest(args, route, totals);
+  receive_rows(args, route, call.epoch, ranges);
+}
+
+__global__ void __launch_bounds__(kSmallThreads, 1)
+    small_dispatch_kernel(const __grid_constant__ SmallDispatchArgs args) {
+  EPCOMM_SHARED(LinkCall, call);
+  EPCOMM_SHARED(int32_t, first_bad);
+  const LinkArgs& link = args.link;
+  bool going = link_begin(link, call);
+  if (going && args.phase != Phase::kReceive) {
+    if (blockIdx.x == 0) announce(args, call.epoch, first_bad);
+    send_rows(args, call.epoch);
+    signal_shares(link, args.small, call.epoch, [&](int) { return args.num_tokens; });
+  }
+  if (args.phase == Phase::kSend) return;
+  if (going) {
+    if (blockIdx.x == 0 && thread_index() == 0) link_mark_begun(link);
+    going = link_agree(link, call);
+  }
+  receive(args, call, going);
+  link_leave(link, call);
+}
+
+}  // namespace
+
+size_t small_shared_bytes(const Dims& dims, int max_tokens) {
+  return static_cast<size_t>(dims.num_ranks) * RouteTile(dims, mask_words(max_tokens)).bytes +
+         RouteExperts(dims).bytes();
+}
+
+void launch_small_dispatch(const SmallDispatchArgs& args, int num_sms, cudaStream_t stream) {
+  check_aligned(args.x, "x");
+  check_aligned(args.place.recv_x, "recv_x");
+  launch("launch of small_dispatch", small_dispatch_kernel,
+         {persistent_blocks(num_sms), kSmallThreads,
+          small_shared_bytes(args.place.dims, args.small.max_tokens), true},
+         stream, args);
+}
+
+}  // namespace epcomm

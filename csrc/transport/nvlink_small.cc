@@ -1,0 +1,165 @@
+// The nvlink transport for small batches: one kernel per call (kernels/small.h). Received rows are
+// written by this rank alone, so that they lie where the caller wants.
+#include <string>
+
+#include "core/call_fields.h"
+#include "core/checks.h"
+#include "transport/nvlink_transport.h"
+
+namespace epcomm {
+namespace {
+
+// Few tokens should still spread over many SMs: what counts is when the last byte arrives. Not
+// measured yet.
+constexpr int kSmallSms = 32;
+
+std::string why_not_small(const TransportContext& context) {
+  const Config& config = context.options.config;
+  if (config.max_tokens > kTileTokens)
+    return "max_tokens is " + std::to_string(config.max_tokens) + "; expected at most " +
+           std::to_string(kTileTokens);
+  const size_t needed = small_shared_bytes(nvlink_dims(context), config.max_tokens);
+  if (needed > kMaxSmallShared)
+    return "routing " + std::to_string(context.bootstrap.size()) + " ranks and " +
+           std::to_string(config.num_experts) + " experts in one block needs " +
+           std::to_string(needed) + " bytes of shared memory; there are " +
+           std::to_string(kMaxSmallShared);
+  return "";
+}
+
+}  // namespace
+
+bool takes_small_path(const TransportContext& context) {
+  std::string path = "auto";
+  for (const auto& [name, value] : context.options.transport_options) {
+    if (name != "path")
+      throw InvalidArgument("transport_options has '" + name +
+                            "'; the nvlink transport has one option, path");
+    path = value;
+  }
+  if (path == "large") return false;
+  const std::string why_not = why_not_small(context);
+  if (path == "small")
+    EPCOMM_CHECK(why_not.empty(), "transport_options['path'] is 'small', but " + why_not);
+  else
+    EPCOMM_CHECK(path == "auto", "transport_options['path'] is '" + path +
+                                     "'; expected 'auto', 'small' or 'large'");
+  return why_not.empty();
+}
+
+// Kernels of both halves use the same epoch, so nothing else may run between them.
+void NvlinkTransport::check_phase(Phase phase, Operation operation) {
+  if (phase != Phase::kReceive) {
+    EPCOMM_CHECK(!half_, std::string("the receive half of the last ") + operation_name(*half_) +
+                             " was not called; call it first");
+    return;
+  }
+  EPCOMM_CHECK(half_ == operation, std::string("the receive half of a ") +
+                                       operation_name(operation) +
+                                       " was called, but its send half was not");
+}
+
+void NvlinkTransport::check_fits_slot(int64_t row_bytes, int64_t scale_bytes) const {
+  const int64_t slot = static_cast<int64_t>(layout_.small.row_bytes);
+  EPCOMM_CHECK(
+      row_bytes + scale_bytes <= slot,
+      "x has " + std::to_string(row_bytes) + " bytes per row and " + std::to_string(scale_bytes) +
+          " of scales; expected at most " + std::to_string(slot) +
+          " together, a row of the Buffer's hidden and dtype; make the Buffer with a wider "
+          "dtype or transport_options={'path': 'large'}");
+}
+
+// Nothing is exchanged yet: expert ids go out with the rows.
+RouteResult NvlinkTransport::route_small(const RouteArgs& args) {
+  RouteResult result;
+  result.epoch = ++routes_;
+  result.deferred = true;
+  result.topk_idx = args.topk_idx;
+  result.index_type = args.index_type;
+  return result;
+}
+
+void NvlinkTransport::dispatch_small(const Plan& plan, const DispatchArgs& args) {
+  const bool receives = args.phase == Phase::kReceive;
+  // A receive half that were refused here would leave this rank behind the others.
+  if (receives)
+    watchdog_.check();
+  else
+    check();
+  check_phase(args.phase, Operation::kDispatch);
+  check_fits_slot(args.row_bytes, args.scale_bytes);
+  if (args.needed_bytes == 0) check_capacity(plan, args);
+  const auto stream = static_cast<cudaStream_t>(args.stream);
+  Call call(*this, stream);
+  const bool waits =
+      args.phase == Phase::kAll && (args.needed_bytes != 0 || (plan.host_sync && !args.replay));
+  SmallDispatchArgs small{};
+  small.link = link(Operation::kDispatch);
+  small.small = layout_.small;
+  small.place = place_args(plan, args);
+  if (waits) small.link.token = ++tokens_;
+  LinkEntry& entry = small.link.entry;
+  describe_plan(entry, plan);
+  entry_field(entry, CallField::kDtype) = static_cast<int32_t>(args.dtype);
+  entry_field(entry, CallField::kRowBytes) = args.row_bytes;
+  entry_field(entry, CallField::kScaleBytes) = args.scale_bytes;
+  entry_field(entry, CallField::kWeighted) = args.topk_weights != nullptr ? 1 : 0;
+  entry.num_tokens = plan.num_tokens;
+  entry.needed_bytes = args.needed_bytes;
+  entry.free_bytes = args.free_bytes;
+  small.phase = args.phase;
+  small.num_tokens = plan.num_tokens;
+  small.expert_alignment = plan.expert_alignment;
+  small.fresh = plan.result.deferred && !args.replay;
+  small.records = !args.replay || args.topk_weights != nullptr;
+  small.topk_idx = plan.result.topk_idx;
+  small.index_type = plan.result.index_type;
+  small.bad_index = route_.bad_index();
+  small.x = static_cast<const char*>(args.x);
+  small.scales = static_cast<const char*>(args.scales);
+  small.topk_weights = args.topk_weights;
+  launch_small_dispatch(small, args.num_sms > 0 ? args.num_sms : kSmallSms, stream);
+  half_ = args.phase == Phase::kSend ? std::optional(Operation::kDispatch) : std::nullopt;
+  call.end();
+  // As in larger dispatches the host learns of a mismatch here if it has waited anyway.
+  if (waits) wait_entered(small.link.token);
+  if (args.needed_bytes != 0) throw WindowFull(rank_, args.needed_bytes, args.free_bytes);
+}
+
+void NvlinkTransport::combine_small(const Plan& plan, const CombineArgs& args) {
+  const bool receives = args.phase == Phase::kReceive;
+  if (receives)
+    watchdog_.check();
+  else
+    check();
+  check_phase(args.phase, Operation::kCombine);
+  const int64_t row_bytes = int64_t{args.hidden} * dtype_bytes(args.dtype);
+  check_fits_slot(row_bytes, 0);
+  const auto stream = static_cast<cudaStream_t>(args.stream);
+  Call call(*this, stream);
+  SmallCombineArgs small{};
+  small.link = link(Operation::kCombine);
+  small.small = layout_.small;
+  LinkEntry& entry = small.link.entry;
+  describe_plan(entry, plan);
+  entry_field(entry, CallField::kDtype) = static_cast<int32_t>(args.dtype);
+  entry_field(entry, CallField::kRowBytes) = static_cast<int32_t>(row_bytes);
+  entry_field(entry, CallField::kWeighted) = args.topk_weights != nullptr ? 1 : 0;
+  entry_field(entry, CallField::kRows) = args.by_token ? 1 : 0;
+  small.dims = dims(plan.topk);
+  small.dtype = args.dtype;
+  small.phase = args.phase;
+  small.hidden = args.hidden;
+  small.num_tokens = plan.num_tokens;
+  small.by_token = args.by_token;
+  small.plan = plan.view;
+  small.x = static_cast<const char*>(args.x);
+  small.topk_weights = args.topk_weights;
+  small.bias = args.bias;
+  small.out = args.out;
+  launch_small_combine(small, args.num_sms > 0 ? args.num_sms : kSmallSms, stream);
+  half_ = args.phase == Phase::kSend ? std::optional(Operation::kCombine) : std::nullopt;
+  call.end();
+}
+
+}  // namespace epcomm
