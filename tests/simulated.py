@@ -38,8 +38,8 @@ def install() -> None:
         def __init__(self, *args: Any, **kwargs: Any):
             self._buffer = sim.Buffer(*args, **kwargs)
             caps = self._buffer.caps
-            names = ("token_layout", "expert_layout", "padded_layout", "symmetric_outputs")
-            self.caps = SimpleNamespace(cuda=False, **{name: getattr(caps, name) for name in names})
+            values = {name: getattr(caps, name) for name in dir(caps) if not name.startswith("_")}
+            self.caps = SimpleNamespace(**{**values, "cuda": False})
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self._buffer, name)

@@ -46,6 +46,13 @@ TRANSPORTS = (
     ),
     Transport("nccl", "cuda", marks=(pytest.mark.gpu,), slow_to_make=True),
     Transport("nvlink", "cuda", marks=(pytest.mark.gpu,), slow_to_make=True),
+    Transport(
+        "nvlink",
+        "cuda",
+        marks=(pytest.mark.gpu,),
+        slow_to_make=True,
+        options=(("path", "large"),),
+    ),
 )
 RANKS = (1, 2, 3, 4, 7)
 QUANT_RANKS = (1, 2, 4)  # the rows are wide, and quantisation knows nothing of ranks
@@ -64,7 +71,7 @@ def _grid() -> Iterator[Any]:
     for transport in TRANSPORTS:
         sizes = transport.nodes or [(n, None) for n in RANKS if n <= transport.max_ranks]
         for i, (num_ranks, ranks_per_node) in enumerate(sizes):
-            name = f"{transport.name}-{num_ranks}"
+            name = f"{transport.name}{dict(transport.options).get('path', '')}-{num_ranks}"
             name += "" if ranks_per_node is None else f"by{ranks_per_node}"
             groups = [LAYOUTS] if transport.slow_to_make else [(one,) for one in LAYOUTS]
             for j, layouts in enumerate(groups):

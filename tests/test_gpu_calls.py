@@ -16,9 +16,11 @@ pytestmark = pytest.mark.gpu
 KINDS = (
     ("nccl", {"algorithm": "static"}),
     ("nccl", {"algorithm": "allgather"}),
-    ("nvlink", {}),
+    ("nvlink", {"path": "small"}),
+    ("nvlink", {"path": "large"}),
 )
-TRANSPORTS = ("nccl", "nvlink")
+# Transport and max_tokens: 256 takes the path for small batches of nvlink, 600 does not.
+SIZES = (("nccl", 600), ("nvlink", 600), ("nvlink", 256))
 TIMEOUT_S = 20.0
 
 
@@ -99,21 +101,28 @@ def test_graph(layout: str, transport: str, options: dict[str, str]) -> None:
     pool.run(pool.size, run_graph, layout, transport, options)
 
 
-def run_soak(group: Any, calls: int, transport: str) -> None:
-    """Two Buffers in turn, random sizes and layouts, eager and asynchronous."""
-    other = {"algorithm": "static"} if transport == "nccl" else {}
-    bufs = [make(group, transport), make(group, transport, transport_options=other)]
+def run_soak(group: Any, calls: int, transport: str, max_tokens: int) -> None:
+    """Two Buffers in turn, random sizes and layouts, eager, asynchronous and in halves."""
+    other = {"algorithm": "static"} if transport == "nccl" else {"path": "large"}
+    bufs = [
+        make(group, transport, max_tokens=max_tokens),
+        make(group, transport, max_tokens=max_tokens, transport_options=other),
+    ]
     rng = torch.Generator().manual_seed(7)
     for _ in range(calls):
         draw = torch.randint(0, 1 << 30, (8,), generator=rng).tolist()
         buf = bufs[draw[0] % 2]
-        x, idx, weights = batch(draw[1] + buf.rank, (draw[2] + 37 * buf.rank) % 601)
+        x, idx, weights = batch(draw[1] + buf.rank, (draw[2] + 37 * buf.rank) % (max_tokens + 1))
         layout = ("token", "expert", "padded")[draw[3] % 3]
-        host_sync, async_op = draw[4] % 2 == 0, draw[5] % 2 == 0
-        recv = buf.dispatch(x, idx, weights, layout=layout, host_sync=host_sync, async_op=async_op)
+        how = ({}, {"async_op": True}, {"return_recv_hook": True})[draw[5] % 3]
+        recv = buf.dispatch(x, idx, weights, layout=layout, host_sync=draw[4] % 2 == 0, **how)
+        if recv.hook is not None:
+            recv.hook()
         recv.event.wait()
-        y = buf.combine(recv.x, recv.plan, topk_weights=weights, async_op=async_op)
-        if async_op:
+        y = buf.combine(recv.x, recv.plan, topk_weights=weights, **how)
+        if how:
+            if y.hook is not None:
+                y.hook()
             y.event.wait()
             y = y.y
         check_round_trip(x, idx, weights, y)
@@ -121,46 +130,49 @@ def run_soak(group: Any, calls: int, transport: str) -> None:
         buf.destroy()
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_random_calls(transport: str) -> None:
+@pytest.mark.parametrize(("transport", "max_tokens"), SIZES)
+def test_random_calls(transport: str, max_tokens: int) -> None:
     pool = launcher.pool("cuda")
-    pool.run(pool.size, run_soak, 1000, transport, timeout=200.0)
+    pool.run(pool.size, run_soak, 1000, transport, max_tokens, timeout=200.0)
 
 
-def run_bad_id(group: Any, transport: str) -> None:
-    buf = make(group, transport)
-    x, idx, weights = batch(buf.rank, 300)
+def run_bad_id(group: Any, transport: str, max_tokens: int) -> None:
+    buf = make(group, transport, max_tokens=max_tokens)
+    x, idx, weights = batch(buf.rank, max_tokens // 2)
+    bad = max_tokens // 2 - 30  # in the second tile of the larger batch
     if buf.rank == 1:
-        idx[270, 2] = 16
+        idx[bad, 2] = 16
     for host_sync in (True, False):
         if host_sync:
-            with pytest.raises(ValueError, match=r"rank 1 .token 270, slot 2. is 16"):
+            with pytest.raises(ValueError, match=rf"rank 1 .token {bad}, slot 2. is 16"):
                 buf.dispatch(x, idx, weights)
         else:
             recv = buf.dispatch(x, idx, weights, host_sync=False)
             y = buf.combine(recv.x, recv.plan, topk_weights=weights)
             torch.cuda.synchronize()
             if buf.rank == 1:
-                with pytest.raises(ValueError, match=r"token 270, slot 2. is 16"):
+                with pytest.raises(ValueError, match=rf"token {bad}, slot 2. is 16"):
                     buf.dispatch(x, idx, weights)
-                idx[270, 2] = -1
+                idx[bad, 2] = -1
             check_round_trip(x, idx, weights, y)
     recv = buf.dispatch(x, idx, weights)
     check_round_trip(x, idx, weights, buf.combine(recv.x, recv.plan, topk_weights=weights))
     buf.destroy()
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_bad_expert_id(transport: str) -> None:
+@pytest.mark.parametrize(("transport", "max_tokens"), SIZES)
+def test_bad_expert_id(transport: str, max_tokens: int) -> None:
     pool = launcher.pool("cuda")
-    pool.run(min(pool.size, 4), run_bad_id, transport)
+    pool.run(min(pool.size, 4), run_bad_id, transport, max_tokens)
 
 
-def run_lost_peer(group: Any, parent: launcher.Parent, transport: str, host_sync: bool) -> Any:
+def run_lost_peer(
+    group: Any, parent: launcher.Parent, transport: str, max_tokens: int, host_sync: bool
+) -> Any:
     import epcomm
 
-    buf = make(group, transport, timeout=3.0)
-    x, idx, weights = batch(buf.rank, 300)
+    buf = make(group, transport, max_tokens=max_tokens, timeout=3.0)
+    x, idx, weights = batch(buf.rank, max_tokens // 2)
     for _ in range(3):
         buf.dispatch(x, idx, weights)
     torch.cuda.synchronize()
@@ -180,10 +192,12 @@ def run_lost_peer(group: Any, parent: launcher.Parent, transport: str, host_sync
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("host_sync", [True, False])
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_lost_peer(transport: str, host_sync: bool, how: signal.Signals) -> None:
+@pytest.mark.parametrize(("transport", "max_tokens"), SIZES)
+def test_lost_peer(transport: str, max_tokens: int, host_sync: bool, how: signal.Signals) -> None:
     size = min(torch.cuda.device_count(), 3)
-    with launcher.spawn(size, run_lost_peer, transport, host_sync, device="cuda") as ranks:
+    with launcher.spawn(
+        size, run_lost_peer, transport, max_tokens, host_sync, device="cuda"
+    ) as ranks:
         for r in range(size):
             assert ranks.hear(r, 120.0) == "ready"
         ranks.signal(size - 1, how)

@@ -1,21 +1,72 @@
 """The GPU transports on simulated devices: the conformance cases, without a GPU."""
 
+from typing import Any
+
 import pytest
+import torch
 
 import launcher
 from cases import CASES, FORMATS
 from simulated import needs_simulator
-from test_conformance import LAYOUTS, run_cases
+from test_conformance import LAYOUTS, Transport, run_cases
 
 pytestmark = needs_simulator
 
 
 # Every format and every number of ranks, not each with each: a simulated GPU is slow.
-GRID = [(1, "bf16"), (2, "fp32"), (2, "packed"), (3, "fp16"), (4, "bf16"), (4, "fp8")]
+GRID = [
+    ("large", 1, "bf16"),
+    ("large", 2, "fp32"),
+    ("large", 2, "packed"),
+    ("large", 3, "fp16"),
+    ("large", 4, "bf16"),
+    ("large", 4, "fp8"),
+    ("small", 1, "fp16"),
+    ("small", 2, "bf16"),
+    ("small", 2, "fp8"),
+    ("small", 3, "packed"),
+    ("small", 4, "fp32"),
+]
 
 
-@pytest.mark.parametrize(("num_ranks", "fmt"), GRID)
-def test_nvlink(num_ranks: int, fmt: str) -> None:
+@pytest.mark.parametrize(("path", "num_ranks", "fmt"), GRID)
+def test_nvlink(path: str, num_ranks: int, fmt: str) -> None:
     pool = launcher.pool("simulated")
-    done = pool.run(num_ranks, run_cases, "nvlink", "cpu", LAYOUTS, FORMATS[fmt], timeout=300.0)
+    transport = Transport("nvlink", options=(("path", path),))
+    done = pool.run(num_ranks, run_cases, transport, None, LAYOUTS, FORMATS[fmt], timeout=300.0)
     assert done == [len(CASES)] * num_ranks
+
+
+def run_halves(group: Any) -> None:
+    """Calls with return_recv_hook: in halves, completed by the hook or by the next call."""
+    import epcomm
+
+    options = {"path": "small"}
+    arguments: dict[str, Any] = {"num_experts": 8, "hidden": 64, "topk": 2, "max_tokens": 16}
+    with epcomm.Buffer(group, transport="nvlink", transport_options=options, **arguments) as buf:
+        assert buf.caps.small_batches and buf.caps.two_phases
+        rng = torch.Generator().manual_seed(buf.rank)
+        for round in range(6):
+            x = torch.randint(-8, 9, (12, 64), generator=rng).bfloat16()
+            idx = torch.rand(12, 8, generator=rng).topk(2).indices
+            weights = 2.0 ** torch.randint(-2, 2, (12, 2), generator=rng)
+            calls = {"layout": ("token", "expert", "padded")[round % 3], "host_sync": round < 3}
+            recv = buf.dispatch(x, idx, weights, return_recv_hook=True, **calls)
+            assert recv.hook is not None
+            if round % 2 == 0:
+                recv.hook()
+                recv.hook()  # once is enough
+                out = recv.x
+            else:
+                recv = buf.dispatch(x, idx, weights, **calls)  # completes the one before
+                out = recv.x
+            y, _, hook = buf.combine(out, recv.plan, topk_weights=weights, return_recv_hook=True)
+            again = buf.combine(out, recv.plan, topk_weights=weights)
+            assert hook is not None
+            hook()
+            assert torch.equal(y, again)
+            assert torch.equal(y.float(), x.float() * weights.sum(1, keepdim=True))
+
+
+def test_halves() -> None:
+    launcher.pool("simulated").run(3, run_halves)

@@ -69,6 +69,10 @@ void bind_types(py::module_& m) {
   py::enum_<IndexType>(m, "IndexType", py::module_local())
       .value("int32", IndexType::kInt32)
       .value("int64", IndexType::kInt64);
+  py::enum_<Phase>(m, "Phase", py::module_local())
+      .value("all", Phase::kAll)
+      .value("send", Phase::kSend)
+      .value("receive", Phase::kReceive);
   py::class_<Caps>(m, "Caps", py::module_local())
       .def_readonly("token_layout", &Caps::token_layout)
       .def_readonly("expert_layout", &Caps::expert_layout)
@@ -79,6 +83,8 @@ void bind_types(py::module_& m) {
       .def_property_readonly("fused_quants", [](const Caps& c) { return quants(c.fused_quants); })
       .def_property_readonly("combine_quants",
                              [](const Caps& c) { return quants(c.combine_quants); })
+      .def_readonly("two_phases", &Caps::two_phases)
+      .def_readonly("small_batches", &Caps::small_batches)
       .def_readonly("link_counters", &Caps::link_counters)
       .def_readonly("forwards", &Caps::forwards);
   py::class_<LinkTraffic>(m, "LinkTraffic", py::module_local())
@@ -130,6 +136,7 @@ void bind_args(py::module_& m) {
       .def_readwrite("row_capacity", &DispatchArgs::row_capacity)
       .def_readwrite("needed_bytes", &DispatchArgs::needed_bytes)
       .def_readwrite("free_bytes", &DispatchArgs::free_bytes)
+      .def_readwrite("phase", &DispatchArgs::phase)
       .def_readwrite("num_sms", &DispatchArgs::num_sms);
   def_pointer(dispatch, "x", &DispatchArgs::x);
   def_pointer(dispatch, "scales", &DispatchArgs::scales);
@@ -147,6 +154,7 @@ void bind_args(py::module_& m) {
       .def_readwrite("quant", &CombineArgs::quant)
       .def_readwrite("hidden", &CombineArgs::hidden)
       .def_readwrite("by_token", &CombineArgs::by_token)
+      .def_readwrite("phase", &CombineArgs::phase)
       .def_readwrite("num_sms", &CombineArgs::num_sms);
   def_pointer(combine, "x", &CombineArgs::x);
   def_pointer(combine, "topk_weights", &CombineArgs::topk_weights);

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -29,9 +30,11 @@ from .results import (
     Rows,
 )
 from .slots import rows_of_slots
-from .streams import Call, CallOrder
+from .streams import Call, CallOrder, ReceiveHalf
 from .symmetric import tensors_of
 from .tracing import profiled, untraced
+
+_logger = logging.getLogger("epcomm")
 
 
 class Buffer:
@@ -60,10 +63,12 @@ class Buffer:
             "hierarchical" moves rows by it, "cpu" only counts by it, the others ignore it.
         timeout: seconds that a wait for a peer may take before `PeerLost` (default 30).
         window_bytes: memory for the tensors that calls return. None = from the sizes above. The cpu
-            transport takes memory from the machine only where it is touched; nccl returns memory
-            of torch's allocator and ignores this.
+            transport takes memory from the machine only where it is touched; nccl, and nvlink
+            with small batches, return memory of torch's allocator and ignore this.
         transport_options: choices of one transport, by name; nccl: "algorithm", "schedule" and
-            "chunks" (docs/nccl.md); hierarchical: "chunk_tokens" (docs/hierarchical.md).
+            "chunks" (docs/nccl.md); hierarchical: "chunk_tokens" (docs/hierarchical.md); nvlink:
+            "path" = "auto", "small" or "large" (docs/nvlink.md, "Small batches";
+            `caps.small_batches` says which was taken).
         comm_stream: of asynchronous calls on a GPU; None = a stream of the Buffer's own.
 
     Attributes:
@@ -138,6 +143,13 @@ class Buffer:
         self.name = str(next(_numbers))
         _named[self.name] = self
         self._order = CallOrder(self._device, self._native.check_faults, comm_stream)
+        self._half: ReceiveHalf | None = None  # of the last call, if it was made in halves
+        if self.caps.small_batches:
+            _logger.info(
+                "transport %s: max_tokens = %d takes the path for small batches, one kernel a call",
+                transport,
+                max_tokens,
+            )
         self._limits = checks.Limits(self._native.id, self._device, hidden, topk, max_tokens, dtype)
 
     @property
@@ -203,6 +215,7 @@ class Buffer:
         Tensors that were returned stay valid. Later calls raise `BufferUnusable`; peers that still
         wait for this rank raise `PeerLost`.
         """
+        self._half = None
         self._tensors.close()
         self._native.destroy()
 
@@ -263,7 +276,9 @@ class Buffer:
                 tensors.
             async_op: returns at once; `recv.event` marks completion. Complete already on the CPU.
             return_recv_hook: splits send from receive: nothing received may be read before
-                `recv.hook()` was called. Excludes async_op.
+                `recv.hook()` was called, nor does `recv.event` mark completion before. Where
+                `caps.two_phases` is set, no SM is held between; the next call on this Buffer issues
+                the receive half if the hook was not called. Excludes async_op.
             previous_event: the work starts after this event.
             num_sms: most SMs used on a GPU; no effect on the CPU.
 
@@ -300,6 +315,7 @@ class Buffer:
         if topk_weights is not None:
             self._limits.tensor("topk_weights", topk_weights, (torch.float32,), (num_tokens, topk))
 
+        self._finish_half()
         call = self._order.begin(
             async_op or return_recv_hook,
             previous_event,
@@ -314,6 +330,11 @@ class Buffer:
         args.topk_weights = _address(topk_weights)
         args.num_sms = num_sms or 0
         args.stream = call.stream
+        # Scales that are rearranged must be there: such a call is not made in halves.
+        rearranged = scale_layout == "column" or (
+            quant is not None and quantisation.FORMATS[quant].global_scale
+        )
+        self._begin_half(args, return_recv_hook and not rearranged)
         try:
             with call.allocating(), profiled("dispatch", rows, scales):
                 if plan is None:
@@ -332,9 +353,16 @@ class Buffer:
             raise
         received = recv.x if isinstance(recv.x, tuple) else (recv.x,)
         block = (recv.plan.send_block, recv.plan.recv_block)
-        made = (recv.topk_idx, recv.topk_weights, recv.global_scale)
-        event = call.end((*received, *made, *block))
-        return dataclasses.replace(recv, event=event, hook=event.wait if return_recv_hook else None)
+        outputs = (recv.topk_idx, recv.topk_weights, recv.global_scale)
+        made = (*received, *outputs, *block)
+        event = call.end(made)
+        native_plan = recv.plan.native
+        hook = None
+        if return_recv_hook:
+            hook = self._hook(
+                call, event, args, made, lambda: self._native.dispatch(native_plan, args)
+            )
+        return dataclasses.replace(recv, event=event, hook=hook)
 
     @untraced
     def combine(
@@ -407,6 +435,7 @@ class Buffer:
             limits.row_memory("out", out)
 
         block = (plan.send_block, plan.recv_block)
+        self._finish_half()
         call = self._order.begin(
             async_op or return_recv_hook, previous_event, (x, topk_weights, bias, out, *block)
         )
@@ -419,11 +448,18 @@ class Buffer:
         args.bias = _address(bias)
         if quant is not None:
             args.quant = getattr(self._module.Quant, quant)
+        self._begin_half(args, return_recv_hook)
         with profiled("combine", out):
             self._native.combine(plan.native, args)
         event = call.end((made,))
-        if async_op or return_recv_hook:
-            return Combined(out, event, event.wait if return_recv_hook else None)
+        if return_recv_hook:
+            keep = (x, topk_weights, bias, out, *block)
+            hook = self._hook(
+                call, event, args, keep, lambda: self._native.combine(plan.native, args)
+            )
+            return Combined(out, event, hook)
+        if async_op:
+            return Combined(out, event, None)
         return out
 
     @untraced
@@ -494,6 +530,7 @@ class Buffer:
             raise ValueError(f"every_slot is True with layout {plan.layout!r}; expected 'token'")
         self._limits.tensor("values", values, (torch.float32,), self._slot_shape(plan))
         block = (plan.send_block, plan.recv_block)
+        self._finish_half()
         call = self._order.begin(async_op, previous_event, (values, *block))
         with call.allocating():
             record_bytes = self._native.recv_meta_bytes(plan.topk, 1)
@@ -506,6 +543,33 @@ class Buffer:
             y = y[:, : plan.topk].contiguous()
         event = call.end((y,))
         return Combined(y, event, None) if async_op else y
+
+    # Calls in halves.
+
+    def _begin_half(self, args: Any, in_halves: bool) -> None:
+        if in_halves and self.caps.two_phases:
+            args.phase = self._module.Phase.send
+
+    def _hook(
+        self,
+        call: Call,
+        event: Event,
+        args: Any,
+        keep: Sequence[torch.Tensor | None],
+        launch: Callable[[], None],
+    ) -> Callable[[], None]:
+        """What completes a call with return_recv_hook: its receive half where there is one."""
+        if args.phase != self._module.Phase.send:
+            return event.wait
+        args.phase = self._module.Phase.receive
+        self._half = ReceiveHalf(call, event, launch, keep)
+        return self._half
+
+    def _finish_half(self) -> None:
+        """Nothing else may run between the halves of a call."""
+        half, self._half = self._half, None
+        if half is not None:
+            half.finish()
 
     # Steps of dispatch.
 

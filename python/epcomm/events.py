@@ -29,6 +29,11 @@ class Event:
         if self._cuda_event is not None:
             self._cuda_event.wait(stream)
 
+    def record(self, stream: torch.cuda.Stream) -> None:
+        """Marks what is in the stream so far instead. For the Buffer, not for its callers."""
+        if self._cuda_event is not None:
+            self._cuda_event.record(stream)
+
     def query(self) -> bool:
         """True if the work is complete."""
         return self._cuda_event is None or bool(self._cuda_event.query())

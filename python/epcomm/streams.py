@@ -66,6 +66,52 @@ class Call:
             t.record_stream(self._current)
         return Event(event, check=self._check)
 
+    def resume(self, launch: Callable[[], None], event: Event) -> None:
+        """Issues more of a call that ran on the Buffer's own stream, and marks its event anew."""
+        if self._own is None:
+            launch()
+            return
+        self._own.wait_stream(torch.cuda.current_stream(self._own.device))
+        launch()
+        event.record(self._own)
+
+
+class ReceiveHalf:
+    """Completes a call of which only the send half was issued: the hook that the caller gets.
+
+    Runs once, on the call's stream, after what the caller's current stream holds by then; called
+    again it only makes the current stream wait.
+
+    Args:
+        call: the call; ended.
+        event: what `call.end` gave; marks the completion of the call once this has run.
+        launch: issues the receive half on the call's stream.
+        keep: what the receive half reads or writes; held until it is issued.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        event: Event,
+        launch: Callable[[], None],
+        keep: Iterable[torch.Tensor | None],
+    ) -> None:
+        self._call = call
+        self._event = event
+        self._launch: Callable[[], None] | None = launch
+        self._keep = tuple(keep)
+
+    def finish(self) -> None:
+        """Issues the receive half if it was not; the current stream does not wait for it."""
+        launch, self._launch = self._launch, None
+        if launch is not None:
+            self._call.resume(launch, self._event)
+            self._keep = ()
+
+    def __call__(self) -> None:
+        self.finish()
+        self._event.wait()
+
 
 class CallOrder:
     """Makes the calls of one Buffer.
