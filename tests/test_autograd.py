@@ -76,7 +76,8 @@ def run_experts(recv: Any, layout: str, params: torch.Tensor, weighted: bool) ->
 
 def layer(
     buf: Any, topk_idx: torch.Tensor, t: Tensors, params: torch.Tensor, mode: str, **how: Any
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, Any, torch.Tensor]:
+    """The result, what was received, and the experts' outputs."""
     from epcomm import autograd
 
     delivered = t.weights if mode == "delivered" else None
@@ -86,8 +87,7 @@ def layer(
         out.retain_grad()
     weights = t.weights if mode == "combined" else None
     y = autograd.combine(buf, out, recv.plan, topk_weights=weights, bias=t.bias)
-    layer.last = recv, out  # type: ignore[attr-defined]
-    return y
+    return y, recv, out
 
 
 def padding_of(recv: Any, layout: str) -> torch.Tensor:
@@ -117,8 +117,7 @@ def run_gradients(
                 params = matrices[experts].to(device).requires_grad_()
                 poison(buf)
                 how = {"host_sync": host_sync, **layout.arguments()}
-                y = layer(buf, mine, t, params, mode, **how)
-                recv, out = layer.last  # type: ignore[attr-defined]
+                y, recv, out = layer(buf, mine, t, params, mode, **how)
                 (y * t.grad_y).sum().backward()
                 what = f"{name}, {mode}: "
                 checks.equal(y.detach(), ys[rank].float().numpy(), what + "y")
