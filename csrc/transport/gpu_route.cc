@@ -74,6 +74,24 @@ RouteKernelArgs GpuRoute::args(const RouteArgs& args, int chunks) const {
   return k;
 }
 
+PlaceArgs GpuRoute::place_args(const Plan& plan, const DispatchArgs& args) const {
+  PlaceArgs p{};
+  p.dims = {num_ranks_, config_.num_experts, experts_.local_experts(rank_), plan.topk, true};
+  p.rows = {args.row_bytes, args.scale_bytes};
+  p.layout = plan.layout;
+  p.rank = rank_;
+  p.index_type = args.index_type;
+  p.recv_capacity = args.recv_capacity;
+  p.row_capacity = args.row_capacity;
+  p.experts = experts();
+  p.plan = plan.view;
+  p.recv_x = static_cast<char*>(args.recv_x);
+  p.recv_scales = static_cast<char*>(args.recv_scales);
+  p.recv_topk_idx = args.recv_topk_idx;
+  p.recv_topk_weights = args.recv_topk_weights;
+  return p;
+}
+
 void GpuRoute::report_bad_index() {
   auto* words = bad_index_.as<int32_t>();
   const int bad = std::atomic_ref(words[0]).exchange(0);

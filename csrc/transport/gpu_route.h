@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include "core/expert_map.h"
+#include "epcomm/plan.h"
 #include "epcomm/types.h"
 #include "kernels/kernels.h"
 #include "kernels/token_layout.h"
@@ -30,6 +31,8 @@ class GpuRoute {
 
   /// For launch_count and launch_assign.
   RouteKernelArgs args(const RouteArgs& args, int chunks) const;
+  /// For launch_place, with all sources' rows and records in place already.
+  PlaceArgs place_args(const Plan& plan, const DispatchArgs& args) const;
   /// Throws InvalidArgument for a bad expert id of an earlier route whose counts the host did not
   /// wait for.
   void report_bad_index();

@@ -35,25 +35,6 @@ PackArgs NcclTransport::pack_args(const Plan& plan, const DispatchArgs& args) co
   return p;
 }
 
-PlaceArgs NcclTransport::place_args(const Plan& plan, const DispatchArgs& args) const {
-  PlaceArgs p{};
-  p.dims = dims_;
-  p.dims.topk = plan.topk;
-  p.rows = {args.row_bytes, args.scale_bytes};
-  p.layout = plan.layout;
-  p.rank = rank_;
-  p.index_type = args.index_type;
-  p.recv_capacity = args.recv_capacity;
-  p.row_capacity = args.row_capacity;
-  p.experts = route_.experts();
-  p.plan = plan.view;
-  p.recv_x = static_cast<char*>(args.recv_x);
-  p.recv_scales = static_cast<char*>(args.recv_scales);
-  p.recv_topk_idx = args.recv_topk_idx;
-  p.recv_topk_weights = args.recv_topk_weights;
-  return p;
-}
-
 void NcclTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
   check_fits("x", args.row_bytes, args.scale_bytes);
   const auto stream = static_cast<cudaStream_t>(args.stream);
@@ -90,7 +71,7 @@ void NcclTransport::dispatch_exact(const Plan& plan, const DispatchArgs& args,
   };
 
   PackArgs pack = pack_args(plan, args);
-  PlaceArgs place = place_args(plan, args);
+  PlaceArgs place = route_.place_args(plan, args);
   for (int r = 0; r < num_ranks_; ++r) {
     pack.target[r] = r == rank_ ? shifted(recv, counts.recv_base(r, r))
                                 : shifted(send, counts.send_base(rank_, r));
@@ -134,7 +115,7 @@ void NcclTransport::dispatch_static(const Plan& plan, const DispatchArgs& args,
   const size_t record = MetaLayout(plan.topk).record_bytes;
   const size_t block = align_up(region_bytes(config_.max_tokens, spec, record), 16);
   PackArgs pack = pack_args(plan, args);
-  PlaceArgs place = place_args(plan, args);
+  PlaceArgs place = route_.place_args(plan, args);
   std::vector<Message> messages;
   for (int i = 0; i < num_ranks_; ++i) {
     const int peer = (rank_ + i) % num_ranks_;
@@ -157,7 +138,7 @@ void NcclTransport::dispatch_gathered(const Plan& plan, const DispatchArgs& args
   const size_t capacity = static_cast<size_t>(config_.max_tokens),
                ranks = static_cast<size_t>(num_ranks_);
   GatheredArgs g{};
-  g.place = place_args(plan, args);
+  g.place = route_.place_args(plan, args);
   g.capacity = config_.max_tokens;
   g.announced = plan.view.announced;
   char* send = send_.get();

@@ -123,7 +123,6 @@ class NcclTransport final : public Transport {
   // SMs for a kernel that runs while NCCL's kernel does and must leave it room.
   int beside(int num_sms) const { return num_sms == 0 ? num_sms_ * 3 / 8 : num_sms; }
   void check_fits(const char* what, int64_t row_bytes, int64_t scale_bytes) const;
-  PlaceArgs place_args(const Plan& plan, const DispatchArgs& args) const;
   PackArgs pack_args(const Plan& plan, const DispatchArgs& args) const;
   void dispatch_exact(const Plan& plan, const DispatchArgs& args, cudaStream_t stream);
   void dispatch_static(const Plan& plan, const DispatchArgs& args, cudaStream_t stream);

@@ -93,7 +93,7 @@ void NvlinkTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
   send.plan = plan.view;
   send.first_row = plan.layout == Layout::kToken ? plan.view.slot : plan.view.first_row;
   const int num_sms = args.num_sms > 0 ? args.num_sms : kDispatchSms;
-  const PlaceArgs place = place_args(plan, args);
+  const PlaceArgs place = route_.place_args(plan, args);
   // With counts on the host every entry of layout kToken has a token. Cleared before the peers are
   // let in.
   if (args.needed_bytes == 0 && (plan.layout != Layout::kToken || !plan.host_sync))
@@ -112,26 +112,6 @@ void NvlinkTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
   // The host has waited in this dispatch already, so that it may as well learn of a full window or
   // a mismatch here; the rows are on their way meanwhile.
   if (plan.host_sync && !args.replay) wait_entered(send.link.token);
-}
-
-// Rows and records are where they belong; what is left are further rows for a token, expert ids and
-// weights.
-PlaceArgs NvlinkTransport::place_args(const Plan& plan, const DispatchArgs& args) const {
-  PlaceArgs place{};
-  place.dims = dims(plan.topk);
-  place.rows = {args.row_bytes, args.scale_bytes};
-  place.layout = plan.layout;
-  place.rank = rank_;
-  place.index_type = args.index_type;
-  place.recv_capacity = args.recv_capacity;
-  place.row_capacity = args.row_capacity;
-  place.experts = route_.experts();
-  place.plan = plan.view;
-  place.recv_x = static_cast<char*>(args.recv_x);
-  place.recv_scales = static_cast<char*>(args.recv_scales);
-  place.recv_topk_idx = args.recv_topk_idx;
-  place.recv_topk_weights = args.recv_topk_weights;
-  return place;
 }
 
 void NvlinkTransport::combine(const Plan& plan, const CombineArgs& args) {

@@ -96,7 +96,7 @@ void NvlinkTransport::dispatch_small(const Plan& plan, const DispatchArgs& args)
   SmallDispatchArgs small{};
   small.link = link(Operation::kDispatch);
   small.small = layout_.small;
-  small.place = place_args(plan, args);
+  small.place = route_.place_args(plan, args);
   if (waits) small.link.token = ++tokens_;
   LinkEntry& entry = small.link.entry;
   describe_plan(entry, plan);

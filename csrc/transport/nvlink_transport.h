@@ -96,7 +96,6 @@ class NvlinkTransport final : public Transport {
   void check_outputs(const Plan& plan, const DispatchArgs& args) const;
   void raise_refusal();
   void wait_entered(uint64_t token);
-  PlaceArgs place_args(const Plan& plan, const DispatchArgs& args) const;
   void push_partials(const Plan& plan, const CombineArgs& args, const LinkArgs& link);
   void check_phase(Phase phase, Operation operation);
   void check_fits_slot(int64_t row_bytes, int64_t scale_bytes) const;

@@ -52,9 +52,9 @@ class Buffer:
         topk: most experts per token, 1 to 32.
         max_tokens: most tokens that any rank dispatches in one call.
         dtype: widest element type of token rows: bfloat16, float16 or float32.
-        transport: "cpu", "hierarchical" or "nccl", or "auto" to choose by the machine, alike on all
-            ranks (EPCOMM_TRANSPORT overrides "auto"). "hierarchical" works on tensors of the CPU. A
-            GPU transport uses the device that is current when the Buffer is made.
+        transport: "cpu", "hierarchical", "nccl" or "nvlink", or "auto" to choose by the machine,
+            alike on all ranks (EPCOMM_TRANSPORT overrides "auto"). "hierarchical" works on tensors
+            of the CPU. A GPU transport uses the device that is current when the Buffer is made.
         expert_to_rank: owner rank of each expert; None = a contiguous split of
             ceil(num_experts / num_ranks) experts a rank, the last ranks getting the shorter rest.
             Local ids follow ascending expert ids.
