@@ -26,6 +26,8 @@ import torch.distributed as dist
 
 CPU_RANKS = 7
 SIMULATED_RANKS = 4
+# More than one: slow, since the ranks of a GPU take turns, and not for nccl, which refuses it.
+RANKS_PER_GPU = int(os.environ.get("EPCOMM_TEST_RANKS_PER_GPU", "1"))
 GROUP_TIMEOUT_S = 60.0
 # A rank that fails leaves its peers waiting for it; this is how long they may take to say so.
 GRACE_S = 3.0
@@ -64,7 +66,7 @@ def _join(rank: int, num_ranks: int, store: str, device: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     if device == "cuda":
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(rank % torch.cuda.device_count())
         if hosts := int(os.environ.get("EPCOMM_TEST_HOSTS", "0")):
             # NCCL takes ranks of different ids for ranks of different machines.
             os.environ["NCCL_HOSTID"] = f"host{rank * hosts // num_ranks}"
@@ -149,13 +151,13 @@ def group_of(ranks: Sequence[int]) -> dist.ProcessGroup:
 class Pool:
     """Ranks that are started once. A failure that leaves ranks blocked restarts all of them.
 
-    size: how many; if not given, CPU_RANKS, SIMULATED_RANKS or as many as there are GPUs.
+    size: how many; if not given, CPU_RANKS, SIMULATED_RANKS or RANKS_PER_GPU on each GPU.
     """
 
     def __init__(self, device: str, size: int | None = None):
         self.device = device
         usual = {"cpu": CPU_RANKS, "simulated": SIMULATED_RANKS}
-        self.size = size or usual.get(device) or torch.cuda.device_count()
+        self.size = size or usual.get(device) or torch.cuda.device_count() * RANKS_PER_GPU
         self._set: _Processes | None = None
 
     def run(self, num_ranks: int, fn: Callable, *args: Any, timeout: float = 120.0) -> list[Any]:
