@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import logging
-import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from . import checks, env, native
-from . import quant as quantisation
-from .bootstrap import TIMEOUT_S, Bootstrap, bootstrap_of, set_up_seconds
-from .checks import dtype_name
-from .errors import Error, WindowFull
+from .bootstrap import Bootstrap
+from .combine import Sum, combine_rows, combine_slots, make_input
+from .dispatch import Payload, dispatch_rows
+from .endpoint import Arguments, connect
 from .events import Event
+from .plans import Routing, restore
 from .results import (
     Combined,
     LinkCounters,
@@ -29,12 +26,8 @@ from .results import (
     Recv,
     Rows,
 )
-from .slots import rows_of_slots
-from .streams import Call, CallOrder, ReceiveHalf
-from .symmetric import tensors_of
-from .tracing import profiled, untraced
-
-_logger = logging.getLogger("epcomm")
+from .streams import CallOptions
+from .tracing import untraced
 
 
 class Buffer:
@@ -97,60 +90,29 @@ class Buffer:
         transport_options: Mapping[str, object] | None = None,
         comm_stream: torch.cuda.Stream | None = None,
     ) -> None:
-        bootstrap = bootstrap_of(group, timeout)
-        # Raises on all ranks or on none, so nobody needs to be told.
-        transport = native.agree_on_transport(bootstrap, transport, set_up_seconds(timeout))
-        try:
-            self._module = native.module_of(transport)
-            checks.choice("dtype", dtype, quantisation.ROW_DTYPES)
-            if timeout is None:
-                timeout = env.number("EPCOMM_TIMEOUT", TIMEOUT_S)
-            if window_bytes is None:
-                window_bytes = int(env.number("EPCOMM_WINDOW_BYTES", 0))
-            if ranks_per_node is None:
-                ranks_per_node = env.integer("EPCOMM_RANKS_PER_NODE")
-            table = () if expert_to_rank is None else expert_to_rank
-            options = {
-                "num_experts": checks.integer("num_experts", num_experts),
-                "hidden": checks.integer("hidden", hidden),
-                "topk": checks.integer("topk", topk),
-                "max_tokens": checks.integer("max_tokens", max_tokens),
-                "dtype": self._dtype(dtype),
-                "transport": transport,
-                "expert_to_rank": checks.integers("expert_to_rank", table),
-                "ranks_per_node": (
-                    0
-                    if ranks_per_node is None
-                    else checks.integer("ranks_per_node", ranks_per_node, 1)
-                ),
-                "timeout": checks.seconds("timeout", timeout),
-                "window_bytes": checks.integer("window_bytes", window_bytes, 0, 2**62),
-                "transport_options": {str(k): str(v) for k, v in (transport_options or {}).items()},
-            }
-        except Exception as error:
-            native.refuse(bootstrap, str(error))
-            raise
-        self._native = self._module.Buffer(bootstrap, **options)
+        arguments = Arguments(
+            num_experts=num_experts,
+            hidden=hidden,
+            topk=topk,
+            max_tokens=max_tokens,
+            dtype=dtype,
+            transport=transport,
+            expert_to_rank=expert_to_rank,
+            ranks_per_node=ranks_per_node,
+            timeout=timeout,
+            window_bytes=window_bytes,
+            transport_options=transport_options,
+        )
+        self._end = connect(group, arguments, comm_stream)
+        self._native = self._end.native
         self.num_experts = num_experts
         self.hidden = hidden
         self.topk = topk
         self.max_tokens = max_tokens
         self.dtype = dtype
-        self.caps = self._native.caps
-        on_gpu = self.caps.cuda
-        self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else _CPU
-        self._tensors = tensors_of(self._native, self._module, self._device)
+        self.caps = self._end.caps
         self.name = str(next(_numbers))
         _named[self.name] = self
-        self._order = CallOrder(self._device, self._native.check_faults, comm_stream)
-        self._half: ReceiveHalf | None = None  # of the last call, if it was made in halves
-        if self.caps.small_batches:
-            _logger.info(
-                "transport %s: max_tokens = %d takes the path for small batches, one kernel a call",
-                transport,
-                max_tokens,
-            )
-        self._limits = checks.Limits(self._native.id, self._device, hidden, topk, max_tokens, dtype)
 
     @property
     def rank(self) -> int:
@@ -215,9 +177,7 @@ class Buffer:
         Tensors that were returned stay valid. Later calls raise `BufferUnusable`; peers that still
         wait for this rank raise `PeerLost`.
         """
-        self._half = None
-        self._tensors.close()
-        self._native.destroy()
+        self._end.destroy()
 
     def __enter__(self) -> Buffer:
         return self
@@ -288,81 +248,12 @@ class Buffer:
             WindowFull: no room for the result on some rank; raised on all ranks.
             PeerLost, Evicted, BufferUnusable: see `epcomm.errors`.
         """
-        self._native.check_usable()
-        self._limits.quantisation(x, quant, quant_scale)
-        if (topk_idx is None) == (plan is None):
-            raise ValueError(
-                "topk_idx and plan are both "
-                + ("missing" if plan is None else "given")
-                + "; expected exactly one of them"
-            )
-        if plan is not None:
-            self._limits.plan(plan)
-        checks.call_arguments(async_op, return_recv_hook, previous_event, num_sms)
-        rows, scales = self._limits.rows(x)
-        num_tokens = rows.shape[0]
-        if plan is None:
-            assert topk_idx is not None
-            self._limits.routing(topk_idx, num_tokens, layout, expert_alignment)
-            topk = topk_idx.shape[1]
-        else:
-            if num_tokens != plan.num_tokens:
-                raise ValueError(
-                    f"x has {num_tokens} tokens; expected the plan's num_tokens = {plan.num_tokens}"
-                )
-            topk, layout = plan.topk, plan.layout
-        self._limits.scale_layout(scale_layout, quant is not None or scales is not None, layout)
-        if topk_weights is not None:
-            self._limits.tensor("topk_weights", topk_weights, (torch.float32,), (num_tokens, topk))
-
-        self._finish_half()
-        call = self._order.begin(
-            async_op or return_recv_hook,
-            previous_event,
-            (rows, scales, topk_idx, topk_weights, _tensor_or_none(quant_scale)),
+        return dispatch_rows(
+            self._end,
+            Payload(x, topk_weights, quant, quant_scale, scale_layout),
+            Routing(topk_idx, plan, layout, expert_alignment, host_sync),
+            CallOptions(async_op, return_recv_hook, previous_event, num_sms),
         )
-        args = self._module.DispatchArgs()
-        moved = [(part.dtype, part.shape[1]) for part in (rows, scales) if part is not None]
-        if quant is not None:
-            moved = quantisation.FORMATS[quant].moved(self.hidden)
-        args.dtype = self._dtype(moved[0][0])
-        args.row_bytes, args.scale_bytes = [w * d.itemsize for d, w in (*moved, _NOTHING)][:2]
-        args.topk_weights = _address(topk_weights)
-        args.num_sms = num_sms or 0
-        args.stream = call.stream
-        # Scales that are rearranged must be there: such a call is not made in halves.
-        rearranged = scale_layout == "column" or (
-            quant is not None and quantisation.FORMATS[quant].global_scale
-        )
-        self._begin_half(args, return_recv_hook and not rearranged)
-        try:
-            with call.allocating(), profiled("dispatch", rows, scales):
-                if plan is None:
-                    assert topk_idx is not None
-                    plan = self._route(topk_idx, layout, expert_alignment, host_sync, args)
-                sent = self._set_rows(args, rows, scales, quant, quant_scale)
-                recv = self._send(plan, moved, args)
-                del sent  # args pointed to it until here
-                recv = self._scales(recv, quant, scale_layout)
-        except (Error, ValueError):
-            raise  # the same on all ranks that are in this call
-        except BaseException:
-            # This rank alone has failed half-way (no memory for a tensor, an interrupt): its peers
-            # are in a call that it will not finish, and learn of it by this.
-            self.destroy()
-            raise
-        received = recv.x if isinstance(recv.x, tuple) else (recv.x,)
-        block = (recv.plan.send_block, recv.plan.recv_block)
-        outputs = (recv.topk_idx, recv.topk_weights, recv.global_scale)
-        made = (*received, *outputs, *block)
-        event = call.end(made)
-        native_plan = recv.plan.native
-        hook = None
-        if return_recv_hook:
-            hook = self._hook(
-                call, event, args, made, lambda: self._native.dispatch(native_plan, args)
-            )
-        return dataclasses.replace(recv, event=event, hook=hook)
 
     @untraced
     def combine(
@@ -411,56 +302,12 @@ class Buffer:
         Raises:
             As `dispatch`.
         """
-        self._native.check_usable()
-        self._limits.plan(plan)
-        checks.call_arguments(async_op, return_recv_hook, previous_event, num_sms)
-        checks.choice(
-            f"quant of combine over the {self.transport} transport",
-            quant,
-            (None, *(kind.name for kind in self.caps.combine_quants)),
+        return combine_rows(
+            self._end,
+            Sum(x, topk_weights, bias, out, quant),
+            plan,
+            CallOptions(async_op, return_recv_hook, previous_event, num_sms),
         )
-        limits = self._limits
-        limits.tensor("x", x, limits.row_dtypes(), self._shape(plan, self.hidden))
-        limits.row_memory("x", x)
-        shape = (plan.num_tokens, self.hidden)
-        if topk_weights is not None:
-            limits.tensor(
-                "topk_weights", topk_weights, (torch.float32,), (plan.num_tokens, plan.topk)
-            )
-        if bias is not None:
-            limits.tensor("bias", bias, (x.dtype,), shape)
-            limits.row_memory("bias", bias)
-        if out is not None:
-            limits.tensor("out", out, (x.dtype,), shape)
-            limits.row_memory("out", out)
-
-        block = (plan.send_block, plan.recv_block)
-        self._finish_half()
-        call = self._order.begin(
-            async_op or return_recv_hook, previous_event, (x, topk_weights, bias, out, *block)
-        )
-        made = None
-        if out is None:
-            with call.allocating():
-                out = made = torch.empty(shape, dtype=x.dtype, device=self._device)
-        args = self._combine_args(x, out, num_sms, call)
-        args.topk_weights = _address(topk_weights)
-        args.bias = _address(bias)
-        if quant is not None:
-            args.quant = getattr(self._module.Quant, quant)
-        self._begin_half(args, return_recv_hook)
-        with profiled("combine", out):
-            self._native.combine(plan.native, args)
-        event = call.end((made,))
-        if return_recv_hook:
-            keep = (x, topk_weights, bias, out, *block)
-            hook = self._hook(
-                call, event, args, keep, lambda: self._native.combine(plan.native, args)
-            )
-            return Combined(out, event, hook)
-        if async_op:
-            return Combined(out, event, None)
-        return out
 
     @untraced
     def combine_input(self, plan: Plan, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -474,23 +321,7 @@ class Buffer:
             WindowFull: no room for it; on this rank only.
             ValueError: the plan is not of this Buffer, or dtype is not a row type.
         """
-        self._native.check_usable()
-        self._limits.plan(plan)
-        dtype = self.dtype if dtype is None else dtype
-        checks.choice("dtype", dtype, self._limits.row_dtypes())
-        wanted = [(dtype, self._shape(plan, self.hidden))]
-        made = self._tensors.make(wanted)
-        if made is None:
-            needed = math.prod(wanted[0][1]) * dtype.itemsize
-            raise WindowFull(
-                f"the window of rank {self.rank} is full: combine_input needs {needed} bytes, "
-                f"{self._native.free_bytes} are free; drop tensors of earlier calls or make the "
-                "Buffer with a larger window_bytes",
-                self.rank,
-                needed,
-                self._native.free_bytes,
-            )
-        return made[0]
+        return make_input(self._end, plan, dtype)
 
     @untraced
     def combine_topk_weights(
@@ -523,118 +354,8 @@ class Buffer:
         Raises:
             As `dispatch`.
         """
-        self._native.check_usable()
-        self._limits.plan(plan)
-        checks.call_arguments(async_op, False, previous_event, num_sms)
-        if every_slot and plan.layout != "token":
-            raise ValueError(f"every_slot is True with layout {plan.layout!r}; expected 'token'")
-        self._limits.tensor("values", values, (torch.float32,), self._slot_shape(plan))
-        block = (plan.send_block, plan.recv_block)
-        self._finish_half()
-        call = self._order.begin(async_op, previous_event, (values, *block))
-        with call.allocating():
-            record_bytes = self._native.recv_meta_bytes(plan.topk, 1)
-            rows = rows_of_slots(values, plan, record_bytes, every_slot)
-            y = rows.new_empty((plan.num_tokens, rows.shape[1]))
-            args = self._combine_args(rows, y, num_sms, call)
-            args.by_token = True
-            with profiled("combine_topk_weights", y):
-                self._native.combine(plan.native, args)
-            y = y[:, : plan.topk].contiguous()
-        event = call.end((y,))
-        return Combined(y, event, None) if async_op else y
-
-    # Calls in halves.
-
-    def _begin_half(self, args: Any, in_halves: bool) -> None:
-        if in_halves and self.caps.two_phases:
-            args.phase = self._module.Phase.send
-
-    def _hook(
-        self,
-        call: Call,
-        event: Event,
-        args: Any,
-        keep: Sequence[torch.Tensor | None],
-        launch: Callable[[], None],
-    ) -> Callable[[], None]:
-        """What completes a call with return_recv_hook: its receive half where there is one."""
-        if args.phase != self._module.Phase.send:
-            return event.wait
-        args.phase = self._module.Phase.receive
-        self._half = ReceiveHalf(call, event, launch, keep)
-        return self._half
-
-    def _finish_half(self) -> None:
-        """Nothing else may run between the halves of a call."""
-        half, self._half = self._half, None
-        if half is not None:
-            half.finish()
-
-    # Steps of dispatch.
-
-    def _route(
-        self,
-        topk_idx: torch.Tensor,
-        layout: str,
-        alignment: int,
-        host_sync: bool,
-        dispatch: Any,
-    ) -> Plan:
-        num_tokens, topk = topk_idx.shape
-        block_bytes = self._native.send_block(num_tokens, topk).bytes
-        send_block = torch.empty(block_bytes, dtype=torch.uint8, device=self._device)
-        args = self._module.RouteArgs()
-        args.topk_idx = topk_idx.data_ptr()
-        args.index_type = self._index_type(topk_idx.dtype)
-        args.num_tokens = num_tokens
-        args.topk = topk
-        args.layout = getattr(self._module.Layout, layout)
-        args.expert_alignment = alignment
-        args.dtype = dispatch.dtype
-        args.row_bytes = dispatch.row_bytes
-        args.scale_bytes = dispatch.scale_bytes
-        args.weighted = dispatch.topk_weights != 0
-        args.host_sync = host_sync
-        args.stream = dispatch.stream
-        native_plan = self._native.route(args, send_block.data_ptr())
-        return self._plan(native_plan, send_block, None, topk_idx.dtype)
-
-    def _plan(
-        self,
-        native_plan: Any,
-        send_block: torch.Tensor,
-        recv_block: torch.Tensor | None,
-        index_dtype: torch.dtype,
-    ) -> Plan:
-        sizes = self._native.send_block(native_plan.num_tokens, native_plan.topk)
-
-        def int32_array(offset: int, count: int) -> torch.Tensor:
-            return send_block[offset : offset + 4 * count].view(torch.int32)
-
-        host_sync = native_plan.host_sync
-        return Plan(
-            layout=native_plan.layout.name,
-            expert_alignment=native_plan.expert_alignment,
-            num_tokens=native_plan.num_tokens,
-            topk=native_plan.topk,
-            num_recv_tokens=native_plan.num_recv_tokens if host_sync else None,
-            num_recv_rows=native_plan.num_recv_rows
-            if host_sync
-            else self._native.max_recv_rows(
-                native_plan.layout, native_plan.topk, native_plan.expert_alignment
-            ),
-            tokens_per_expert=int32_array(sizes.tokens_per_expert, self.local_experts),
-            expert_offsets=int32_array(sizes.expert_offset, self.local_experts + 1),
-            num_recv=int32_array(sizes.num_recv, 1),
-            index_dtype=index_dtype,
-            recv_capacity=native_plan.num_recv_tokens if host_sync else self.max_recv_tokens,
-            native=native_plan,
-            send_block=send_block,
-            recv_block=recv_block,
-            send_offsets=sizes,
-            count_shapes=((self.num_ranks, self.num_ranks), (self.num_ranks, self.num_experts)),
-        )
+        options = CallOptions(async_op, False, previous_event, num_sms)
+        return combine_slots(self._end, values, plan, every_slot, options)
 
     def restored_plan(
         self, state: list[int], send_block: torch.Tensor, recv_block: torch.Tensor | None
@@ -643,135 +364,7 @@ class Buffer:
 
         Without recv_block, a plan to dispatch with.
         """
-        native_plan = self._native.restore(state, send_block.data_ptr())
-        if recv_block is not None:
-            native_plan = native_plan.with_recv_block(recv_block.data_ptr())
-        plan = self._plan(native_plan, send_block, recv_block, torch.int32)
-        send_bytes = self._native.send_block(plan.num_tokens, plan.topk).bytes
-        self._limits.tensor("send_block", send_block, (torch.uint8,), (send_bytes,))
-        if recv_block is not None:
-            recv_bytes = self._native.recv_block_bytes(plan.native, plan.recv_capacity)
-            self._limits.tensor("recv_block", recv_block, (torch.uint8,), (recv_bytes,))
-        return plan
-
-    def _send(self, plan: Plan, moved: Sequence[tuple[torch.dtype, int]], args: Any) -> Recv:
-        args.index_type = self._index_type(plan.index_dtype)
-        args.replay = plan.recv_block is not None
-        args.recv_capacity = plan.recv_capacity
-        args.row_capacity = plan.num_recv_rows
-        shapes = [(dtype, self._shape(plan, width)) for dtype, width in moved]
-        wanted = dict(zip(("x", "scales"), shapes, strict=False))
-        if plan.recv_block is None:
-            meta_bytes = self._native.recv_block_bytes(plan.native, plan.recv_capacity)
-            wanted["meta"] = (torch.uint8, (meta_bytes,))
-        by_token = plan.layout == "token"
-        entries = (plan.recv_capacity, plan.topk) if by_token else self._shape(plan, 0)[:-1]
-        slots = {}
-        if plan.layout != "padded":
-            slots["topk_idx"] = (plan.index_dtype, entries)
-        if args.topk_weights != 0:
-            slots["topk_weights"] = (torch.float32, entries)
-        peers_write_slots = by_token and self.caps.cuda and self.caps.symmetric_outputs
-        if peers_write_slots:
-            wanted |= slots
-        made = self._tensors.make(list(wanted.values()))
-        if made is None:
-            # The others must learn of it: the call goes on just far enough to raise on all ranks.
-            args.needed_bytes = sum(math.prod(s) * d.itemsize for d, s in wanted.values())
-            args.free_bytes = self._native.free_bytes
-            self._native.dispatch(plan.native, args)
-            raise AssertionError("dispatch with a full window must raise")
-        received = dict(zip(wanted, made, strict=True))
-        if not peers_write_slots:
-            for name, (dtype, shape) in slots.items():
-                received[name] = torch.empty(shape, dtype=dtype, device=self._device)
-        if plan.recv_block is None:
-            meta = received["meta"]
-            attached = plan.native.with_recv_block(meta.data_ptr())
-            plan = dataclasses.replace(plan, native=attached, recv_block=meta)
-        for name in ("x", "scales", "topk_idx", "topk_weights"):
-            if name in received:
-                setattr(args, f"recv_{name}", received[name].data_ptr())
-        self._native.dispatch(plan.native, args)
-        x = received["x"]
-        return Recv(
-            x=(x, received["scales"]) if len(moved) > 1 else x,
-            topk_idx=received.get("topk_idx"),
-            topk_weights=received.get("topk_weights"),
-            tokens_per_expert=plan.tokens_per_expert,
-            num_tokens=plan.num_recv,
-            plan=plan,
-            event=Event(),
-        )
-
-    def _combine_args(
-        self, x: torch.Tensor, out: torch.Tensor, num_sms: int | None, call: Call
-    ) -> Any:
-        args = self._module.CombineArgs()
-        args.x = x.data_ptr()
-        args.out = out.data_ptr()
-        args.dtype = self._dtype(x.dtype)
-        args.hidden = x.shape[-1]
-        args.num_sms = num_sms or 0
-        args.stream = call.stream
-        return args
-
-    def _set_rows(
-        self,
-        args: Any,
-        rows: torch.Tensor,
-        scales: torch.Tensor | None,
-        quant: str | None,
-        quant_scale: torch.Tensor | float | None,
-    ) -> tuple[torch.Tensor | None, ...]:
-        """Fills in what is sent; where the transport does not quantise on the way, quantised here.
-
-        Returns the tensors that args points to, to be kept until they are sent.
-        """
-        if quant is not None:
-            made = None
-            if quantisation.FORMATS[quant].global_scale:
-                made = quantisation.make_global_scale(rows, quant_scale)
-            kind = getattr(self._module.Quant, quant)
-            if kind in self.caps.fused_quants:
-                args.x = rows.data_ptr()
-                args.x_dtype = self._dtype(rows.dtype)
-                args.quant = kind
-                args.global_scale = _address(made)
-                return (made,)
-            rows, scales = quantisation.quantize_to_move(rows, quant, made, args.num_sms)
-        args.x = rows.data_ptr()
-        args.scales = _address(scales)
-        return rows, scales
-
-    def _scales(self, recv: Recv, quant: str | None, scale_layout: str) -> Recv:
-        """Received scales as the caller wants them."""
-        if not isinstance(recv.x, tuple):
-            return recv
-        (q, scales), global_scale = recv.x, None
-        if quant is not None and quantisation.FORMATS[quant].global_scale:
-            scales, global_scale = quantisation.split_moved(scales, self.hidden)
-        if scale_layout == "column":
-            scales = quantisation.column_major(scales)
-        return dataclasses.replace(recv, x=(q, scales), global_scale=global_scale)
-
-    def _dtype(self, dtype: torch.dtype) -> Any:
-        return getattr(self._module.Dtype, dtype_name(dtype))
-
-    def _index_type(self, dtype: torch.dtype) -> Any:
-        return getattr(self._module.IndexType, dtype_name(dtype))
-
-    def _shape(self, plan: Plan, width: int) -> tuple[int, ...]:
-        """Shape of the plan's receive tensor with rows of `width` elements."""
-        if plan.layout == "padded":
-            return (self.local_experts, self.num_ranks * self.max_tokens, width)
-        return (plan.num_recv_rows, width)
-
-    def _slot_shape(self, plan: Plan) -> tuple[int, ...]:
-        """Shape of the plan's topk_weights at the receiver."""
-        if plan.layout == "token":
-            return (plan.recv_capacity, plan.topk)
-        return self._shape(plan, 0)[:-1]
+        return restore(self._end, state, send_block, recv_block)
 
 
 def named(name: str) -> Buffer:
@@ -785,19 +378,5 @@ def named(name: str) -> Buffer:
     return buffer
 
 
-def _tensor_or_none(value: Any) -> torch.Tensor | None:
-    return value if isinstance(value, torch.Tensor) else None
-
-
-def _address(tensor: torch.Tensor | None) -> int:
-    """Address of a tensor, 0 for none. An empty tensor has none, but must still count as given."""
-    if tensor is None:
-        return 0
-    return tensor.data_ptr() or _PLACEHOLDER.data_ptr()
-
-
-_NOTHING = (torch.uint8, 0)
 _numbers = itertools.count()
 _named: weakref.WeakValueDictionary[str, Buffer] = weakref.WeakValueDictionary()
-_CPU = torch.device("cpu")
-_PLACEHOLDER = torch.empty(16, dtype=torch.uint8)

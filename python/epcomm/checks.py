@@ -11,6 +11,7 @@ import torch
 from .events import Event
 from .quant import FORMATS, ROW_DTYPES, check_global_scale
 from .results import Plan, Rows
+from .streams import CallOptions
 
 QUANTISED_DTYPES = (torch.float8_e4m3fn, torch.uint8)
 SCALE_DTYPES = (torch.float32, torch.int32, torch.uint8, torch.float8_e4m3fn)
@@ -183,16 +184,15 @@ class Limits:
             )
 
 
-def call_arguments(
-    async_op: bool, return_recv_hook: bool, previous_event: Any, num_sms: int | None
-) -> None:
+def call_options(options: CallOptions) -> None:
     """Checks the arguments that say how a call runs."""
-    if previous_event is not None and not isinstance(previous_event, (Event, torch.cuda.Event)):
+    event = options.previous_event
+    if event is not None and not isinstance(event, (Event, torch.cuda.Event)):
         raise TypeError(
-            f"previous_event is a {type(previous_event).__name__}; expected the event of a call, a "
+            f"previous_event is a {type(event).__name__}; expected the event of a call, a "
             "torch.cuda.Event or None"
         )
-    if async_op and return_recv_hook:
+    if options.async_op and options.return_recv_hook:
         raise ValueError("async_op and return_recv_hook are both True; expected at most one")
-    if num_sms is not None:
-        integer("num_sms", num_sms, 1, 1024)
+    if options.num_sms is not None:
+        integer("num_sms", options.num_sms, 1, 1024)

@@ -191,7 +191,7 @@ def _fake_dispatch(
     elif host_sync and layout == "expert":
         num_recv_rows = unknown()
     else:
-        kind = getattr(buf._module.Layout, layout)
+        kind = getattr(buf._end.module.Layout, layout)
         num_recv_rows = buf._native.max_recv_rows(kind, topk, expert_alignment)
     recv_x = _fake_rows(x, buf, layout, num_recv_rows)
     slots = _slots(recv_x, layout, topk)

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 
 from .events import Event
+
+
+class CallOptions(NamedTuple):
+    """How a call runs; the arguments of these names of `Buffer.dispatch`."""
+
+    async_op: bool
+    return_recv_hook: bool
+    previous_event: Event | torch.cuda.Event | None
+    num_sms: int | None
 
 
 class Call:
@@ -133,14 +143,13 @@ class CallOrder:
         self._own = None
         if device.type == "cuda":
             self._own = own or torch.cuda.Stream(device, priority=-1)
+        self._half: ReceiveHalf | None = None  # of the last call, if it was made in halves
 
-    def begin(
-        self,
-        own_stream: bool,
-        previous_event: Event | torch.cuda.Event | None,
-        inputs: Iterable[torch.Tensor | None],
-    ) -> Call:
+    def begin(self, options: CallOptions, inputs: Iterable[torch.Tensor | None]) -> Call:
         """Orders a call after what must come before it."""
+        self._finish_half()
+        own_stream = options.async_op or options.return_recv_hook
+        previous_event = options.previous_event
         if self._own is None:
             if previous_event is not None:
                 previous_event.synchronize()
@@ -151,3 +160,24 @@ class CallOrder:
         elif own_stream:
             self._own.wait_stream(current)
         return Call(self._own if own_stream else None, current, inputs, self._check)
+
+    def defer_half(
+        self,
+        call: Call,
+        event: Event,
+        launch: Callable[[], None],
+        keep: Iterable[torch.Tensor | None],
+    ) -> ReceiveHalf:
+        """The receive half of the call that just ended; the next call issues it if nobody did."""
+        self._half = ReceiveHalf(call, event, launch, keep)
+        return self._half
+
+    def close(self) -> None:
+        """The Buffer is destroyed: a receive half that nobody issued is not issued any more."""
+        self._half = None
+
+    def _finish_half(self) -> None:
+        """Nothing else may run between the halves of a call."""
+        half, self._half = self._half, None
+        if half is not None:
+            half.finish()

@@ -1,0 +1,225 @@
+"""The steps of `Buffer.dispatch`: check, route, make what is received into, send."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from . import checks
+from . import quant as quantisation
+from .endpoint import Endpoint, address
+from .errors import Error
+from .events import Event
+from .plans import Routing, route
+from .results import Plan, Recv, Rows
+from .streams import Call, CallOptions
+from .tracing import profiled
+
+Moved = Sequence[tuple[torch.dtype, int]]
+"""Element type and elements per row of the rows that cross, and of their scales if there are."""
+
+
+class Payload(NamedTuple):
+    """What is sent: the arguments of these names of `Buffer.dispatch`."""
+
+    x: Rows
+    topk_weights: torch.Tensor | None
+    quant: str | None
+    quant_scale: torch.Tensor | float | None
+    scale_layout: str
+
+
+def dispatch_rows(end: Endpoint, payload: Payload, routing: Routing, options: CallOptions) -> Recv:
+    """As `Buffer.dispatch`."""
+    rows, scales = _check(end, payload, routing, options)
+    scale = payload.quant_scale
+    inputs = (
+        *(rows, scales, routing.topk_idx, payload.topk_weights),
+        scale if isinstance(scale, torch.Tensor) else None,
+    )
+    call = end.order.begin(options, inputs)
+    moved: Moved = [(part.dtype, part.shape[1]) for part in (rows, scales) if part is not None]
+    if payload.quant is not None:
+        moved = quantisation.FORMATS[payload.quant].moved(end.hidden)
+    args = _arguments(end, payload, moved, options, call)
+    try:
+        with call.allocating(), profiled("dispatch", rows, scales):
+            plan = route(end, routing, args)
+            sent = _set_rows(end, args, rows, scales, payload)
+            recv = _send(end, plan, moved, args)
+            del sent  # args pointed to it until here
+            recv = _arrange_scales(end, recv, payload)
+    except (Error, ValueError):
+        raise  # the same on all ranks that are in this call
+    except BaseException:
+        # This rank alone has failed half-way (no memory for a tensor, an interrupt): its peers
+        # are in a call that it will not finish, and learn of it by this.
+        end.destroy()
+        raise
+    received = recv.x if isinstance(recv.x, tuple) else (recv.x,)
+    block = (recv.plan.send_block, recv.plan.recv_block)
+    made = (*received, recv.topk_idx, recv.topk_weights, recv.global_scale, *block)
+    event = call.end(made)
+    native_plan = recv.plan.native
+    hook = None
+    if options.return_recv_hook:
+        hook = end.hook(call, event, args, lambda: end.native.dispatch(native_plan, args), made)
+    return dataclasses.replace(recv, event=event, hook=hook)
+
+
+def _check(
+    end: Endpoint, payload: Payload, routing: Routing, options: CallOptions
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Checks every argument; splits x into rows and scales."""
+    x, topk_weights, quant, quant_scale, scale_layout = payload
+    topk_idx, plan, layout, expert_alignment, _ = routing
+    end.native.check_usable()
+    limits = end.limits
+    limits.quantisation(x, quant, quant_scale)
+    if (topk_idx is None) == (plan is None):
+        raise ValueError(
+            "topk_idx and plan are both "
+            + ("missing" if plan is None else "given")
+            + "; expected exactly one of them"
+        )
+    if plan is not None:
+        limits.plan(plan)
+    checks.call_options(options)
+    rows, scales = limits.rows(x)
+    num_tokens = rows.shape[0]
+    if plan is None:
+        assert topk_idx is not None
+        limits.routing(topk_idx, num_tokens, layout, expert_alignment)
+        topk = topk_idx.shape[1]
+    else:
+        if num_tokens != plan.num_tokens:
+            raise ValueError(
+                f"x has {num_tokens} tokens; expected the plan's num_tokens = {plan.num_tokens}"
+            )
+        topk, layout = plan.topk, plan.layout
+    limits.scale_layout(scale_layout, quant is not None or scales is not None, layout)
+    if topk_weights is not None:
+        limits.tensor("topk_weights", topk_weights, (torch.float32,), (num_tokens, topk))
+    return rows, scales
+
+
+def _arguments(
+    end: Endpoint, payload: Payload, moved: Moved, options: CallOptions, call: Call
+) -> Any:
+    """DispatchArgs with what route needs to know; rows, plan and results are filled in later."""
+    args = end.module.DispatchArgs()
+    args.dtype = end.native_dtypes[moved[0][0]]
+    args.row_bytes, args.scale_bytes = [w * d.itemsize for d, w in (*moved, _NOTHING)][:2]
+    args.topk_weights = address(payload.topk_weights)
+    args.num_sms = options.num_sms or 0
+    args.stream = call.stream
+    # Scales that are rearranged must be there: such a call is not made in halves.
+    rearranged = payload.scale_layout == "column" or _has_global_scale(payload.quant)
+    if options.return_recv_hook and not rearranged:
+        end.send_half_only(args)
+    return args
+
+
+def _set_rows(
+    end: Endpoint, args: Any, rows: torch.Tensor, scales: torch.Tensor | None, payload: Payload
+) -> tuple[torch.Tensor | None, ...]:
+    """Fills in what is sent; where the transport does not quantise on the way, quantised here.
+
+    Returns the tensors that args points to, to be kept until they are sent.
+    """
+    quant = payload.quant
+    if quant is not None:
+        made = None
+        if _has_global_scale(quant):
+            made = quantisation.make_global_scale(rows, payload.quant_scale)
+        kind = getattr(end.module.Quant, quant)
+        if kind in end.caps.fused_quants:
+            args.x = rows.data_ptr()
+            args.x_dtype = end.native_dtypes[rows.dtype]
+            args.quant = kind
+            args.global_scale = address(made)
+            return (made,)
+        rows, scales = quantisation.quantize_to_move(rows, quant, made, args.num_sms)
+    args.x = rows.data_ptr()
+    args.scales = address(scales)
+    return rows, scales
+
+
+def _send(end: Endpoint, plan: Plan, moved: Moved, args: Any) -> Recv:
+    """Fills in the plan and the tensors to receive into, and sends."""
+    args.index_type = end.index_types[plan.index_dtype]
+    args.replay = plan.recv_block is not None
+    args.recv_capacity = plan.recv_capacity
+    args.row_capacity = plan.num_recv_rows
+    received = _receive_tensors(end, plan, moved, args)
+    if plan.recv_block is None:
+        meta = received["meta"]
+        attached = plan.native.with_recv_block(meta.data_ptr())
+        plan = dataclasses.replace(plan, native=attached, recv_block=meta)
+    for name in ("x", "scales", "topk_idx", "topk_weights"):
+        if name in received:
+            setattr(args, f"recv_{name}", received[name].data_ptr())
+    end.native.dispatch(plan.native, args)
+    x = received["x"]
+    return Recv(
+        x=(x, received["scales"]) if len(moved) > 1 else x,
+        topk_idx=received.get("topk_idx"),
+        topk_weights=received.get("topk_weights"),
+        tokens_per_expert=plan.tokens_per_expert,
+        num_tokens=plan.num_recv,
+        plan=plan,
+        event=Event(),
+    )
+
+
+def _receive_tensors(end: Endpoint, plan: Plan, moved: Moved, args: Any) -> dict[str, torch.Tensor]:
+    """What this rank receives into. WindowFull, on all ranks, if one has no room."""
+    shapes = [(dtype, end.row_shape(plan, width)) for dtype, width in moved]
+    wanted = dict(zip(("x", "scales"), shapes, strict=False))
+    if plan.recv_block is None:
+        meta_bytes = end.native.recv_block_bytes(plan.native, plan.recv_capacity)
+        wanted["meta"] = (torch.uint8, (meta_bytes,))
+    entries = end.slot_shape(plan)
+    slots = {}
+    if plan.layout != "padded":
+        slots["topk_idx"] = (plan.index_dtype, entries)
+    if args.topk_weights != 0:
+        slots["topk_weights"] = (torch.float32, entries)
+    peers_write_slots = plan.layout == "token" and end.caps.cuda and end.caps.symmetric_outputs
+    if peers_write_slots:
+        wanted |= slots
+    made = end.tensors.make(list(wanted.values()))
+    if made is None:
+        # The others must learn of it: the call goes on just far enough to raise on all ranks.
+        args.needed_bytes = sum(math.prod(s) * d.itemsize for d, s in wanted.values())
+        args.free_bytes = end.native.free_bytes
+        end.native.dispatch(plan.native, args)
+        raise AssertionError("dispatch with a full window must raise")
+    received = dict(zip(wanted, made, strict=True))
+    if not peers_write_slots:
+        for name, (dtype, shape) in slots.items():
+            received[name] = torch.empty(shape, dtype=dtype, device=end.device)
+    return received
+
+
+def _arrange_scales(end: Endpoint, recv: Recv, payload: Payload) -> Recv:
+    """Received scales as the caller wants them."""
+    if not isinstance(recv.x, tuple):
+        return recv
+    (q, scales), global_scale = recv.x, None
+    if _has_global_scale(payload.quant):
+        scales, global_scale = quantisation.split_moved(scales, end.hidden)
+    if payload.scale_layout == "column":
+        scales = quantisation.column_major(scales)
+    return dataclasses.replace(recv, x=(q, scales), global_scale=global_scale)
+
+
+def _has_global_scale(quant: str | None) -> bool:
+    return quant is not None and quantisation.FORMATS[quant].global_scale
+
+
+_NOTHING = (torch.uint8, 0)

@@ -1,0 +1,103 @@
+"""Where plans come from: a new routing, or the state of an earlier one."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from .endpoint import Endpoint
+from .results import Plan
+
+
+class Routing(NamedTuple):
+    """Where rows go: the arguments of these names of `Buffer.dispatch`. A plan, or topk_idx."""
+
+    topk_idx: torch.Tensor | None
+    plan: Plan | None
+    layout: str
+    expert_alignment: int
+    host_sync: bool
+
+
+def route(end: Endpoint, routing: Routing, dispatch: Any) -> Plan:
+    """The plan to dispatch by: the one that was given, else a new one. Then this is collective.
+
+    Args:
+        dispatch: DispatchArgs of the rows that will move by it.
+    """
+    if routing.plan is not None:
+        return routing.plan
+    topk_idx = routing.topk_idx
+    assert topk_idx is not None
+    num_tokens, topk = topk_idx.shape
+    block_bytes = end.native.send_block(num_tokens, topk).bytes
+    send_block = torch.empty(block_bytes, dtype=torch.uint8, device=end.device)
+    args = end.module.RouteArgs()
+    args.topk_idx = topk_idx.data_ptr()
+    args.index_type = end.index_types[topk_idx.dtype]
+    args.num_tokens = num_tokens
+    args.topk = topk
+    args.layout = getattr(end.module.Layout, routing.layout)
+    args.expert_alignment = routing.expert_alignment
+    args.dtype = dispatch.dtype
+    args.row_bytes = dispatch.row_bytes
+    args.scale_bytes = dispatch.scale_bytes
+    args.weighted = dispatch.topk_weights != 0
+    args.host_sync = routing.host_sync
+    args.stream = dispatch.stream
+    native_plan = end.native.route(args, send_block.data_ptr())
+    return _plan(end, native_plan, send_block, None, topk_idx.dtype)
+
+
+def restore(
+    end: Endpoint, state: list[int], send_block: torch.Tensor, recv_block: torch.Tensor | None
+) -> Plan:
+    """As `Buffer.restored_plan`."""
+    native_plan = end.native.restore(state, send_block.data_ptr())
+    if recv_block is not None:
+        native_plan = native_plan.with_recv_block(recv_block.data_ptr())
+    plan = _plan(end, native_plan, send_block, recv_block, torch.int32)
+    send_bytes = end.native.send_block(plan.num_tokens, plan.topk).bytes
+    end.limits.tensor("send_block", send_block, (torch.uint8,), (send_bytes,))
+    if recv_block is not None:
+        recv_bytes = end.native.recv_block_bytes(plan.native, plan.recv_capacity)
+        end.limits.tensor("recv_block", recv_block, (torch.uint8,), (recv_bytes,))
+    return plan
+
+
+def _plan(
+    end: Endpoint,
+    native_plan: Any,
+    send_block: torch.Tensor,
+    recv_block: torch.Tensor | None,
+    index_dtype: torch.dtype,
+) -> Plan:
+    sizes = end.native.send_block(native_plan.num_tokens, native_plan.topk)
+
+    def int32_array(offset: int, count: int) -> torch.Tensor:
+        return send_block[offset : offset + 4 * count].view(torch.int32)
+
+    host_sync = native_plan.host_sync
+    return Plan(
+        layout=native_plan.layout.name,
+        expert_alignment=native_plan.expert_alignment,
+        num_tokens=native_plan.num_tokens,
+        topk=native_plan.topk,
+        num_recv_tokens=native_plan.num_recv_tokens if host_sync else None,
+        num_recv_rows=native_plan.num_recv_rows
+        if host_sync
+        else end.native.max_recv_rows(
+            native_plan.layout, native_plan.topk, native_plan.expert_alignment
+        ),
+        tokens_per_expert=int32_array(sizes.tokens_per_expert, end.local_experts),
+        expert_offsets=int32_array(sizes.expert_offset, end.local_experts + 1),
+        num_recv=int32_array(sizes.num_recv, 1),
+        index_dtype=index_dtype,
+        recv_capacity=native_plan.num_recv_tokens if host_sync else end.max_recv_tokens,
+        native=native_plan,
+        send_block=send_block,
+        recv_block=recv_block,
+        send_offsets=sizes,
+        count_shapes=((end.num_ranks, end.num_ranks), (end.num_ranks, end.num_experts)),
+    )
