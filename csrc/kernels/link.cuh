@@ -4,7 +4,27 @@
 // for it. Rows are released by `done`: every block completes its stores, then fences at system
 // scope and arrives; the last block signals after it has seen all arrive. Whoever waits for `done`
 // acquires at system scope; kernels after it on the stream see the rows.
+//
+// A link is a type with the verbs by which a kernel reaches its peers' windows. PeerLink, below,
+// is that of GPUs that load and store each other's memory (kMapped): what a peer shall read is
+// stored into its window, and the verb signal() releases it. NvshmemLink (kernels/link_nvshmem.cuh)
+// puts instead: what a peer shall read is stored into this rank's own window, at the place that it
+// will have in the peer's (which belongs to this rank as a source, in both), and put from there.
+//
+//   kMapped                          which of the two
+//   reached(word, epoch)             is this word of the own window at least epoch? Acquires.
+//   signal(link, peer, word, epoch)  sets the word at an offset of a peer's window
+// and where kMapped is false, by a whole warp, of whose stores a fence at system scope has made
+// sure:
+//   put(link, peer, piece)           copies from here to the peer, some time
+//   put_signal(link, peer, piece, word, epoch)    the same, then signal()
+//   fence()                          puts to a peer before it land before those after it
+// and by one thread:
+//   quiet()                          until all that this rank has put and signalled has landed, so
+//                                    that what it was put from may be used again
 #pragma once
+
+#include <cstddef>
 
 #include "epcomm/error.h"
 #include "kernels/device.cuh"
@@ -32,11 +52,63 @@ __device__ __forceinline__ LinkInbox* inbox(const LinkArgs& link, int owner, int
   return reinterpret_cast<LinkInbox*>(link.window[owner] + link.control.inbox(source));
 }
 
+/// GPUs that load and store each other's memory.
+struct PeerLink {
+  static constexpr bool kMapped = true;
+
+  static __device__ __forceinline__ bool reached(const uint64_t* word, uint64_t epoch) {
+    return load_acquire_system(word) >= epoch;
+  }
+  /// Releases what is ordered before it.
+  static __device__ __forceinline__ void signal(const LinkArgs& link, int peer, size_t word,
+                                                uint64_t epoch) {
+    store_release_system(reinterpret_cast<uint64_t*>(link.window[peer] + word), epoch);
+  }
+};
+
+/// Bytes of this rank's window, and where they go in a peer's.
+struct LinkPiece {
+  size_t from, to;
+  uint32_t bytes;
+};
+/// A piece at the same place in both.
+__device__ __forceinline__ LinkPiece same_place(size_t at, size_t bytes) {
+  return {at, at, static_cast<uint32_t>(bytes)};
+}
+
+/// Offset of a word (offsetof in LinkInbox) of the inbox that this rank writes in every window.
+__device__ __forceinline__ size_t own_inbox(const LinkArgs& link, size_t word) {
+  return link.control.inbox(link.rank) + word;
+}
+
+/// As Link::signal, also for this rank itself.
+template <class Link>
+__device__ __forceinline__ void link_signal(const LinkArgs& link, int peer, size_t word,
+                                            uint64_t epoch) {
+  if (Link::kMapped || peer == link.rank)
+    PeerLink::signal(link, peer, word, epoch);
+  else
+    Link::signal(link, peer, word, epoch);
+}
+
+/// A piece and the signal that it has landed, to a peer or to this rank itself; where the link
+/// puts. By a warp.
+template <class Link>
+__device__ __forceinline__ void link_put_signal(const LinkArgs& link, int peer,
+                                                const LinkPiece& piece, size_t word,
+                                                uint64_t epoch) {
+  if (peer != link.rank && piece.bytes != 0)
+    Link::put_signal(link, peer, piece, word, epoch);
+  else if (lane_index() == 0)
+    link_signal<Link>(link, peer, word, epoch);
+}
+
 /// False if it was given up: the host said so, or it took too long.
+template <class Link = PeerLink>
 __device__ __forceinline__ bool wait_signal(const LinkArgs& link, const uint64_t* signal,
                                             uint64_t epoch) {
   const uint64_t begin = global_time_ns();
-  for (int spin = 1; load_acquire_system(signal) < epoch; ++spin) {
+  for (int spin = 1; !Link::reached(signal, epoch); ++spin) {
     if (spin % kSpinsPerLook != 0) continue;
     if (load_relaxed_system(&link.report->abort) != 0 || global_time_ns() - begin > link.timeout_ns)
       return false;
@@ -49,20 +121,54 @@ __device__ __forceinline__ void mark_progress(volatile uint64_t* word, int32_t o
   *word = (((*word >> 8) + 1) << 8) | static_cast<uint64_t>(operation);
 }
 
-/// Block 0 announces: by warps, one peer each, the next rank first. Ends without a barrier.
+/// Copies this rank's entry and `words` 4-byte words of announce into the inbox that it writes in
+/// the window of rank `owner`. By a warp.
+__device__ __forceinline__ void write_entry(const LinkArgs& link, uint64_t epoch, int owner,
+                                            const int32_t* announce, int words) {
+  char* window = link.window[owner];
+  copy_words<uint4>(window + link.control.counts(link.rank, epoch),
+                    reinterpret_cast<const char*>(announce), words * 4);
+  copy_words<uint4>(window + link.control.entry(link.rank, epoch),
+                    reinterpret_cast<const char*>(&link.entry), sizeof(LinkEntry));
+}
+
+/// What goes out with an entry where the link puts: 0 bytes = an empty piece, which is waited for
+/// all the same. Other links have stored it already.
+struct LinkPieces {
+  LinkPiece piece[2];
+  int count = 0;
+};
+
+/// Block 0 announces: by warps, one peer each, the next rank first. Ends without a barrier; begins
+/// with one where the link puts.
+template <class Link = PeerLink>
 __device__ __forceinline__ void link_announce(const LinkArgs& link, uint64_t epoch,
-                                              const int32_t* announce, int words) {
+                                              const int32_t* announce, int words,
+                                              [[maybe_unused]] const LinkPieces& pieces = {}) {
   const int warps = static_cast<int>(blockDim.x) / kWarpSize;
+  if constexpr (!Link::kMapped) {
+    if (warp_index() == 0) write_entry(link, epoch, link.rank, announce, words);
+    __syncthreads();
+    fence_system();  // what the block has stored is read by a network card
+  }
   for (int i = warp_index(); i < link.num_ranks; i += warps) {
     const int peer = (link.rank + 1 + i) % link.num_ranks;
-    char* window = link.window[peer];
-    copy_words<uint4>(window + link.control.counts(link.rank, epoch),
-                      reinterpret_cast<const char*>(announce), words * 4);
-    copy_words<uint4>(window + link.control.entry(link.rank, epoch),
-                      reinterpret_cast<const char*>(&link.entry), sizeof(LinkEntry));
-    __syncwarp();
-    // Releases what all lanes have written.
-    if (lane_index() == 0) store_release_system(&inbox(link, peer, link.rank)->entered, epoch);
+    if constexpr (!Link::kMapped) {
+      // Each piece has a signal of its own: nothing needs to land before anything else.
+      for (int p = 0; p < pieces.count; ++p)
+        link_put_signal<Link>(link, peer, pieces.piece[p],
+                              own_inbox(link, offsetof(LinkInbox, piece) + p * sizeof(uint64_t)),
+                              epoch);
+      link_put_signal<Link>(link, peer,
+                            same_place(link.control.entry(link.rank, epoch), sizeof(LinkEntry)),
+                            own_inbox(link, offsetof(LinkInbox, entered)), epoch);
+    } else {
+      write_entry(link, epoch, peer, announce, words);
+      __syncwarp();
+      // Releases what all lanes have written.
+      if (lane_index() == 0)
+        link_signal<Link>(link, peer, own_inbox(link, offsetof(LinkInbox, entered)), epoch);
+    }
   }
 }
 
@@ -92,14 +198,16 @@ __device__ __forceinline__ void link_mark_begun(const LinkArgs& link) {
 }
 
 /// Waits for the entries of all ranks and compares them: by every block, all threads. Returns true
-/// if all ranks want the same and have room; call holds their entries then. tells: the host learns
-/// what they found; once per call. Ends with a barrier.
-__device__ __forceinline__ bool link_agree(const LinkArgs& link, LinkCall& call,
-                                           bool tells = true) {
+/// if all ranks want the same and have room; call holds their entries then, and `pieces` of each
+/// have arrived. tells: the host learns what they found; once per call. Ends with a barrier.
+template <class Link = PeerLink>
+__device__ __forceinline__ bool link_agree(const LinkArgs& link, LinkCall& call, bool tells = true,
+                                           [[maybe_unused]] int pieces = 0) {
   const int r = thread_index();
   bool lost = false, refused = false;
   if (r < link.num_ranks) {
-    lost = !wait_signal(link, &inbox(link, link.rank, r)->entered, call.epoch);
+    const LinkInbox* from = inbox(link, link.rank, r);
+    lost = !wait_signal<Link>(link, &from->entered, call.epoch);
     if (!lost) {
       const LinkEntry& entry = call.entry[r] = *reinterpret_cast<const LinkEntry*>(
           link.window[link.rank] + link.control.entry(r, call.epoch));
@@ -107,6 +215,10 @@ __device__ __forceinline__ bool link_agree(const LinkArgs& link, LinkCall& call,
       for (int f = 0; f < LinkEntry::kSignatureWords; ++f)
         refused |= entry.signature[f] != link.entry.signature[f];
     }
+    // A rank that wants something else may send other pieces.
+    if constexpr (!Link::kMapped)
+      for (int p = 0; p < pieces && !lost && !refused; ++p)
+        lost = !wait_signal<Link>(link, &from->piece[p], call.epoch);
   }
   if (__syncthreads_or(lost)) {
     if (r == 0) {
@@ -129,14 +241,19 @@ __device__ __forceinline__ bool link_agree(const LinkArgs& link, LinkCall& call,
 /// Begins a call: by every block of its first kernel, all threads. Block 0 announces. Returns true
 /// if all ranks have entered, want the same and have room; call holds their entries then. False:
 /// move nothing, go on to link_finish. Ends with a barrier.
+template <class Link = PeerLink>
 __device__ __forceinline__ bool link_enter(const LinkArgs& link, LinkCall& call,
                                            const int32_t* announce = nullptr, int words = 0) {
   if (!link_begin(link, call)) return false;
+  LinkPieces pieces;
+  if (words != 0)
+    pieces.piece[pieces.count++] =
+        same_place(link.control.counts(link.rank, call.epoch), static_cast<size_t>(words) * 4);
   if (blockIdx.x == 0) {
     if (thread_index() == 0) link_mark_begun(link);
-    link_announce(link, call.epoch, announce, words);
+    link_announce<Link>(link, call.epoch, announce, words, pieces);
   }
-  return link_agree(link, call);
+  return link_agree<Link>(link, call, true, pieces.count);
 }
 
 /// Goes on with a call that an earlier kernel on the stream has entered: by every block, all
@@ -196,6 +313,17 @@ __device__ __forceinline__ bool link_is_last(const LinkArgs& link, LinkCall& cal
   return call.last != 0;
 }
 
+/// Until what all blocks have put has landed; where the link puts. By all threads of the last block
+/// of a call. Begins and ends with a barrier.
+template <class Link>
+__device__ __forceinline__ void link_quiet() {
+  if constexpr (!Link::kMapped) {
+    __syncthreads();
+    if (thread_index() == 0) Link::quiet();
+    __syncthreads();
+  }
+}
+
 /// The call is over on this rank. By one thread of the grid.
 __device__ __forceinline__ void link_close(const LinkArgs& link, const LinkCall& call) {
   link.state->epoch = call.epoch;
@@ -205,30 +333,41 @@ __device__ __forceinline__ void link_close(const LinkArgs& link, const LinkCall&
 /// Ends a call: by every block of its last kernel, all threads, when this block's stores are
 /// written. The last block signals, and waits for the peers. No thread needs what call holds
 /// afterwards.
+template <class Link = PeerLink>
 __device__ __forceinline__ void link_finish(const LinkArgs& link, LinkCall& call) {
   if (!link_is_last(link, call)) return;
   if (call.bad != 0) return;  // not marked as ended: the host is to notice
   const int r = thread_index();
   bool lost = false;
+  link_quiet<Link>();
   if (r < link.num_ranks) {
-    store_release_system(&inbox(link, (link.rank + r) % link.num_ranks, link.rank)->done,
-                         call.epoch);
-    lost = !wait_signal(link, &inbox(link, link.rank, r)->done, call.epoch);
+    link_signal<Link>(link, (link.rank + r) % link.num_ranks,
+                      own_inbox(link, offsetof(LinkInbox, done)), call.epoch);
+    lost = !wait_signal<Link>(link, &inbox(link, link.rank, r)->done, call.epoch);
   }
   lost = __syncthreads_or(lost);
   if (r != 0) return;
+  if constexpr (!Link::kMapped)
+    if (!lost) Link::quiet();
   if (lost)
     atomicExch(&link.state->lost, 1u);
   else
     link_close(link, call);
 }
 
-/// Ends a call without waiting: by every block, all threads. `done` is signalled all the same, for
-/// peers that disagree and are in a call that waits for it.
-__device__ __forceinline__ void link_leave(const LinkArgs& link, LinkCall& call) {
+/// Ends a call without waiting for peers: by every block, all threads. agreed: of link_agree. If it
+/// is false, `done` is signalled all the same, for peers that disagree and are in a call that waits
+/// for it.
+template <class Link = PeerLink>
+__device__ __forceinline__ void link_leave(const LinkArgs& link, LinkCall& call, bool agreed) {
   if (!link_is_last(link, call) || call.bad != 0) return;
   const int r = thread_index();
-  if (r < link.num_ranks) store_release_system(&inbox(link, r, link.rank)->done, call.epoch);
+  link_quiet<Link>();
+  if (!agreed) {
+    if (r < link.num_ranks)
+      link_signal<Link>(link, r, own_inbox(link, offsetof(LinkInbox, done)), call.epoch);
+    link_quiet<Link>();
+  }
   if (r == 0) link_close(link, call);
 }
 

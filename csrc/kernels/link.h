@@ -47,6 +47,8 @@ struct LinkInbox {
   uint64_t entered;  ///< epoch of the newest entry
   uint64_t pushed;   ///< epoch of the last combine of which all partial rows are stored here
   uint64_t done;     ///< epoch of the last call in which the source has left this rank's memory
+  /// Links that put: epoch of the newest piece that came with an entry, by its number.
+  uint64_t piece[2];
 };
 static_assert(sizeof(LinkInbox) <= ControlLayout::kSignalBytes);
 
@@ -68,7 +70,9 @@ struct LinkReport {
 /// A rank's end of the link, as kernels get it.
 struct LinkArgs {
   int32_t rank, num_ranks;
-  char* window[kMaxLinkRanks];  ///< every rank's window, by its address here
+  /// Every rank's window, by its address here; null where this GPU cannot load and store it.
+  char* window[kMaxLinkRanks];
+  int32_t pe[kMaxLinkRanks];  ///< NVSHMEM's number of each rank; other links leave it 0
   ControlLayout control = ControlLayout(Dims{});
   LinkState* state;
   LinkReport* report;
@@ -78,13 +82,8 @@ struct LinkArgs {
   LinkEntry entry;
 };
 
-/// Announces this rank's entry and `words` 4-byte words of announce to all, waits for all, compares
-/// what all announce and copies the announcements of all to announced [num_ranks, words]. A whole
-/// call. Errors: see LinkState and LinkReport.
-void launch_exchange(const LinkArgs& link, const int32_t* announce, int32_t* announced, int words,
-                     cudaStream_t stream);
-
-/// The beginning of a call, for a kernel that knows nothing of the link and is launched next.
+/// The beginning of a call between GPUs that load and store each other's memory, for a kernel that
+/// knows nothing of the link and is launched next.
 void launch_enter(const LinkArgs& link, cudaStream_t stream);
 
 /// The data phase of a dispatch, with its beginning and end. Each row is read once and written

@@ -9,6 +9,9 @@
 // Memory order: the threads of a block store rows, meet at a barrier, then one thread per (share,
 // rank) releases the signal at system scope, which covers the whole block. Each lane that reads the
 // rows has acquired the signal itself, or is ordered by __syncwarp after a lane that has.
+//
+// A link that puts (kernels/link.cuh) has the rows stored into this rank's own window, and one warp
+// per (share, rank) puts those that the rank gets, the last of them with the signal.
 #pragma once
 
 #include "epcomm/types.h"
@@ -21,6 +24,11 @@ namespace epcomm {
 
 constexpr int kSmallThreads = 512;
 constexpr int kSmallWarps = kSmallThreads / kWarpSize;
+
+/// Words of a bit mask of a rank's tokens.
+__host__ __device__ constexpr int mask_words(int max_tokens) {
+  return (max_tokens + kWarpSize - 1) / kWarpSize;
+}
 
 /// The rows of a batch that this block sends, in order of shares.
 struct BlockRows {
@@ -62,34 +70,68 @@ struct BlockJobs {
   }
 };
 
-__device__ __forceinline__ uint64_t* share_signal(const LinkArgs& link, const SmallLayout& small,
-                                                  int owner, int source, int share) {
-  return reinterpret_cast<uint64_t*>(link.window[owner] + small.signal(source, share));
+/// In this rank's window.
+__device__ __forceinline__ const uint64_t* share_signal(const LinkArgs& link,
+                                                        const SmallLayout& small, int source,
+                                                        int share) {
+  return reinterpret_cast<const uint64_t*>(link.window[link.rank] + small.signal(source, share));
 }
 
-/// Says that this block's rows are stored: by all threads. rows(r) gives how many rows all blocks
-/// together send to rank r. Begins with a barrier.
-template <class Rows>
+/// Puts the rows of a share that peer gets, and signals them; nothing, if there are none. By a
+/// warp.
+template <class Link, class Piece>
+__device__ __forceinline__ void put_share(const LinkArgs& link, int peer, int share, size_t word,
+                                          uint64_t epoch, int rows, Piece piece) {
+  LinkPiece last = {};
+  bool more = false;
+  for (int i = share; i < rows; i += SmallLayout::kShares) {
+    const LinkPiece next = piece(i);
+    if (next.bytes == 0) continue;
+    if (last.bytes != 0 && peer != link.rank) {
+      Link::put(link, peer, last);
+      more = true;
+    }
+    last = next;
+  }
+  if (last.bytes == 0) return;
+  if (more) Link::fence();
+  link_put_signal<Link>(link, peer, last, word, epoch);
+}
+
+/// Says that this block's rows are stored, by all threads; where the link puts, puts them first.
+/// rows(r) gives how many rows all blocks together send to rank r, piece(r, i) where the i-th of
+/// them is (0 bytes = rank r does not get it). Begins with a barrier.
+template <class Link, class Rows, class Piece>
 __device__ __forceinline__ void signal_shares(const LinkArgs& link, const SmallLayout& small,
-                                              uint64_t epoch, Rows rows) {
+                                              uint64_t epoch, Rows rows,
+                                              [[maybe_unused]] Piece piece) {
   const BlockRows own(0);
   __syncthreads();
-  for (int i = thread_index(); i < own.shares * link.num_ranks; i += kSmallThreads) {
-    const int share = own.first + i / link.num_ranks * own.step;
-    const int peer = (link.rank + i) % link.num_ranks;
-    if (share < rows(peer))
-      store_release_system(share_signal(link, small, peer, link.rank, share), epoch);
+  if constexpr (Link::kMapped) {
+    for (int i = thread_index(); i < own.shares * link.num_ranks; i += kSmallThreads) {
+      const int share = own.first + i / link.num_ranks * own.step;
+      const int peer = (link.rank + i) % link.num_ranks;
+      if (share < rows(peer)) link_signal<Link>(link, peer, small.signal(link.rank, share), epoch);
+    }
+  } else {
+    fence_system();  // what the block has stored is read by a network card
+    for (int i = warp_index(); i < own.shares * link.num_ranks; i += kSmallWarps) {
+      const int share = own.first + i / link.num_ranks * own.step;
+      const int peer = (link.rank + 1 + i) % link.num_ranks;
+      put_share<Link>(link, peer, share, small.signal(link.rank, share), epoch, rows(peer),
+                      [&](int row) { return piece(peer, row); });
+    }
   }
 }
 
 /// Waits for the share of row i of source. Every lane that asks acquires it. Lanes that need none
 /// pass i < 0. By a warp; false in all lanes if a wait was given up.
+template <class Link>
 __device__ __forceinline__ bool rows_arrived(const LinkArgs& link, const SmallLayout& small,
                                              uint64_t epoch, int source, int i) {
   const bool there =
       i < 0 ||
-      wait_signal(link, share_signal(link, small, link.rank, source, i % SmallLayout::kShares),
-                  epoch);
+      wait_signal<Link>(link, share_signal(link, small, source, i % SmallLayout::kShares), epoch);
   __syncwarp();
   if (__all_sync(kFullWarp, there)) return true;
   if (lane_index() == 0) atomicExch(&link.state->lost, 1u);

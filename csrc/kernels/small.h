@@ -1,5 +1,5 @@
-// Host entry points of the kernels for small batches between GPUs that load and store each other's
-// memory: one kernel per call. See docs/nvlink.md, "Small batches".
+// Host entry points of the kernels for small batches: one kernel per call. See docs/nvlink.md,
+// "Small batches", and docs/rdma.md.
 //
 // Rows go to staging memory in the receiver's window at once, without asking: nothing there is in
 // use. Staging alternates by the parity of the epoch. A sender in epoch e + 2 has seen every rank
@@ -41,8 +41,6 @@ struct SmallDispatchArgs {
   const char* scales;
   const float* topk_weights;
 };
-/// Uses exactly num_sms SMs.
-void launch_small_dispatch(const SmallDispatchArgs& args, int num_sms, cudaStream_t stream);
 
 /// A whole combine, or one of its halves. The formula of Buffer::combine.
 struct SmallCombineArgs {
@@ -60,7 +58,22 @@ struct SmallCombineArgs {
   const void* bias;           ///< [T, hidden], or null
   void* out;                  ///< [T, hidden]
 };
-/// Uses exactly num_sms SMs.
-void launch_small_combine(const SmallCombineArgs& args, int num_sms, cudaStream_t stream);
+
+/// The kernels of a call over one kind of link (kernels/link.cuh). Those with num_sms use exactly
+/// so many SMs.
+struct LinkKernels {
+  /// Announces this rank's entry and `words` 4-byte words of announce to all, waits for all,
+  /// compares what all announce and copies the announcements of all to announced [num_ranks,
+  /// words]. A whole call. Errors: see LinkState and LinkReport.
+  void (*exchange)(const LinkArgs& link, const int32_t* announce, int32_t* announced, int words,
+                   cudaStream_t stream);
+  void (*dispatch)(const SmallDispatchArgs& args, int num_sms, cudaStream_t stream);
+  void (*combine)(const SmallCombineArgs& args, int num_sms, cudaStream_t stream);
+  bool puts;  ///< SmallLayout needs an outbox
+};
+/// GPUs that load and store each other's memory.
+const LinkKernels& peer_link_kernels();
+/// GPUs that reach each other through NVSHMEM.
+const LinkKernels& nvshmem_link_kernels();
 
 }  // namespace epcomm

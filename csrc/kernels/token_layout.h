@@ -179,19 +179,22 @@ struct SmallLayout {
   static constexpr int kShares = 128;
 
   size_t signals, ids, weights, rows;  ///< offsets in the window
+  size_t outbox;                       ///< see outbox_row
   size_t end;
   size_t row_bytes;  ///< of a staged row, its scales included
   int32_t num_ranks, max_tokens, topk;
 
-  /// From offset `begin` on; widest_row is a multiple of kRowAlignment.
-  EPCOMM_HOST_DEVICE SmallLayout(const Dims& d, int max_tokens_, size_t widest_row, size_t begin)
+  /// From offset `begin` on; widest_row is a multiple of kRowAlignment. puts: with an outbox.
+  EPCOMM_HOST_DEVICE SmallLayout(const Dims& d, int max_tokens_, size_t widest_row, size_t begin,
+                                 bool puts = false)
       : row_bytes(widest_row), num_ranks(d.num_ranks), max_tokens(max_tokens_), topk(d.topk) {
     const size_t ranks = static_cast<size_t>(num_ranks), tokens = static_cast<size_t>(max_tokens);
     signals = align_up(begin, kBlockAlignment);
     ids = align_up(signals + ranks * kShares * sizeof(uint64_t), kBlockAlignment);
     weights = ids + 2 * ranks * slots_bytes();
     rows = weights + 2 * ranks * slots_bytes();
-    end = rows + 2 * ranks * tokens * row_bytes;
+    outbox = rows + 2 * ranks * tokens * row_bytes;
+    end = outbox + (puts ? ranks * tokens * row_bytes : 0);
   }
   /// uint64: epoch of the last call in which the rows of this share were stored by source.
   EPCOMM_HOST_DEVICE size_t signal(int source, int share) const {
@@ -211,6 +214,13 @@ struct SmallLayout {
   EPCOMM_HOST_DEVICE size_t row(int source, uint64_t epoch, int64_t t) const {
     return rows + (slot(source, epoch) * static_cast<size_t>(max_tokens) + static_cast<size_t>(t)) *
                       row_bytes;
+  }
+  /// Combine, where the link puts: the partial row for the i-th token that this rank has received
+  /// from rank owner, before it is put.
+  EPCOMM_HOST_DEVICE size_t outbox_row(int owner, int64_t i) const {
+    return outbox +
+           (static_cast<size_t>(owner) * static_cast<size_t>(max_tokens) + static_cast<size_t>(i)) *
+               row_bytes;
   }
 
  private:

@@ -14,25 +14,6 @@ constexpr int kCombineSms = 24;
 
 }  // namespace
 
-void describe_plan(LinkEntry& entry, const Plan& plan) {
-  entry_field(entry, CallField::kLayout) = static_cast<int32_t>(plan.layout);
-  entry_field(entry, CallField::kTopk) = plan.topk;
-  entry_field(entry, CallField::kAlignment) = plan.expert_alignment;
-  entry_field(entry, CallField::kHostSync) = plan.host_sync ? 1 : 0;
-  entry_field(entry, CallField::kPlan) = static_cast<int32_t>(plan.result.epoch);
-}
-
-void NvlinkTransport::check_capacity(const Plan& plan, const DispatchArgs& args) const {
-  if (!plan.host_sync) return;
-  const bool by_token = plan.layout == Layout::kToken;
-  const int32_t tokens = plan.result.num_recv_tokens;
-  const int32_t rows = by_token ? tokens : plan.result.num_recv_rows;
-  EPCOMM_CHECK(args.recv_capacity >= tokens && args.row_capacity >= rows,
-               "recv_capacity and row_capacity are " + std::to_string(args.recv_capacity) +
-                   " and " + std::to_string(args.row_capacity) + "; this plan receives " +
-                   std::to_string(tokens) + " tokens in " + std::to_string(rows) + " rows");
-}
-
 // Peers write to these addresses: a wrong one must be refused here, not met there.
 void NvlinkTransport::check_outputs(const Plan& plan, const DispatchArgs& args) const {
   auto inside = [this](const void* p, int64_t bytes) {

@@ -17,6 +17,8 @@
 // summing, all warps of the grid share all tokens, cut into parts.
 // Memory order: weights are released by `entered` (kernels/link.cuh), partial rows by the signals
 // of their shares (kernels/small.cuh).
+#pragma once
+
 #include "kernels/device.cuh"
 #include "kernels/elements.cuh"
 #include "kernels/launch.cuh"
@@ -31,19 +33,25 @@ namespace {
 static_assert(sizeof(SmallCombineArgs) <= kMaxKernelArgs);
 
 // By block 0: weights to all ranks, then the entry.
+template <class Link>
 __device__ __forceinline__ void announce(const SmallCombineArgs& args, uint64_t epoch) {
   const LinkArgs& link = args.link;
   if (args.topk_weights != nullptr) {
     const int slots = args.num_tokens * args.dims.topk;
     for (int i = thread_index(); i < slots; i += kSmallThreads) {
       const float weight = args.topk_weights[i];
-      for (int r = 0; r < link.num_ranks; ++r)
+      for (int r = 0; r < (Link::kMapped ? link.num_ranks : 1); ++r)
         reinterpret_cast<float*>(link.window[(link.rank + r) % link.num_ranks] +
                                  args.small.source_weights(link.rank, epoch))[i] = weight;
     }
   }
   __syncthreads();  // the entry's signal releases what all threads have stored
-  link_announce(link, epoch, nullptr, 0);
+  const LinkPieces pieces = {
+      {same_place(args.small.source_weights(link.rank, epoch),
+                  static_cast<size_t>(args.num_tokens * args.dims.topk) * sizeof(float)),
+       {}},
+      args.topk_weights != nullptr ? 1 : 0};
+  link_announce<Link>(link, epoch, nullptr, 0, pieces);
 }
 
 // Tokens of source s that this rank has received.
@@ -51,7 +59,7 @@ __device__ __forceinline__ int32_t received_from(const SmallCombineArgs& args, i
   return args.plan.rank_count[s * args.dims.num_ranks + args.link.rank];
 }
 
-template <Dtype kDtype>
+template <class Link, Dtype kDtype>
 __device__ __forceinline__ void send_partials(const SmallCombineArgs& args, uint64_t epoch) {
   EPCOMM_SHARED(SourceRanges, ranges);
   const LinkArgs& link = args.link;
@@ -65,21 +73,35 @@ __device__ __forceinline__ void send_partials(const SmallCombineArgs& args, uint
   const MetaLayout meta(topk);
   const BlockRows own(0);
   const BlockJobs jobs(ranges.end[num_ranks - 1], row_bytes);
+  // The record of the i-th token received from rank s.
+  auto record_of = [&](int s, int i) {
+    const int32_t before = ranges.to_recv[s] - ranges.to_source[s];  // tokens of lower ranks
+    return meta.row(args.plan.recv_meta, before + i);
+  };
+  // Its partial row, here and at the token's owner.
+  auto piece = [&](int s, int i) -> LinkPiece {
+    const int t = *meta.token(record_of(s, i), 0);
+    if (t < 0 || t >= args.small.max_tokens) return {};
+    const size_t to = args.small.row(link.rank, epoch, t);
+    const bool there = Link::kMapped || s == link.rank;
+    return {there ? to : args.small.outbox_row(s, i), to, static_cast<uint32_t>(row_bytes)};
+  };
   for (int j = warp_index(); j < jobs.jobs; j += kSmallWarps) {
     const RowJob job = jobs.at(j);
     const int s = ranges.source(job.row, num_ranks);
-    const int32_t before = ranges.to_recv[s] - ranges.to_source[s];  // tokens of lower ranks
-    const int32_t n = before + own.at(job.row + ranges.to_source[s]);
-    void* record = meta.row(args.plan.recv_meta, n);
+    const int i = own.at(job.row + ranges.to_source[s]);
+    void* record = record_of(s, i);
+    const LinkPiece place = piece(s, i);
+    if (place.bytes == 0) continue;
     const int t = *meta.token(record, 0);
-    if (t < 0 || t >= args.small.max_tokens) continue;
     const float* weights = nullptr;
     if (args.topk_weights != nullptr)
       weights = reinterpret_cast<const float*>(link.window[link.rank] +
                                                args.small.source_weights(s, epoch)) +
                 t * topk;
+    const int32_t n = ranges.to_recv[s] - ranges.to_source[s] + i;
     const PartialToken token(meta, record, weights, args.by_token ? n : -1);
-    char* to = link.window[s] + args.small.row(link.rank, epoch, t);
+    char* to = link.window[Link::kMapped ? s : link.rank] + place.from;
     for (int at = job.begin; at < job.end; at += Batch::kStep) {
       const int v = at + lane_index();
       Batch batch;
@@ -87,11 +109,12 @@ __device__ __forceinline__ void send_partials(const SmallCombineArgs& args, uint
       batch.store(to, v, job.end);
     }
   }
-  signal_shares(link, args.small, epoch, [&](int s) { return received_from(args, s); });
+  signal_shares<Link>(
+      link, args.small, epoch, [&](int s) { return received_from(args, s); }, piece);
 }
 
 // The tokens of this rank, by all warps of the grid.
-template <Dtype kDtype>
+template <class Link, Dtype kDtype>
 __device__ __forceinline__ void sum_partials(const SmallCombineArgs& args, uint64_t epoch) {
   EPCOMM_SHARED(int32_t[kMaxPackRanks], sent_before);
   const LinkArgs& link = args.link;
@@ -107,7 +130,7 @@ __device__ __forceinline__ void sum_partials(const SmallCombineArgs& args, uint6
     const int64_t t = job.row;
     const TokenRanks at_rank(args.plan.slot + t * num_ranks, sent_before, num_ranks);
     // A share counts the rows that one rank sends to this one: lane r waits for rank r.
-    if (!rows_arrived(link, args.small, epoch, lane, at_rank.low)) return;
+    if (!rows_arrived<Link>(link, args.small, epoch, lane, at_rank.low)) return;
     for (int at = job.begin; at < job.end; at += Batch::kStep) {
       const int v = at + lane;
       Batch batch;
@@ -128,7 +151,7 @@ __device__ __forceinline__ void sum_partials(const SmallCombineArgs& args, uint6
   }
 }
 
-template <Dtype kDtype>
+template <class Link, Dtype kDtype>
 __global__ void __launch_bounds__(kSmallThreads, 1)
     small_combine_kernel(const __grid_constant__ SmallCombineArgs args) {
   EPCOMM_SHARED(LinkCall, call);
@@ -136,32 +159,33 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   const bool weighted = args.topk_weights != nullptr, marks = blockIdx.x == 0;
   bool going = link_begin(link, call);
   if (going && args.phase != Phase::kReceive) {
-    if (blockIdx.x == 0) announce(args, call.epoch);
+    if (blockIdx.x == 0) announce<Link>(args, call.epoch);
     if (weighted) {
       if (marks && thread_index() == 0) link_mark_begun(link);
-      going = link_agree(link, call, args.phase == Phase::kAll);
+      going = link_agree<Link>(link, call, args.phase == Phase::kAll, 1);
     }
-    if (going) send_partials<kDtype>(args, call.epoch);
+    if (going) send_partials<Link, kDtype>(args, call.epoch);
   }
   if (args.phase == Phase::kSend) return;
   const bool waited = weighted && args.phase == Phase::kAll;
   if (going && !waited) {
     if (marks && !weighted && thread_index() == 0) link_mark_begun(link);
-    going = link_agree(link, call);
+    going = link_agree<Link>(link, call, true, weighted ? 1 : 0);
   }
-  if (going) sum_partials<kDtype>(args, call.epoch);
-  link_leave(link, call);
+  if (going) sum_partials<Link, kDtype>(args, call.epoch);
+  link_leave<Link>(link, call, going);
 }
 
 }  // namespace
 
+template <class Link>
 void launch_small_combine(const SmallCombineArgs& args, int num_sms, cudaStream_t stream) {
   check_aligned(args.x, "x");
   check_aligned(args.bias, "bias");
   check_aligned(args.out, "out");
-  const auto kernel =
-      for_dtype(args.dtype, small_combine_kernel<Dtype::kBfloat16>,
-                small_combine_kernel<Dtype::kFloat16>, small_combine_kernel<Dtype::kFloat32>);
+  const auto kernel = for_dtype(args.dtype, small_combine_kernel<Link, Dtype::kBfloat16>,
+                                small_combine_kernel<Link, Dtype::kFloat16>,
+                                small_combine_kernel<Link, Dtype::kFloat32>);
   launch("launch of small_combine", kernel, {persistent_blocks(num_sms), kSmallThreads, 0, true},
          stream, args);
 }

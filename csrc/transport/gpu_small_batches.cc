@@ -1,10 +1,9 @@
-// The nvlink transport for small batches: one kernel per call (kernels/small.h). Received rows are
-// written by this rank alone, so that they lie where the caller wants.
+// Small batches: one kernel per call (kernels/small.h).
 #include <string>
 
 #include "core/call_fields.h"
 #include "core/checks.h"
-#include "transport/nvlink_transport.h"
+#include "transport/gpu_link_transport.h"
 
 namespace epcomm {
 namespace {
@@ -13,12 +12,14 @@ namespace {
 // measured yet.
 constexpr int kSmallSms = 32;
 
+}  // namespace
+
 std::string why_not_small(const TransportContext& context) {
   const Config& config = context.options.config;
   if (config.max_tokens > kTileTokens)
     return "max_tokens is " + std::to_string(config.max_tokens) + "; expected at most " +
            std::to_string(kTileTokens);
-  const size_t needed = small_shared_bytes(nvlink_dims(context), config.max_tokens);
+  const size_t needed = small_shared_bytes(gpu_dims(context), config.max_tokens);
   if (needed > kMaxSmallShared)
     return "routing " + std::to_string(context.bootstrap.size()) + " ranks and " +
            std::to_string(config.num_experts) + " experts in one block needs " +
@@ -27,28 +28,8 @@ std::string why_not_small(const TransportContext& context) {
   return "";
 }
 
-}  // namespace
-
-bool takes_small_path(const TransportContext& context) {
-  std::string path = "auto";
-  for (const auto& [name, value] : context.options.transport_options) {
-    if (name != "path")
-      throw InvalidArgument("transport_options has '" + name +
-                            "'; the nvlink transport has one option, path");
-    path = value;
-  }
-  if (path == "large") return false;
-  const std::string why_not = why_not_small(context);
-  if (path == "small")
-    EPCOMM_CHECK(why_not.empty(), "transport_options['path'] is 'small', but " + why_not);
-  else
-    EPCOMM_CHECK(path == "auto", "transport_options['path'] is '" + path +
-                                     "'; expected 'auto', 'small' or 'large'");
-  return why_not.empty();
-}
-
 // Kernels of both halves use the same epoch, so nothing else may run between them.
-void NvlinkTransport::check_phase(Phase phase, Operation operation) {
+void GpuLinkTransport::check_phase(Phase phase, Operation operation) {
   if (phase != Phase::kReceive) {
     EPCOMM_CHECK(!half_, std::string("the receive half of the last ") + operation_name(*half_) +
                              " was not called; call it first");
@@ -59,18 +40,18 @@ void NvlinkTransport::check_phase(Phase phase, Operation operation) {
                                        " was called, but its send half was not");
 }
 
-void NvlinkTransport::check_fits_slot(int64_t row_bytes, int64_t scale_bytes) const {
-  const int64_t slot = static_cast<int64_t>(layout_.small.row_bytes);
+void GpuLinkTransport::check_fits_slot(int64_t row_bytes, int64_t scale_bytes) const {
+  const int64_t slot = static_cast<int64_t>(small_.row_bytes);
   EPCOMM_CHECK(
       row_bytes + scale_bytes <= slot,
       "x has " + std::to_string(row_bytes) + " bytes per row and " + std::to_string(scale_bytes) +
           " of scales; expected at most " + std::to_string(slot) +
-          " together, a row of the Buffer's hidden and dtype; make the Buffer with a wider "
-          "dtype or transport_options={'path': 'large'}");
+          " together, a row of the Buffer's hidden and dtype; make the Buffer with a wider dtype" +
+          too_wide_advice());
 }
 
 // Nothing is exchanged yet: expert ids go out with the rows.
-RouteResult NvlinkTransport::route_small(const RouteArgs& args) {
+RouteResult GpuLinkTransport::route_small(const RouteArgs& args) {
   RouteResult result;
   result.epoch = ++routes_;
   result.deferred = true;
@@ -79,7 +60,7 @@ RouteResult NvlinkTransport::route_small(const RouteArgs& args) {
   return result;
 }
 
-void NvlinkTransport::dispatch_small(const Plan& plan, const DispatchArgs& args) {
+void GpuLinkTransport::dispatch_small(const Plan& plan, const DispatchArgs& args) {
   const bool receives = args.phase == Phase::kReceive;
   // A receive half that were refused here would leave this rank behind the others.
   if (receives)
@@ -95,7 +76,7 @@ void NvlinkTransport::dispatch_small(const Plan& plan, const DispatchArgs& args)
       args.phase == Phase::kAll && (args.needed_bytes != 0 || (plan.host_sync && !args.replay));
   SmallDispatchArgs small{};
   small.link = link(Operation::kDispatch);
-  small.small = layout_.small;
+  small.small = small_;
   small.place = route_.place_args(plan, args);
   if (waits) small.link.token = ++tokens_;
   LinkEntry& entry = small.link.entry;
@@ -118,7 +99,7 @@ void NvlinkTransport::dispatch_small(const Plan& plan, const DispatchArgs& args)
   small.x = static_cast<const char*>(args.x);
   small.scales = static_cast<const char*>(args.scales);
   small.topk_weights = args.topk_weights;
-  launch_small_dispatch(small, args.num_sms > 0 ? args.num_sms : kSmallSms, stream);
+  kernels_.dispatch(small, args.num_sms > 0 ? args.num_sms : kSmallSms, stream);
   half_ = args.phase == Phase::kSend ? std::optional(Operation::kDispatch) : std::nullopt;
   call.end();
   // As in larger dispatches the host learns of a mismatch here if it has waited anyway.
@@ -126,7 +107,7 @@ void NvlinkTransport::dispatch_small(const Plan& plan, const DispatchArgs& args)
   if (args.needed_bytes != 0) throw WindowFull(rank_, args.needed_bytes, args.free_bytes);
 }
 
-void NvlinkTransport::combine_small(const Plan& plan, const CombineArgs& args) {
+void GpuLinkTransport::combine_small(const Plan& plan, const CombineArgs& args) {
   const bool receives = args.phase == Phase::kReceive;
   if (receives)
     watchdog_.check();
@@ -139,7 +120,7 @@ void NvlinkTransport::combine_small(const Plan& plan, const CombineArgs& args) {
   Call call(*this, stream);
   SmallCombineArgs small{};
   small.link = link(Operation::kCombine);
-  small.small = layout_.small;
+  small.small = small_;
   LinkEntry& entry = small.link.entry;
   describe_plan(entry, plan);
   entry_field(entry, CallField::kDtype) = static_cast<int32_t>(args.dtype);
@@ -157,7 +138,7 @@ void NvlinkTransport::combine_small(const Plan& plan, const CombineArgs& args) {
   small.topk_weights = args.topk_weights;
   small.bias = args.bias;
   small.out = args.out;
-  launch_small_combine(small, args.num_sms > 0 ? args.num_sms : kSmallSms, stream);
+  kernels_.combine(small, args.num_sms > 0 ? args.num_sms : kSmallSms, stream);
   half_ = args.phase == Phase::kSend ? std::optional(Operation::kCombine) : std::nullopt;
   call.end();
 }

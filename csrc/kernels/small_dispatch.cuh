@@ -19,6 +19,8 @@
 // Memory order: ids are released by `entered` (kernels/link.cuh), rows by the signals of their
 // shares (kernels/small.cuh). Blocks wait for other blocks, of this rank, too, so all of them run
 // at the same time (a cooperative launch).
+#pragma once
+
 #include "kernels/device.cuh"
 #include "kernels/launch.cuh"
 #include "kernels/link.cuh"
@@ -32,10 +34,6 @@ namespace {
 
 static_assert(sizeof(SmallDispatchArgs) <= kMaxKernelArgs);
 constexpr int32_t kNoBadId = 0x7fffffff;
-
-__host__ __device__ constexpr int mask_words(int max_tokens) {
-  return (max_tokens + kWarpSize - 1) / kWarpSize;
-}
 
 __device__ __forceinline__ int grid_thread() {
   return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
@@ -53,9 +51,15 @@ __device__ __forceinline__ bool good_id(const SmallDispatchArgs& args, int64_t i
   return id >= -1 && id < args.place.dims.num_experts;
 }
 
+// Pieces that are announced, where the link puts: ids, and weights where there are any.
+__device__ __forceinline__ int num_pieces(const SmallDispatchArgs& args) {
+  return args.topk_weights != nullptr ? 2 : 1;
+}
+
 // ---- sending ----
 
 // By block 0: ids and weights to all ranks, then the entry.
+template <class Link>
 __device__ __forceinline__ void announce(const SmallDispatchArgs& args, uint64_t epoch,
                                          int32_t& first_bad) {
   const LinkArgs& link = args.link;
@@ -68,7 +72,7 @@ __device__ __forceinline__ void announce(const SmallDispatchArgs& args, uint64_t
     const int32_t expert = good_id(args, id) ? static_cast<int32_t>(id) : -1;
     if (args.fresh) args.place.plan.topk_idx[i] = expert;
     const float weight = args.topk_weights != nullptr ? args.topk_weights[i] : 0.0f;
-    for (int r = 0; r < link.num_ranks; ++r) {
+    for (int r = 0; r < (Link::kMapped ? link.num_ranks : 1); ++r) {
       char* window = link.window[(link.rank + r) % link.num_ranks];
       reinterpret_cast<int32_t*>(window + args.small.source_ids(link.rank, epoch))[i] = expert;
       if (args.topk_weights != nullptr)
@@ -76,7 +80,11 @@ __device__ __forceinline__ void announce(const SmallDispatchArgs& args, uint64_t
     }
   }
   __syncthreads();  // the entry's signal releases what all threads have stored
-  link_announce(link, epoch, nullptr, 0);
+  const size_t bytes = static_cast<size_t>(slots) * sizeof(int32_t);
+  const LinkPieces pieces = {{same_place(args.small.source_ids(link.rank, epoch), bytes),
+                              same_place(args.small.source_weights(link.rank, epoch), bytes)},
+                             num_pieces(args)};
+  link_announce<Link>(link, epoch, nullptr, 0, pieces);
   if (thread_index() == 0 && first_bad != kNoBadId && args.bad_index != nullptr) {
     const int64_t bad = max(min(given_id(args, first_bad), int64_t{INT32_MAX}), int64_t{INT32_MIN});
     args.bad_index[1] = static_cast<int32_t>(bad);
@@ -106,6 +114,7 @@ __device__ __forceinline__ void for_ranks(const LinkArgs& link, uint32_t ranks, 
   for (uint32_t rest = ranks & lower; rest != 0;) to(link.window[take_lowest(rest)]);
 }
 
+template <class Link>
 __device__ __forceinline__ void send_rows(const SmallDispatchArgs& args, uint64_t epoch) {
   const LinkArgs& link = args.link;
   const int row_bytes = args.place.rows.row_bytes, scale_bytes = args.place.rows.scale_bytes;
@@ -115,7 +124,7 @@ __device__ __forceinline__ void send_rows(const SmallDispatchArgs& args, uint64_
     const RowJob job = jobs.at(j);
     const int t = own.at(job.row);
     const size_t slot = args.small.row(link.rank, epoch, t);
-    const uint32_t ranks = destinations(args, t);
+    const uint32_t ranks = Link::kMapped ? destinations(args, t) : 1u << link.rank;
     for (int at = job.begin; at < job.end; at += Batch::kStep) {
       const int v = at + lane_index();
       // Vector v, v + 32, ... of the row: here is where a dispatch that quantises would do it.
@@ -128,6 +137,15 @@ __device__ __forceinline__ void send_rows(const SmallDispatchArgs& args, uint64_
         copy_bytes(window + slot + row_bytes, args.scales + int64_t{t} * scale_bytes, scale_bytes);
       });
   }
+}
+
+// Where row t is, for a link that puts it.
+__device__ __forceinline__ LinkPiece staged_row(const SmallDispatchArgs& args, uint64_t epoch,
+                                                int peer, int t) {
+  const RowSpec& rows = args.place.rows;
+  const bool sent = (destinations(args, t) >> peer & 1) != 0;
+  return same_place(args.small.row(args.link.rank, epoch, t),
+                    sent ? static_cast<size_t>(rows.row_bytes + rows.scale_bytes) : 0);
 }
 
 // ---- routing ----
@@ -294,6 +312,7 @@ __device__ __forceinline__ void clear_rest(const SmallDispatchArgs& args, const 
 }
 
 // What arrives goes to its rows, by all warps of the grid.
+template <class Link>
 __device__ __forceinline__ void receive_rows(const SmallDispatchArgs& args, const GroupRoute& route,
                                              uint64_t epoch, const SourceRanges& ranges) {
   const PlaceArgs& place = args.place;
@@ -320,7 +339,9 @@ __device__ __forceinline__ void receive_rows(const SmallDispatchArgs& args, cons
         slots.row = valid_row(place, row);
       }
     }
-    if (!rows_arrived(link, args.small, epoch, s, t)) return;
+    // One lane is enough, where more would cost more than one load.
+    if (!rows_arrived<Link>(link, args.small, epoch, s, Link::kMapped || lane == 0 ? t : -1))
+      return;
     const char* from = window + args.small.row(s, epoch, t);
     const uint32_t firsts = place_payload<RowMemory::kArrived>(place, job, from, slots.row);
     if (!job.leads) continue;
@@ -340,6 +361,7 @@ __device__ __forceinline__ void receive_rows(const SmallDispatchArgs& args, cons
 }
 
 // agreed: all ranks want the same and are there. Else nobody has sent anything.
+template <class Link>
 __device__ __forceinline__ void receive(const SmallDispatchArgs& args, const LinkCall& call,
                                         bool agreed) {
   EPCOMM_SHARED(SourceRanges, ranges);
@@ -364,9 +386,10 @@ __device__ __forceinline__ void receive(const SmallDispatchArgs& args, const Lin
         [&](int column, int t) { return route.place(own, column, t); });
   }
   clear_rest(args, route, totals);
-  receive_rows(args, route, call.epoch, ranges);
+  receive_rows<Link>(args, route, call.epoch, ranges);
 }
 
+template <class Link>
 __global__ void __launch_bounds__(kSmallThreads, 1)
     small_dispatch_kernel(const __grid_constant__ SmallDispatchArgs args) {
   EPCOMM_SHARED(LinkCall, call);
@@ -374,30 +397,28 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   const LinkArgs& link = args.link;
   bool going = link_begin(link, call);
   if (going && args.phase != Phase::kReceive) {
-    if (blockIdx.x == 0) announce(args, call.epoch, first_bad);
-    send_rows(args, call.epoch);
-    signal_shares(link, args.small, call.epoch, [&](int) { return args.num_tokens; });
+    if (blockIdx.x == 0) announce<Link>(args, call.epoch, first_bad);
+    send_rows<Link>(args, call.epoch);
+    signal_shares<Link>(
+        link, args.small, call.epoch, [&](int) { return args.num_tokens; },
+        [&](int peer, int t) { return staged_row(args, call.epoch, peer, t); });
   }
   if (args.phase == Phase::kSend) return;
   if (going) {
     if (blockIdx.x == 0 && thread_index() == 0) link_mark_begun(link);
-    going = link_agree(link, call);
+    going = link_agree<Link>(link, call, true, num_pieces(args));
   }
-  receive(args, call, going);
-  link_leave(link, call);
+  receive<Link>(args, call, going);
+  link_leave<Link>(link, call, going);
 }
 
 }  // namespace
 
-size_t small_shared_bytes(const Dims& dims, int max_tokens) {
-  return static_cast<size_t>(dims.num_ranks) * RouteTile(dims, mask_words(max_tokens)).bytes +
-         RouteExperts(dims).bytes();
-}
-
+template <class Link>
 void launch_small_dispatch(const SmallDispatchArgs& args, int num_sms, cudaStream_t stream) {
   check_aligned(args.x, "x");
   check_aligned(args.place.recv_x, "recv_x");
-  launch("launch of small_dispatch", small_dispatch_kernel,
+  launch("launch of small_dispatch", small_dispatch_kernel<Link>,
          {persistent_blocks(num_sms), kSmallThreads,
           small_shared_bytes(args.place.dims, args.small.max_tokens), true},
          stream, args);

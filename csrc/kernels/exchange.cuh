@@ -4,14 +4,17 @@
 // is written from this rank's own inboxes.
 // Launch: one block; a warp per peer.
 // Memory order: kernels/link.cuh.
+#pragma once
+
 #include "kernels/launch.cuh"
 #include "kernels/link.cuh"
 #include "kernels/rows.cuh"
+#include "kernels/small.h"
 
 namespace epcomm {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kExchangeThreads = 512;
 
 struct ExchangeArgs {
   LinkArgs link;
@@ -20,38 +23,31 @@ struct ExchangeArgs {
   int32_t words;
 };
 
-__global__ void __launch_bounds__(kThreads, 1)
+template <class Link>
+__global__ void __launch_bounds__(kExchangeThreads, 1)
     exchange_kernel(const __grid_constant__ ExchangeArgs args) {
   EPCOMM_SHARED(LinkCall, call);
   const LinkArgs& link = args.link;
-  if (link_enter(link, call, args.announce, args.words)) {
-    for (int r = warp_index(); r < link.num_ranks; r += kThreads / kWarpSize)
+  if (link_enter<Link>(link, call, args.announce, args.words)) {
+    for (int r = warp_index(); r < link.num_ranks; r += kExchangeThreads / kWarpSize)
       copy_words<uint4>(reinterpret_cast<char*>(args.announced + int64_t{r} * args.words),
                         link.window[link.rank] + link.control.counts(r, call.epoch),
                         args.words * 4);
   } else {
     // Nothing was told: no rank sends anything.
-    for (int i = thread_index(); i < link.num_ranks * args.words; i += kThreads)
+    for (int i = thread_index(); i < link.num_ranks * args.words; i += kExchangeThreads)
       args.announced[i] = 0;
   }
-  link_finish(link, call);
-}
-
-__global__ void __launch_bounds__(kThreads, 1) enter_kernel(const __grid_constant__ LinkArgs link) {
-  EPCOMM_SHARED(LinkCall, call);
-  link_enter(link, call);
+  link_finish<Link>(link, call);
 }
 
 }  // namespace
 
+template <class Link>
 void launch_exchange(const LinkArgs& link, const int32_t* announce, int32_t* announced, int words,
                      cudaStream_t stream) {
-  launch("launch of exchange", exchange_kernel, {1, kThreads}, stream,
+  launch("launch of exchange", exchange_kernel<Link>, {1, kExchangeThreads}, stream,
          ExchangeArgs{link, announce, announced, words});
-}
-
-void launch_enter(const LinkArgs& link, cudaStream_t stream) {
-  launch("launch of enter", enter_kernel, {1, kThreads}, stream, link);
 }
 
 }  // namespace epcomm

@@ -1,0 +1,173 @@
+// Calls through a link: their state, and route.
+#include "transport/gpu_link_transport.h"
+
+#include <algorithm>
+#include <atomic>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "core/checks.h"
+
+namespace epcomm {
+
+Dims gpu_dims(const TransportContext& context) {
+  const int rank = context.bootstrap.rank();
+  return {context.bootstrap.size(), context.options.config.num_experts,
+          context.experts.local_experts(rank), context.options.config.topk, true};
+}
+
+size_t widest_row(const Config& config) {
+  return static_cast<size_t>(config.hidden) * static_cast<size_t>(dtype_bytes(config.dtype));
+}
+
+SmallLayout small_layout(const TransportContext& context, size_t begin, bool puts) {
+  const Config& config = context.options.config;
+  // Floats per slot (CombineArgs::by_token) can be wider than very short rows.
+  const size_t slots = align_up(static_cast<size_t>(config.topk), 4) * sizeof(float);
+  return {gpu_dims(context), config.max_tokens, std::max(widest_row(config), slots), begin, puts};
+}
+
+void describe_plan(LinkEntry& entry, const Plan& plan) {
+  entry_field(entry, CallField::kLayout) = static_cast<int32_t>(plan.layout);
+  entry_field(entry, CallField::kTopk) = plan.topk;
+  entry_field(entry, CallField::kAlignment) = plan.expert_alignment;
+  entry_field(entry, CallField::kHostSync) = plan.host_sync ? 1 : 0;
+  entry_field(entry, CallField::kPlan) = static_cast<int32_t>(plan.result.epoch);
+}
+
+GpuLinkTransport::GpuLinkTransport(const TransportContext& context, const LinkKernels& kernels,
+                                   LinkWindows windows, const ControlLayout& control,
+                                   const SmallLayout& small, bool takes_small)
+    : takes_small_(takes_small),
+      kernels_(kernels),
+      config_(context.options.config),
+      experts_(context.experts),
+      rank_(context.bootstrap.rank()),
+      num_ranks_(context.bootstrap.size()),
+      timeout_s_(context.options.timeout_s),
+      route_(config_, experts_, rank_, num_ranks_),
+      control_(control),
+      small_(small),
+      windows_(std::move(windows)),
+      state_(sizeof(LinkState)),
+      report_(sizeof(LinkReport)),
+      watchdog_(
+          context.bootstrap, timeout_s_,
+          [this] {
+            std::atomic_ref(report_.as<LinkReport>()->abort).store(1, std::memory_order_release);
+          },
+          [] { return false; }) {
+  caps_.token_layout = caps_.expert_layout = caps_.padded_layout = true;
+  caps_.two_phases = caps_.small_batches = takes_small_;
+  caps_.graph_capture = true;
+  caps_.cuda = true;
+}
+
+void GpuLinkTransport::drain() {
+  order_.drain(timeout_s_);
+  watchdog_.drain();
+}
+
+Dims GpuLinkTransport::dims(int topk) const {
+  return {num_ranks_, config_.num_experts, experts_.local_experts(rank_), topk, true};
+}
+
+LinkArgs GpuLinkTransport::link(Operation operation) const {
+  LinkArgs link{};
+  link.rank = rank_;
+  link.num_ranks = num_ranks_;
+  for (int r = 0; r < num_ranks_; ++r) {
+    link.window[r] = windows_.window[r];
+    link.pe[r] = windows_.pe[r];
+  }
+  link.control = control_;
+  link.state = state_.as<LinkState>();
+  link.report = report_.as<LinkReport>();
+  link.progress = watchdog_.progress();
+  // The watchdog ends a wait in time, and knows whom to blame; this is for when it cannot.
+  link.timeout_ns = static_cast<uint64_t>(2e9 * timeout_s_);
+  link.entry.signature[static_cast<int>(CallField::kOperation)] = static_cast<int32_t>(operation);
+  return link;
+}
+
+void GpuLinkTransport::check() {
+  watchdog_.check();
+  raise_refusal();
+}
+
+// What the kernels of an earlier call found when they compared the ranks' entries.
+void GpuLinkTransport::raise_refusal() {
+  auto& report = *report_.as<LinkReport>();
+  if (std::atomic_ref(report.refused).load(std::memory_order_acquire) == 0) return;
+  const std::vector<LinkEntry> entries(report.entry, report.entry + num_ranks_);
+  std::atomic_ref(report.refused).store(0, std::memory_order_release);
+  for (int f = 0; f < kCallFields; ++f) {
+    std::vector<int32_t> values;
+    for (const LinkEntry& entry : entries) values.push_back(entry.signature[f]);
+    check_call_field(static_cast<CallField>(f), values);
+  }
+  for (int r = 0; r < num_ranks_; ++r) {
+    const LinkEntry& entry = entries[static_cast<size_t>(r)];
+    if (entry.needed_bytes != 0) throw WindowFull(r, entry.needed_bytes, entry.free_bytes);
+  }
+}
+
+// Until all ranks have entered the call: it is refused on all of them, or on none.
+void GpuLinkTransport::wait_entered(uint64_t token) {
+  auto& report = *report_.as<LinkReport>();
+  for (int spin = 1; std::atomic_ref(report.entered).load(std::memory_order_acquire) != token;
+       ++spin) {
+    if (spin % 256 != 0) continue;
+    check();
+    if (spin > 20'000) std::this_thread::yield();
+  }
+  check();
+}
+
+RouteResult GpuLinkTransport::route(const RouteArgs& args) {
+  check();
+  route_.report_bad_index();
+  if (takes_small_) {
+    check_phase(Phase::kAll, Operation::kRoute);
+    check_fits_slot(args.row_bytes, args.scale_bytes);
+    // Where the host waits for the counts it waits before the rows are sent: two kernels at least.
+    if (!args.host_sync) return route_small(args);
+  }
+  const auto stream = static_cast<cudaStream_t>(args.stream);
+  Call call(*this, stream);
+  const RouteKernelArgs k = route_.args(args, 1);
+  LinkArgs link = this->link(Operation::kRoute);
+  const CallField announced[] = {CallField::kLayout,   CallField::kTopk,     CallField::kAlignment,
+                                 CallField::kDtype,    CallField::kRowBytes, CallField::kScaleBytes,
+                                 CallField::kWeighted, CallField::kHostSync};
+  for (int f = 0; f < AnnounceLayout::kSignatureWords; ++f)
+    link.entry.signature[static_cast<int>(announced[f])] = k.signature[f];
+  launch_count(k, stream);
+  kernels_.exchange(link, route_.announce(), args.plan.announced, route_.layout().words(), stream);
+  if (args.host_sync) route_.fetch(args.plan.announced, stream);
+  launch_assign(k, stream);
+  call.end();
+  const uint64_t number = ++routes_;  // also where this throws: it does so on all ranks
+  RouteResult result;
+  if (args.host_sync) {
+    watchdog_.wait(route_.fetched());
+    raise_refusal();
+    result = route_.result(args, 1);
+  }
+  result.epoch = number;
+  return result;
+}
+
+void GpuLinkTransport::check_capacity(const Plan& plan, const DispatchArgs& args) const {
+  if (!plan.host_sync) return;
+  const bool by_token = plan.layout == Layout::kToken;
+  const int32_t tokens = plan.result.num_recv_tokens;
+  const int32_t rows = by_token ? tokens : plan.result.num_recv_rows;
+  EPCOMM_CHECK(args.recv_capacity >= tokens && args.row_capacity >= rows,
+               "recv_capacity and row_capacity are " + std::to_string(args.recv_capacity) +
+                   " and " + std::to_string(args.row_capacity) + "; this plan receives " +
+                   std::to_string(tokens) + " tokens in " + std::to_string(rows) + " rows");
+}
+
+}  // namespace epcomm

@@ -1,0 +1,120 @@
+// What the transports share whose kernels enter calls through a link (kernels/link.cuh): the state
+// of calls, waiting for them, refusals, route, and the calls of small batches (kernels/small.h; in
+// gpu_small_batches.cc). Received rows of small batches are written by this rank alone, so that
+// they lie where the caller wants.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "core/call_fields.h"
+#include "kernels/link.h"
+#include "kernels/small.h"
+#include "transport/gpu_call_order.h"
+#include "transport/gpu_memory.h"
+#include "transport/gpu_route.h"
+#include "transport/gpu_watchdog.h"
+#include "transport/transport.h"
+
+namespace epcomm {
+
+/// Sizes of this rank for the Buffer's topk.
+Dims gpu_dims(const TransportContext& context);
+/// Bytes of a row of the Buffer's hidden and dtype.
+size_t widest_row(const Config& config);
+/// Staging of small batches from an offset of the window on; puts: see LinkKernels.
+SmallLayout small_layout(const TransportContext& context, size_t begin, bool puts);
+/// Why the Buffer's calls cannot go the way of small batches; empty = they can. Alike on all ranks.
+std::string why_not_small(const TransportContext& context);
+
+inline int32_t& entry_field(LinkEntry& entry, CallField field) {
+  return entry.signature[static_cast<int>(field)];
+}
+/// What all ranks must know alike of the plan of a dispatch or combine.
+void describe_plan(LinkEntry& entry, const Plan& plan);
+
+/// All ranks' windows, as kernels of this rank address them (LinkArgs), and what keeps them.
+struct LinkWindows {
+  char* window[kMaxLinkRanks] = {};
+  int32_t pe[kMaxLinkRanks] = {};
+  std::shared_ptr<void> owner;
+};
+
+class GpuLinkTransport : public Transport {
+ public:
+  /// kernels: of this transport's link. small: where small batches have their staging. Collective.
+  GpuLinkTransport(const TransportContext& context, const LinkKernels& kernels, LinkWindows windows,
+                   const ControlLayout& control, const SmallLayout& small, bool takes_small);
+  ~GpuLinkTransport() override { drain(); }
+
+  const Caps& caps() const override { return caps_; }
+  RouteResult route(const RouteArgs& args) override;
+  void check() override;
+
+ protected:
+  // One call on the stream, from its construction to end(). A call that throws in between is
+  // half-way: it tells the peers.
+  class Call {
+   public:
+    Call(GpuLinkTransport& transport, cudaStream_t stream)
+        : transport_(transport), stream_(stream) {
+      transport_.order_.begin(stream);
+    }
+    ~Call() {
+      if (!ended_) transport_.watchdog_.abandon("it failed half-way through a call");
+    }
+    Call(const Call&) = delete;
+    Call& operator=(const Call&) = delete;
+    void end() {
+      transport_.order_.end(stream_);
+      ended_ = true;
+    }
+
+   private:
+    GpuLinkTransport& transport_;
+    cudaStream_t stream_;
+    bool ended_ = false;
+  };
+
+  /// What was launched may not have begun yet: until it is over, or a timeout has passed. Before
+  /// memory goes that kernels use.
+  void drain();
+  Dims dims(int topk) const;
+  LinkArgs link(Operation operation) const;
+  void check_capacity(const Plan& plan, const DispatchArgs& args) const;
+  void wait_entered(uint64_t token);
+  void dispatch_small(const Plan& plan, const DispatchArgs& args);
+  void combine_small(const Plan& plan, const CombineArgs& args);
+
+  const bool takes_small_;
+  const LinkKernels kernels_;
+  Config config_;
+  const ExpertMap& experts_;
+  int rank_, num_ranks_;
+  double timeout_s_;
+  Caps caps_;
+  uint64_t tokens_ = 0;  // see LinkArgs
+  GpuRoute route_;
+  ControlLayout control_;
+  SmallLayout small_;
+  LinkWindows windows_;
+  DeviceMemory state_;   // LinkState
+  PinnedMemory report_;  // LinkReport
+  GpuWatchdog watchdog_;
+  GpuCallOrder order_;
+
+ private:
+  /// What else helps where a row does not fit into staging, beginning with " or"; "" = nothing.
+  virtual std::string too_wide_advice() const { return ""; }
+  void raise_refusal();
+  void check_phase(Phase phase, Operation operation);
+  void check_fits_slot(int64_t row_bytes, int64_t scale_bytes) const;
+  RouteResult route_small(const RouteArgs& args);
+
+  uint64_t routes_ = 0;            // calls of route
+  std::optional<Operation> half_;  // of which only the send half was called
+};
+
+}  // namespace epcomm
