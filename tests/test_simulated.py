@@ -26,6 +26,9 @@ GRID = [
     ("small", 2, "fp8"),
     ("small", 3, "packed"),
     ("small", 4, "fp32"),
+    ("small", 2, "quant_fp8"),
+    ("small", 1, "quant_fp8_ue8m0"),
+    ("small", 2, "quant_nvfp4"),
 ]
 
 
@@ -66,6 +69,34 @@ def run_halves(group: Any) -> None:
             hook()
             assert torch.equal(y, again)
             assert torch.equal(y.float(), x.float() * weights.sum(1, keepdim=True))
+
+
+def run_quantised_halves(group: Any) -> None:
+    """Rows that are quantised on the way, in halves: what a whole call delivers."""
+    import epcomm
+
+    options = {"path": "small"}
+    arguments: dict[str, Any] = {"num_experts": 8, "hidden": 128, "topk": 2, "max_tokens": 16}
+    with epcomm.Buffer(group, transport="nvlink", transport_options=options, **arguments) as buf:
+        rng = torch.Generator().manual_seed(buf.rank)
+        x = torch.randn(12, 128, generator=rng).bfloat16()
+        idx = torch.rand(12, 8, generator=rng).topk(2).indices
+        for kind in ("fp8", "fp8_ue8m0", "nvfp4"):
+            assert kind in [one.name for one in buf.caps.fused_quants]
+            recv = buf.dispatch(x, idx, quant=kind, return_recv_hook=True)
+            assert buf._half is not None, "the call was not made in halves"
+            assert recv.hook is not None
+            recv.hook()
+            whole = buf.dispatch(x, idx, quant=kind)
+            pairs = [*zip(recv.x, whole.x, strict=True)]
+            if kind == "nvfp4":
+                pairs.append((recv.global_scale, whole.global_scale))
+            for got, wanted in pairs:
+                assert torch.equal(got.float(), wanted.float())
+
+
+def test_quantised_halves() -> None:
+    launcher.pool("simulated").run(2, run_quantised_halves)
 
 
 def test_halves() -> None:

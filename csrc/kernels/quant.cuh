@@ -38,6 +38,10 @@ struct QuantLanes {
   static constexpr int kCodeBytes = kFp4 ? kElements / 2 : kElements;          ///< of a lane
 };
 
+/// Bytes of the scale of a group.
+template <Quant kQuant>
+constexpr int kScaleUnitBytes = kQuant == Quant::kFp8 ? 4 : 1;
+
 /// Two e4m3 codes, the first in the low byte. The instruction gives the bits of e4m3_encode: the
 /// elements of a group are finite, or all NaN of positive sign.
 __device__ __forceinline__ uint32_t e4m3_pair(float first, float second) {

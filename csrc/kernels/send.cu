@@ -68,7 +68,7 @@ __device__ __forceinline__ QuantPiece quantize_piece(const SendArgs& args, char*
                                                      int end, char* scales,
                                                      const GlobalScale& global) {
   using Lanes = QuantLanes<kQuant, kDtype>;
-  constexpr int kPer = kPerVector<kDtype>, kUnit = kQuant == Quant::kFp8 ? 4 : 1;
+  constexpr int kPer = kPerVector<kDtype>, kUnit = kScaleUnitBytes<kQuant>;
   const QuantLayout layout = make_quant_layout(kQuant, args.hidden);
   const int first = begin / kPer, vectors = (end - begin) / kPer;
   QuantPiece out;

@@ -57,10 +57,11 @@ struct BlockRows {
 struct BlockJobs {
   int parts, units, vectors, jobs;
 
-  __device__ BlockJobs(int count, int row_bytes) {
+  /// least_parts: of a row, however many rows there are.
+  __device__ BlockJobs(int count, int row_bytes, int least_parts = 1) {
     vectors = row_bytes / kVectorBytes;
     units = (vectors + kWarpSize - 1) / kWarpSize;
-    parts = count > 0 ? max(min(kSmallWarps / count, units), 1) : 1;
+    parts = max(min(kSmallWarps / max(count, 1), units), least_parts);
     jobs = count * parts;
   }
   __device__ __forceinline__ RowJob at(int job) const {

@@ -39,6 +39,12 @@ struct SmallDispatchArgs {
   volatile int32_t* bad_index;  ///< as in RouteKernelArgs
   const char* x;
   const char* scales;
+  /// Not kNone: x holds [T, hidden] of x_dtype, which is quantised on the way; place.rows says what
+  /// arrives.
+  Quant quant;
+  Dtype x_dtype;
+  int32_t hidden;
+  const float* global_scale;  ///< kNvfp4: [1]
   const float* topk_weights;
 };
 

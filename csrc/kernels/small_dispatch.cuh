@@ -3,7 +3,8 @@
 //
 // Does, block by block:
 //   1. Block 0 sends the ids and weights of all tokens to all ranks, with the entry of the call.
-//   2. Rows: those of the block's shares, each once per destination rank, then their signals.
+//   2. Rows: those of the block's shares, each once per destination rank, quantised in registers if
+//      asked, then their signals.
 //   3. Waits for the entries of all ranks, and has their ids. From them: bit masks of all ranks'
 //      tokens (kernels/route_tile.cuh), counts, the rows of every layout. The plan is filled, what
 //      no token will write is cleared.
@@ -21,6 +22,8 @@
 // at the same time (a cooperative launch).
 #pragma once
 
+#include <algorithm>
+
 #include "kernels/device.cuh"
 #include "kernels/launch.cuh"
 #include "kernels/link.cuh"
@@ -28,6 +31,7 @@
 #include "kernels/route_tile.cuh"
 #include "kernels/small.cuh"
 #include "kernels/small.h"
+#include "kernels/small_quant.cuh"
 
 namespace epcomm {
 namespace {
@@ -114,28 +118,63 @@ __device__ __forceinline__ void for_ranks(const LinkArgs& link, uint32_t ranks, 
   for (uint32_t rest = ranks & lower; rest != 0;) to(link.window[take_lowest(rest)]);
 }
 
-template <class Link>
-__device__ __forceinline__ void send_rows(const SmallDispatchArgs& args, uint64_t epoch) {
-  const LinkArgs& link = args.link;
+// Scales that were passed in.
+__device__ __forceinline__ void send_scales(const SmallDispatchArgs& args, int t, size_t slot,
+                                            uint32_t ranks) {
   const int row_bytes = args.place.rows.row_bytes, scale_bytes = args.place.rows.scale_bytes;
+  if (scale_bytes == 0) return;
+  for_ranks(args.link, ranks, [&](char* window) {
+    copy_bytes(window + slot + row_bytes, args.scales + int64_t{t} * scale_bytes, scale_bytes);
+  });
+}
+
+// Uses the shared memory of routing, which begins after the next barrier.
+template <class Link, Quant kQuant, Dtype kDtype>
+__device__ __forceinline__ void send_rows(const SmallDispatchArgs& args, uint64_t epoch) {
+  constexpr bool kQuantised = kQuant != Quant::kNone;
+  const LinkArgs& link = args.link;
+  const int x_bytes =
+      kQuantised ? args.hidden * kElementBytes<kDtype> : args.place.rows.row_bytes;  // of a row
+  int least_parts = 1;
+  if constexpr (kQuantised) least_parts = least_quant_parts<kQuant, kDtype>(x_bytes / kVectorBytes);
+  const GlobalScale global = make_global_scale(kQuant == Quant::kNvfp4 ? *args.global_scale : 1.0f);
+  char* staged = dynamic_shared() + warp_index() * kStagedScaleBytes;
   const BlockRows own(args.num_tokens);
-  const BlockJobs jobs(own.count, row_bytes);
+  const BlockJobs jobs(own.count, x_bytes, least_parts);
   for (int j = warp_index(); j < jobs.jobs; j += kSmallWarps) {
     const RowJob job = jobs.at(j);
     const int t = own.at(job.row);
     const size_t slot = args.small.row(link.rank, epoch, t);
     const uint32_t ranks = Link::kMapped ? destinations(args, t) : 1u << link.rank;
+    [[maybe_unused]] QuantLayout layout;
+    [[maybe_unused]] ScaleRange range;
+    if constexpr (kQuantised) {
+      layout = make_quant_layout(kQuant, args.hidden);
+      range = ScaleRange::of<kQuant, kDtype>(job, jobs.vectors, layout);
+    }
     for (int at = job.begin; at < job.end; at += Batch::kStep) {
       const int v = at + lane_index();
-      // Vector v, v + 32, ... of the row: here is where a dispatch that quantises would do it.
       Batch batch;
-      batch.load(args.x + int64_t{t} * row_bytes, v, job.end);
-      for_ranks(link, ranks, [&](char* window) { batch.store(window + slot, v, job.end); });
+      batch.load(args.x + int64_t{t} * x_bytes, v, job.end);
+      if constexpr (kQuantised) {
+        const QuantBatch<kQuant, kDtype> made(batch, global);
+        made.store_scales(staged - range.begin, v, job.end);
+        for_ranks(link, ranks, [&](char* window) { made.store(window + slot, v, job.end); });
+      } else {
+        for_ranks(link, ranks, [&](char* window) { batch.store(window + slot, v, job.end); });
+      }
     }
-    if (job.leads && scale_bytes != 0)
+    if constexpr (kQuantised) {
+      if (job.end == jobs.vectors)
+        finish_scales<kQuant>(staged - range.begin, layout, global.global);
+      __syncwarp();
       for_ranks(link, ranks, [&](char* window) {
-        copy_bytes(window + slot + row_bytes, args.scales + int64_t{t} * scale_bytes, scale_bytes);
+        copy_bytes(window + slot + layout.row_bytes + range.begin, staged, range.bytes);
       });
+      __syncwarp();  // before the scales of the next job
+    } else if (job.leads) {
+      send_scales(args, t, slot, ranks);
+    }
   }
 }
 
@@ -389,7 +428,7 @@ __device__ __forceinline__ void receive(const SmallDispatchArgs& args, const Lin
   receive_rows<Link>(args, route, call.epoch, ranges);
 }
 
-template <class Link>
+template <class Link, Quant kQuant, Dtype kDtype>
 __global__ void __launch_bounds__(kSmallThreads, 1)
     small_dispatch_kernel(const __grid_constant__ SmallDispatchArgs args) {
   EPCOMM_SHARED(LinkCall, call);
@@ -398,7 +437,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   bool going = link_begin(link, call);
   if (going && args.phase != Phase::kReceive) {
     if (blockIdx.x == 0) announce<Link>(args, call.epoch, first_bad);
-    send_rows<Link>(args, call.epoch);
+    send_rows<Link, kQuant, kDtype>(args, call.epoch);
     signal_shares<Link>(
         link, args.small, call.epoch, [&](int) { return args.num_tokens; },
         [&](int peer, int t) { return staged_row(args, call.epoch, peer, t); });
@@ -412,15 +451,40 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   link_leave<Link>(link, call, going);
 }
 
+using SmallDispatchKernel = void (*)(SmallDispatchArgs);
+
+template <class Link, Quant kQuant>
+SmallDispatchKernel quantising_kernel(Dtype dtype) {
+  return for_dtype(dtype, small_dispatch_kernel<Link, kQuant, Dtype::kBfloat16>,
+                   small_dispatch_kernel<Link, kQuant, Dtype::kFloat16>,
+                   small_dispatch_kernel<Link, kQuant, Dtype::kFloat32>);
+}
+
+template <class Link>
+SmallDispatchKernel kernel_of(const SmallDispatchArgs& args) {
+  switch (args.quant) {
+    case Quant::kFp8:
+      return quantising_kernel<Link, Quant::kFp8>(args.x_dtype);
+    case Quant::kFp8Ue8m0:
+      return quantising_kernel<Link, Quant::kFp8Ue8m0>(args.x_dtype);
+    case Quant::kNvfp4:
+      return quantising_kernel<Link, Quant::kNvfp4>(args.x_dtype);
+    case Quant::kNone:
+      break;
+  }
+  return small_dispatch_kernel<Link, Quant::kNone, Dtype::kBfloat16>;
+}
+
 }  // namespace
 
 template <class Link>
 void launch_small_dispatch(const SmallDispatchArgs& args, int num_sms, cudaStream_t stream) {
   check_aligned(args.x, "x");
   check_aligned(args.place.recv_x, "recv_x");
-  launch("launch of small_dispatch", small_dispatch_kernel<Link>,
+  const size_t staged = args.quant == Quant::kNone ? 0 : size_t{kSmallWarps} * kStagedScaleBytes;
+  launch("launch of small_dispatch", kernel_of<Link>(args),
          {persistent_blocks(num_sms), kSmallThreads,
-          small_shared_bytes(args.place.dims, args.small.max_tokens), true},
+          std::max(small_shared_bytes(args.place.dims, args.small.max_tokens), staged), true},
          stream, args);
 }
 

@@ -98,6 +98,10 @@ void GpuLinkTransport::dispatch_small(const Plan& plan, const DispatchArgs& args
   small.bad_index = route_.bad_index();
   small.x = static_cast<const char*>(args.x);
   small.scales = static_cast<const char*>(args.scales);
+  small.quant = args.quant;
+  small.x_dtype = args.x_dtype;
+  small.hidden = config_.hidden;
+  small.global_scale = args.global_scale;
   small.topk_weights = args.topk_weights;
   kernels_.dispatch(small, args.num_sms > 0 ? args.num_sms : kSmallSms, stream);
   half_ = args.phase == Phase::kSend ? std::optional(Operation::kDispatch) : std::nullopt;

@@ -118,8 +118,7 @@ def _arguments(
     args.num_sms = options.num_sms or 0
     args.stream = call.stream
     # Scales that are rearranged must be there: such a call is not made in halves.
-    rearranged = payload.scale_layout == "column" or _has_global_scale(payload.quant)
-    if options.return_recv_hook and not rearranged:
+    if options.return_recv_hook and payload.scale_layout == "row":
         end.send_half_only(args)
     return args
 

@@ -55,9 +55,10 @@ void check_dispatch(Buffer& buffer, Quant quant) {
   testing::route(buffer, mine, Layout::kToken, 1, to);
   const int rows = to.num_rows;
   ASSERT_EQ(rows, kRanks * kTokens);
-  to.meta = buffer.allocate(buffer.recv_meta_bytes(mine.topk, rows));
-  const Allocation q = buffer.allocate(static_cast<size_t>(rows * layout.row_bytes));
-  const Allocation scales = buffer.allocate(static_cast<size_t>(rows * layout.wire_scale_bytes));
+  to.meta = testing::memory_for(buffer, buffer.recv_meta_bytes(mine.topk, rows));
+  const Allocation q = testing::memory_for(buffer, static_cast<size_t>(rows * layout.row_bytes));
+  const Allocation scales =
+      testing::memory_for(buffer, static_cast<size_t>(rows * layout.wire_scale_bytes));
   std::memset(q.data, 0x55, q.bytes);
   std::memset(scales.data, 0x55, scales.bytes);
   to.plan = to.plan.with_recv_block(to.meta.data);

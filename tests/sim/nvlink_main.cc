@@ -3,7 +3,6 @@
 
 #include <cstdlib>
 #include <iostream>
-#include <string>
 
 #include "kernels/cuda_error.h"
 #include "tests/cpp/tested_transport.h"
@@ -14,12 +13,9 @@ int main(int argc, char** argv) {
   const char* path = std::getenv("EPCOMM_TEST_PATH");
   tested.options["path"] = path != nullptr ? path : "auto";
   // These are about checks and memory that a transport on GPUs does without.
-  std::string without =
+  ::testing::GTEST_FLAG(filter) =
       "-BufferFaults.ABadExpertIsNamedBeforeAnyPeerWaits:"
       "BufferFaults.AFullWindowIsReportedByAllRanks";
-  // Small batches are quantised before they are sent.
-  if (tested.options["path"] != "large") without += ":QuantBuffer.DispatchAndCombine";
-  ::testing::GTEST_FLAG(filter) = without;
   ::testing::InitGoogleTest(&argc, argv);
   std::cout << "simulator's seed: " << epcomm::sim::options().seed << "\n";
   tested.name = "nvlink";
