@@ -5,9 +5,9 @@
 // token t; partial rows of rank r at staging row r * max_tokens + (index of t among the tokens that
 // go to r). topk_weights, plan.topk_idx [T, K] and bias [T, hidden] are this rank's own; out is
 // written.
-// Launch: num_sms blocks, one per SM. A warp takes a piece of a token: it loads the piece of every
-// rank's row into shared memory (lane r that of rank r), kStages pieces ahead, and sums what has
-// come. Without bulk copies (before sm_90) it loads through registers.
+// Launch: num_sms blocks, one per SM. A warp takes whole tokens, or runs of pieces of them: it loads
+// a piece of every rank's row into shared memory (lane r that of rank r), kStages pieces ahead, and
+// sums what has come. Without bulk copies (before sm_90) it loads through registers.
 // Memory order: kernels/link.cuh. The rows are acquired with the entries of their ranks, partial
 // rows with `pushed`; `done` says that they were read.
 #include <algorithm>
@@ -24,13 +24,15 @@ namespace {
 
 constexpr int kStages = 3;
 constexpr int kMaxWarps = 8;
-constexpr int kMaxPieceBytes = 2048;
-constexpr int kStepBytes = kVectorBytes * kWarpSize;  // what a warp sums at a time
+constexpr int kMaxPieceBytes = 4096;
+constexpr int kStepBytes = kVectorBytes * kWarpSize;  // a vector of each lane
+constexpr int kSteps = 4;                             // that a warp sums at a time
 constexpr size_t kSharedBytes = 208 << 10;
 
 struct PullShape {
   int32_t pieces;       // of a row
   int32_t piece_bytes;  // a multiple of kStepBytes; the last may be shorter
+  int32_t parts;        // that a token is cut into, a run of pieces each, for one warp
 };
 struct PullKernelArgs {
   PullArgs pull;
@@ -47,23 +49,68 @@ struct Piece {
   int32_t offset = 0, bytes = 0;
 };
 
-template <Dtype kDtype>
-__device__ __forceinline__ Piece piece_at(const PullKernelArgs& args, int64_t index) {
-  const PullArgs& pull = args.pull;
-  const int lane = lane_index(), num_ranks = pull.link.num_ranks, topk = pull.dims.topk;
-  const int row_bytes = pull.hidden * kElementBytes<kDtype>;
-  Piece piece;
-  piece.token = static_cast<int32_t>(index / args.shape.pieces);
-  piece.offset = static_cast<int32_t>(index % args.shape.pieces) * args.shape.piece_bytes;
-  piece.bytes = min(args.shape.piece_bytes, row_bytes - piece.offset);
-  if (lane < num_ranks) piece.row = pull.plan.slot[int64_t{piece.token} * num_ranks + lane];
-  if (pull.topk_weights != nullptr && lane < topk) {
-    const int32_t expert = pull.plan.topk_idx[int64_t{piece.token} * topk + lane];
-    piece.weight = pull.topk_weights[int64_t{piece.token} * topk + lane];
-    if (expert >= 0) piece.owner = pull.experts.rank[expert];
+// What lanes know of a token, as in Piece.
+struct TokenRows {
+  int32_t row = -1;
+  int32_t expert = -1;
+  float weight = 0.0f;
+
+  __device__ __forceinline__ void load(const PullArgs& pull, int64_t token) {
+    const int lane = lane_index(), num_ranks = pull.link.num_ranks, topk = pull.dims.topk;
+    if (lane < num_ranks) row = pull.plan.slot[token * num_ranks + lane];
+    if (pull.topk_weights == nullptr || lane >= topk) return;
+    expert = pull.plan.topk_idx[token * topk + lane];
+    weight = pull.topk_weights[token * topk + lane];
   }
-  return piece;
-}
+};
+
+// The pieces of one warp, number w of `warps`, in the order in which it takes them. What is known
+// of a token is loaded while the pieces of the one before are worked on.
+class PieceSequence {
+ public:
+  __device__ __forceinline__ PieceSequence(const PullKernelArgs& args, int row_bytes, int w,
+                                           int warps)
+      : args_(args),
+        row_bytes_(row_bytes),
+        warps_(warps),
+        job_(w - warps),
+        jobs_(args.pull.num_tokens * args.shape.parts) {
+    if (w < jobs_) next_.load(args.pull, w / args.shape.parts);
+    next_job();
+  }
+  __device__ __forceinline__ bool empty() const { return job_ >= jobs_; }
+  // Not to be called when empty.
+  __device__ __forceinline__ Piece take() {
+    Piece piece = current_;
+    piece.offset = at_ * args_.shape.piece_bytes;
+    piece.bytes = min(args_.shape.piece_bytes, row_bytes_ - piece.offset);
+    if (++at_ == end_) next_job();
+    return piece;
+  }
+
+ private:
+  __device__ __forceinline__ void next_job() {
+    const PullArgs& pull = args_.pull;
+    const int parts = args_.shape.parts, pieces = args_.shape.pieces;
+    job_ += warps_;
+    if (job_ >= jobs_) return;
+    current_.token = job_ / parts;
+    const int part = job_ - current_.token * parts;
+    at_ = pieces * part / parts;
+    end_ = pieces * (part + 1) / parts;
+    current_.row = next_.row;
+    current_.weight = next_.weight;
+    if (pull.topk_weights != nullptr)
+      current_.owner = next_.expert >= 0 ? pull.experts.rank[next_.expert] : -1;
+    if (job_ < jobs_ - warps_) next_.load(pull, (job_ + warps_) / parts);
+  }
+
+  const PullKernelArgs& args_;
+  int row_bytes_, warps_, job_, jobs_;
+  int at_ = 0, end_ = 0;
+  Piece current_;
+  TokenRows next_;
+};
 
 // Where a block finds the rows, in shared memory: row slot[t, r] of rank r at rows[r] + slot * row.
 struct RowSources {
@@ -88,54 +135,79 @@ struct RowSources {
   }
 };
 
-// Adds what rank r contributes: its row, or the rounded sum over its slots of weight * row.
+// What the lanes of a warp add up: kSteps vectors each.
 template <Dtype kDtype>
-__device__ __forceinline__ void add_rank(const Piece& piece, int r, bool weighted,
-                                         const uint4& vector, float* sum) {
-  constexpr int n = kPerVector<kDtype>;
-  float x[n];
-  vector_to_float<kDtype>(vector, x);
-  if (weighted) {
-    float partial[n] = {};
-    for (uint32_t slots = __ballot_sync(kFullWarp, piece.owner == r); slots != 0;) {
-      const float weight = __shfl_sync(kFullWarp, piece.weight, take_lowest(slots));
+struct PieceSum {
+  static constexpr int n = kPerVector<kDtype>;
+  float sum[kSteps][n] = {};
+
+  __device__ __forceinline__ void add(const uint4 (&vectors)[kSteps]) {
 #pragma unroll
-      for (int i = 0; i < n; ++i) partial[i] = __fadd_rn(partial[i], __fmul_rn(weight, x[i]));
+    for (int u = 0; u < kSteps; ++u) {
+      float x[n];
+      vector_to_float<kDtype>(vectors[u], x);
+#pragma unroll
+      for (int i = 0; i < n; ++i) sum[u][i] = __fadd_rn(sum[u][i], x[i]);
     }
-    vector_to_float<kDtype>(vector_from_float<kDtype>(partial), x);
+  }
+  __device__ __forceinline__ uint4 rounded(int u) const {
+    return vector_from_float<kDtype>(sum[u]);
+  }
+};
+
+// Replaces a row of rank r by the rounded sum over that rank's slots of weight * row.
+template <Dtype kDtype>
+__device__ __forceinline__ void weigh(const Piece& piece, int r, uint4 (&vectors)[kSteps]) {
+  constexpr int n = kPerVector<kDtype>;
+  PieceSum<kDtype> partial;
+  for (uint32_t slots = __ballot_sync(kFullWarp, piece.owner == r); slots != 0;) {
+    const float weight = __shfl_sync(kFullWarp, piece.weight, take_lowest(slots));
+#pragma unroll
+    for (int u = 0; u < kSteps; ++u) {
+      float x[n];
+      vector_to_float<kDtype>(vectors[u], x);
+#pragma unroll
+      for (int i = 0; i < n; ++i)
+        partial.sum[u][i] = __fadd_rn(partial.sum[u][i], __fmul_rn(weight, x[i]));
+    }
   }
 #pragma unroll
-  for (int i = 0; i < n; ++i) sum[i] = __fadd_rn(sum[i], x[i]);
+  for (int u = 0; u < kSteps; ++u) vectors[u] = partial.rounded(u);
 }
 
 // Sums one piece and stores it. rows(r) gives the address of the piece of rank r.
 template <Dtype kDtype, class Rows>
 __device__ __forceinline__ void sum_piece(const PullArgs& pull, const Piece& piece, uint32_t pushed,
                                           Rows rows) {
-  constexpr int n = kPerVector<kDtype>;
   const int64_t row_bytes = int64_t{pull.hidden} * kElementBytes<kDtype>;
   const int64_t place = piece.token * row_bytes + piece.offset;
   const uint32_t ranks = __ballot_sync(kFullWarp, piece.row >= 0);
-  for (int step = 0; step < piece.bytes; step += kStepBytes) {
-    const int at = step + lane_index() * kVectorBytes;
-    const bool inside = at < piece.bytes;
-    float sum[n] = {};
+  for (int begin = lane_index() * kVectorBytes; begin - lane_index() * kVectorBytes < piece.bytes;
+       begin += kSteps * kStepBytes) {
+    // Of the vectors of all steps, those inside the piece.
+    auto each = [&](auto body) {
+#pragma unroll
+      for (int u = 0; u < kSteps; ++u)
+        if (begin + u * kStepBytes < piece.bytes) body(u, begin + u * kStepBytes);
+    };
+    PieceSum<kDtype> sum;
     for (uint32_t rest = ranks; rest != 0;) {
       const int r = take_lowest(rest);
       const char* row = rows(r);
-      const uint4 vector = inside ? *reinterpret_cast<const uint4*>(row + at) : uint4{};
-      const bool weighted = pull.topk_weights != nullptr && (pushed >> r & 1) == 0;
-      add_rank<kDtype>(piece, r, weighted, vector, sum);
+      uint4 vectors[kSteps] = {};
+      each([&](int u, int at) { vectors[u] = *reinterpret_cast<const uint4*>(row + at); });
+      if (pull.topk_weights != nullptr && (pushed >> r & 1) == 0)
+        weigh<kDtype>(piece, r, vectors);
+      sum.add(vectors);
     }
-    if (!inside) continue;
     if (pull.bias != nullptr) {
-      float x[n];
-      vector_to_float<kDtype>(load_streaming(static_cast<const char*>(pull.bias) + place + at), x);
-#pragma unroll
-      for (int i = 0; i < n; ++i) sum[i] = __fadd_rn(sum[i], x[i]);
+      uint4 vectors[kSteps] = {};
+      const char* bias = static_cast<const char*>(pull.bias) + place;
+      each([&](int u, int at) { vectors[u] = load_streaming(bias + at); });
+      sum.add(vectors);
     }
-    *reinterpret_cast<uint4*>(static_cast<char*>(pull.out) + place + at) =
-        vector_from_float<kDtype>(sum);
+    char* out = static_cast<char*>(pull.out) + place;
+    each([&](int u, int at) { *reinterpret_cast<uint4*>(out + at) = sum.rounded(u); });
   }
 }
 
@@ -146,8 +218,6 @@ __device__ __forceinline__ void pull_rows(const PullKernelArgs& args, const RowS
   const PullArgs& pull = args.pull;
   const int lane = lane_index(), num_ranks = pull.link.num_ranks;
   const int64_t row_bytes = int64_t{pull.hidden} * kElementBytes<kDtype>;
-  const int64_t pieces = int64_t{pull.num_tokens} * args.shape.pieces;
-  const int count = static_cast<int>(pieces > w ? (pieces - w + warps - 1) / warps : 0);
   const char* theirs = lane < num_ranks ? sources.rows[lane] : nullptr;
   if (lane == 0)
     for (int s = 0; s < kStages; ++s) barrier_init(loaded + s);
@@ -156,30 +226,31 @@ __device__ __forceinline__ void pull_rows(const PullKernelArgs& args, const RowS
   fence_global_for_bulk();
   __syncwarp();
 
+  PieceSequence pieces(args, static_cast<int>(row_bytes), w, warps);
   Piece ahead[kStages];
+  int loads = 0;
   auto stage = [&](int s, int r) { return stages + (s * num_ranks + r) * args.shape.piece_bytes; };
-  auto load = [&](int i, int s, Piece& piece) {
-    piece = piece_at<kDtype>(args, int64_t{w} + int64_t{i} * warps);
+  auto load = [&](int s, Piece& piece) {
+    if (pieces.empty()) return;
+    piece = pieces.take();
     const int present = __popc(__ballot_sync(kFullWarp, piece.row >= 0));
     if (lane == 0) barrier_expect(loaded + s, static_cast<uint32_t>(present * piece.bytes));
     __syncwarp();
     if (piece.row >= 0)
       bulk_load(stage(s, lane), theirs + piece.row * row_bytes + piece.offset,
                 static_cast<uint32_t>(piece.bytes), loaded + s);
+    ++loads;
   };
 #pragma unroll
-  for (int s = 0; s < kStages - 1; ++s)
-    if (s < count) load(s, s, ahead[s]);
-  for (int first = 0; first < count; first += kStages) {
+  for (int s = 0; s < kStages - 1; ++s) load(s, ahead[s]);
+  for (int first = 0; first < loads; first += kStages) {
 #pragma unroll
     for (int s = 0; s < kStages; ++s) {
-      const int i = first + s;
-      if (i >= count) break;
+      if (first + s >= loads) break;
       constexpr int kBefore = kStages - 1;
       // The stage of the piece before, which all lanes have summed.
-      if (i + kBefore < count)
-        load(i + kBefore, (s + kBefore) % kStages, ahead[(s + kBefore) % kStages]);
-      barrier_wait(loaded + s, static_cast<uint32_t>(i / kStages) & 1);
+      load((s + kBefore) % kStages, ahead[(s + kBefore) % kStages]);
+      barrier_wait(loaded + s, static_cast<uint32_t>(first / kStages) & 1);
       sum_piece<kDtype>(pull, ahead[s], sources.pushed, [&](int r) { return stage(s, r); });
       __syncwarp();
     }
@@ -193,9 +264,9 @@ __device__ __forceinline__ void pull_through_registers(const PullKernelArgs& arg
                                                        int warps) {
   const PullArgs& pull = args.pull;
   const int64_t row_bytes = int64_t{pull.hidden} * kElementBytes<kDtype>;
-  const int64_t pieces = int64_t{pull.num_tokens} * args.shape.pieces;
-  for (int64_t p = w; p < pieces; p += warps) {
-    const Piece piece = piece_at<kDtype>(args, p);
+  PieceSequence pieces(args, static_cast<int>(row_bytes), w, warps);
+  while (!pieces.empty()) {
+    const Piece piece = pieces.take();
     sum_piece<kDtype>(pull, piece, sources.pushed, [&](int r) {
       return sources.rows[r] + __shfl_sync(kFullWarp, piece.row, r) * row_bytes + piece.offset;
     });
@@ -233,23 +304,24 @@ void launch_pull(const PullArgs& args, int num_sms, cudaStream_t stream) {
   check_aligned(args.out, "out");
   const int row_bytes = args.hidden * dtype_bytes(args.dtype);
   const size_t ranks = static_cast<size_t>(args.link.num_ranks);
-  // Half the warps at least, however many ranks there are.
-  const size_t room = kSharedBytes / (kStages * ranks * (kMaxWarps / 2));
-  const int most =
-      static_cast<int>(std::min<size_t>(room, kMaxPieceBytes)) / kStepBytes * kStepBytes;
+  const int room = static_cast<int>(kSharedBytes / (kStages * ranks * kMaxWarps));
   PullShape shape;
-  shape.piece_bytes = std::max(most, kStepBytes);
+  shape.piece_bytes = std::clamp(room / kStepBytes * kStepBytes, kStepBytes, kMaxPieceBytes);
   shape.pieces = (row_bytes + shape.piece_bytes - 1) / shape.piece_bytes;
   const size_t per_warp = kStages * ranks * static_cast<size_t>(shape.piece_bytes);
   const int warps = static_cast<int>(
       std::clamp<size_t>(kSharedBytes / per_warp, 1, static_cast<size_t>(kMaxWarps)));
+  const int blocks = persistent_blocks(num_sms);
+  // A warp takes whole tokens, but no warp much more than another.
+  constexpr int kJobsPerWarp = 8;
+  shape.parts = std::clamp(kJobsPerWarp * warps * blocks / std::max(args.num_tokens, 1), 1,
+                           shape.pieces);
   const bool bulk = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
   const auto kernel = for_dtype(args.dtype, pull_kernel<Dtype::kBfloat16>,
                                 pull_kernel<Dtype::kFloat16>, pull_kernel<Dtype::kFloat32>);
   launch("launch of pull", kernel,
-         {persistent_blocks(num_sms), warps * kWarpSize,
-          bulk ? static_cast<size_t>(warps) * per_warp : 0},
-         stream, PullKernelArgs{args, shape});
+         {blocks, warps * kWarpSize, bulk ? static_cast<size_t>(warps) * per_warp : 0}, stream,
+         PullKernelArgs{args, shape});
 }
 
 }  // namespace epcomm
