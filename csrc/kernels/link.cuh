@@ -116,9 +116,12 @@ __device__ __forceinline__ bool wait_signal(const LinkArgs& link, const uint64_t
   return true;
 }
 
-/// Counts one more call in *word, of which link.progress says which.
-__device__ __forceinline__ void mark_progress(volatile uint64_t* word, int32_t operation) {
-  *word = (((*word >> 8) + 1) << 8) | static_cast<uint64_t>(operation);
+/// Counts one more call begun (0) or ended (1). The host's memory is written, not read: a kernel
+/// would wait for that about as long as for a whole small batch.
+__device__ __forceinline__ void mark_progress(const LinkArgs& link, int which) {
+  const uint64_t count = ++link.state->marks[which];
+  *static_cast<volatile uint64_t*>(&link.progress[which]) =
+      count << 8 | static_cast<uint64_t>(link.entry.signature[0]);
 }
 
 /// Copies this rank's entry and `words` 4-byte words of announce into the inbox that it writes in
@@ -193,9 +196,7 @@ __device__ __forceinline__ bool link_begin(const LinkArgs& link, LinkCall& call)
 }
 
 /// Tells the host that a call has begun, before its first wait. By one thread of the grid.
-__device__ __forceinline__ void link_mark_begun(const LinkArgs& link) {
-  mark_progress(&link.progress[0], link.entry.signature[0]);
-}
+__device__ __forceinline__ void link_mark_begun(const LinkArgs& link) { mark_progress(link, 0); }
 
 /// Waits for the entries of all ranks and compares them: by every block, all threads. Returns true
 /// if all ranks want the same and have room; call holds their entries then, and `pieces` of each
@@ -297,13 +298,15 @@ __device__ __forceinline__ bool link_pushed(const LinkArgs& link, LinkCall& call
 
 /// By every block of the last kernel of a call, all threads, when this block's stores are written.
 /// True in one block: all others have come here before it. call.bad says there whether the link is
-/// lost.
-__device__ __forceinline__ bool link_is_last(const LinkArgs& link, LinkCall& call) {
+/// lost. releases: that block signals what all blocks have stored.
+__device__ __forceinline__ bool link_is_last(const LinkArgs& link, LinkCall& call,
+                                             bool releases = true) {
   __syncthreads();
   if (thread_index() == 0) {
-    fence_system();  // covers the stores of the whole block, which the barrier has ordered before
+    // Covers the stores of the whole block, which the barrier has ordered before.
+    if (releases) fence_system();
     call.last = atomicAdd(&link.state->arrived, 1u) + 1 == gridDim.x;
-    fence_system();  // and acquires those of the blocks that came before
+    if (releases) fence_system();  // and acquires those of the blocks that came before
     if (call.last != 0) {
       link.state->arrived = 0;
       call.bad = atomicAdd(&link.state->lost, 0u) != 0;
@@ -327,7 +330,7 @@ __device__ __forceinline__ void link_quiet() {
 /// The call is over on this rank. By one thread of the grid.
 __device__ __forceinline__ void link_close(const LinkArgs& link, const LinkCall& call) {
   link.state->epoch = call.epoch;
-  mark_progress(&link.progress[1], link.entry.signature[0]);
+  mark_progress(link, 1);
 }
 
 /// Ends a call: by every block of its last kernel, all threads, when this block's stores are
@@ -360,7 +363,7 @@ __device__ __forceinline__ void link_finish(const LinkArgs& link, LinkCall& call
 /// for it.
 template <class Link = PeerLink>
 __device__ __forceinline__ void link_leave(const LinkArgs& link, LinkCall& call, bool agreed) {
-  if (!link_is_last(link, call) || call.bad != 0) return;
+  if (!link_is_last(link, call, !Link::kMapped || !agreed) || call.bad != 0) return;
   const int r = thread_index();
   link_quiet<Link>();
   if (!agreed) {

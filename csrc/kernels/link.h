@@ -54,9 +54,10 @@ static_assert(sizeof(LinkInbox) <= ControlLayout::kSignalBytes);
 
 /// Of one rank, in its device memory. Kernels of one call run one after another.
 struct LinkState {
-  uint64_t epoch;    ///< of the last call that ended
-  uint32_t arrived;  ///< blocks of the running kernel that have no more to do
-  uint32_t lost;     ///< not 0: a wait was given up; nothing is sent or waited for any more
+  uint64_t epoch;     ///< of the last call that ended
+  uint32_t arrived;   ///< blocks of the running kernel that have no more to do
+  uint32_t lost;      ///< not 0: a wait was given up; nothing is sent or waited for any more
+  uint64_t marks[2];  ///< how often LinkArgs::progress was told of calls begun, calls ended
 };
 
 /// In pinned host memory: what kernels tell the host and are told by it.

@@ -24,19 +24,20 @@ __device__ __forceinline__ int32_t valid_expert(const PlaceArgs& args, int32_t e
 
 /// Stores a job's part of the row at from, of which batch holds the first vectors, to the rows of
 /// the target lanes; lane k holds slot k's row.
-template <RowMemory kMemory = RowMemory::kConstant>
+template <RowMemory kMemory = RowMemory::kConstant, int kVectors>
 __device__ __forceinline__ void copy_payload(const PlaceArgs& args, const RowJob& job,
                                              const char* from, int32_t row, uint32_t targets,
-                                             Batch& batch) {
+                                             BatchOf<kVectors>& batch) {
   const int64_t row_bytes = args.rows.row_bytes;
   int v = job.begin + lane_index();
-  for (int at = job.begin; at < job.end; at += Batch::kStep) {
+  constexpr int kStep = BatchOf<kVectors>::kStep;
+  for (int at = job.begin; at < job.end; at += kStep) {
     for (uint32_t rest = targets; rest != 0;) {
       const int64_t to = __shfl_sync(kFullWarp, row, take_lowest(rest));
       batch.store(args.recv_x + to * row_bytes, v, job.end);
     }
-    v += Batch::kStep;
-    batch.load<kMemory>(from, v, job.end);
+    v += kStep;
+    batch.template load<kMemory>(from, v, job.end);
   }
 }
 
@@ -50,12 +51,12 @@ __device__ __forceinline__ void place_scales(const PlaceArgs& args, const char* 
 
 /// Copies a job's part of a row to the distinct rows that carry the token; lane k holds slot k's
 /// row. Returns the lanes that stand for these rows.
-template <RowMemory kMemory = RowMemory::kConstant>
+template <RowMemory kMemory = RowMemory::kConstant, int kVectors = kUnroll>
 __device__ __forceinline__ uint32_t place_payload(const PlaceArgs& args, const RowJob& job,
                                                   const char* from, int32_t row) {
   // The payload is on its way before its rows are known.
-  Batch batch;
-  batch.load<kMemory>(from, job.begin + lane_index(), job.end);
+  BatchOf<kVectors> batch;
+  batch.template load<kMemory>(from, job.begin + lane_index(), job.end);
   const uint32_t firsts = distinct_rows(row);
   copy_payload<kMemory>(args, job, from, row, firsts, batch);
   return firsts;

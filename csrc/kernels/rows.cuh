@@ -54,15 +54,16 @@ enum class RowMemory {
 };
 
 /// The vectors v, v + 32, ... of a row that a lane holds at a time.
-struct Batch {
-  static constexpr int kStep = kUnroll * kWarpSize;
-  uint4 data[kUnroll];
+template <int kVectors>
+struct BatchOf {
+  static constexpr int kStep = kVectors * kWarpSize;
+  uint4 data[kVectors];
 
   template <RowMemory kMemory = RowMemory::kConstant>
   __device__ __forceinline__ void load(const char* row, int v, int end) {
     const char* at = row + int64_t{v} * kVectorBytes;
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kVectors; ++u) {
       const char* p = at + u * kWarpSize * kVectorBytes;
       if (v + u * kWarpSize >= end) continue;
       if constexpr (kMemory == RowMemory::kConstant)
@@ -73,11 +74,12 @@ struct Batch {
   }
   __device__ __forceinline__ void store(char* row, int v, int end) const {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
+    for (int u = 0; u < kVectors; ++u)
       if (v + u * kWarpSize < end)
         store_streaming(row + int64_t{v + u * kWarpSize} * kVectorBytes, data[u]);
   }
 };
+using Batch = BatchOf<kUnroll>;
 
 template <class Word>
 __device__ __forceinline__ void copy_words(char* to, const char* from, int bytes) {

@@ -30,7 +30,10 @@ __host__ __device__ constexpr int mask_words(int max_tokens) {
   return (max_tokens + kWarpSize - 1) / kWarpSize;
 }
 
-/// The rows of a batch that this block sends, in order of shares.
+constexpr int kSmallUnroll = 8;  ///< vectors of a row that a lane copies in one go
+
+/// The rows of a batch that this block sends, in order of shares. Block 0 announces, and sends rows
+/// only if there is no other.
 struct BlockRows {
   static constexpr int kShares = SmallLayout::kShares;
   int first, step;
@@ -39,6 +42,10 @@ struct BlockRows {
 
   __device__ explicit BlockRows(int rows)
       : first(static_cast<int>(blockIdx.x)), step(static_cast<int>(gridDim.x)) {
+    if (step > 1) {
+      first = first > 0 ? first - 1 : kShares;
+      --step;
+    }
     shares = below(kShares);
     count = rows / kShares * shares + below(rows % kShares);
   }

@@ -4,10 +4,11 @@
 // Does, block by block:
 //   1. Block 0 sends the ids and weights of all tokens to all ranks, with the entry of the call.
 //   2. Rows: those of the block's shares, each once per destination rank, quantised in registers if
-//      asked, then their signals.
+//      asked.
 //   3. Waits for the entries of all ranks, and has their ids. From them: bit masks of all ranks'
-//      tokens (kernels/route_tile.cuh), counts, the rows of every layout. The plan is filled, what
-//      no token will write is cleared.
+//      tokens (kernels/route_tile.cuh), counts, the rows of every layout. Then signals the rows of
+//      2 (a send half, or a link that puts, has done so at once), fills the plan, and clears what
+//      no token will write.
 //   4. Each received token, when it has arrived, goes to the rows that carry it.
 // The send half is 1 and 2, the receive half 3 and 4.
 //
@@ -70,17 +71,30 @@ __device__ __forceinline__ void announce(const SmallDispatchArgs& args, uint64_t
   const int slots = args.num_tokens * args.place.dims.topk;
   if (thread_index() == 0) first_bad = kNoBadId;
   __syncthreads();
-  for (int i = thread_index(); i < slots; i += kSmallThreads) {
-    const int64_t id = given_id(args, i);
-    if (!good_id(args, id)) atomicMin(&first_bad, i);
-    const int32_t expert = good_id(args, id) ? static_cast<int32_t>(id) : -1;
-    if (args.fresh) args.place.plan.topk_idx[i] = expert;
-    const float weight = args.topk_weights != nullptr ? args.topk_weights[i] : 0.0f;
-    for (int r = 0; r < (Link::kMapped ? link.num_ranks : 1); ++r) {
-      char* window = link.window[(link.rank + r) % link.num_ranks];
-      reinterpret_cast<int32_t*>(window + args.small.source_ids(link.rank, epoch))[i] = expert;
-      if (args.topk_weights != nullptr)
-        reinterpret_cast<float*>(window + args.small.source_weights(link.rank, epoch))[i] = weight;
+  constexpr int kAhead = 4;  // slots that a thread has in flight
+  for (int first = thread_index(); first < slots; first += kAhead * kSmallThreads) {
+    int64_t ids[kAhead];
+    float weights[kAhead];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      const int i = first + u * kSmallThreads;
+      ids[u] = i < slots ? given_id(args, i) : -1;
+      weights[u] = i < slots && args.topk_weights != nullptr ? args.topk_weights[i] : 0.0f;
+    }
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      const int i = first + u * kSmallThreads;
+      if (i >= slots) break;
+      if (!good_id(args, ids[u])) atomicMin(&first_bad, i);
+      const int32_t expert = good_id(args, ids[u]) ? static_cast<int32_t>(ids[u]) : -1;
+      if (args.fresh) args.place.plan.topk_idx[i] = expert;
+      for (int r = 0; r < (Link::kMapped ? link.num_ranks : 1); ++r) {
+        char* window = link.window[(link.rank + r) % link.num_ranks];
+        reinterpret_cast<int32_t*>(window + args.small.source_ids(link.rank, epoch))[i] = expert;
+        if (args.topk_weights != nullptr)
+          reinterpret_cast<float*>(window + args.small.source_weights(link.rank, epoch))[i] =
+              weights[u];
+      }
     }
   }
   __syncthreads();  // the entry's signal releases what all threads have stored
@@ -145,17 +159,20 @@ __device__ __forceinline__ void send_rows(const SmallDispatchArgs& args, uint64_
     const RowJob job = jobs.at(j);
     const int t = own.at(job.row);
     const size_t slot = args.small.row(link.rank, epoch, t);
-    const uint32_t ranks = Link::kMapped ? destinations(args, t) : 1u << link.rank;
+    uint32_t ranks = 1u << link.rank;
     [[maybe_unused]] QuantLayout layout;
     [[maybe_unused]] ScaleRange range;
     if constexpr (kQuantised) {
       layout = make_quant_layout(kQuant, args.hidden);
       range = ScaleRange::of<kQuant, kDtype>(job, jobs.vectors, layout);
     }
-    for (int at = job.begin; at < job.end; at += Batch::kStep) {
+    using Rows = BatchOf<kQuantised ? kUnroll : kSmallUnroll>;
+    for (int at = job.begin; at < job.end; at += Rows::kStep) {
       const int v = at + lane_index();
-      Batch batch;
+      Rows batch;
       batch.load(args.x + int64_t{t} * x_bytes, v, job.end);
+      // The row is on its way before it is known where it goes.
+      if (Link::kMapped && at == job.begin) ranks = destinations(args, t);
       if constexpr (kQuantised) {
         const QuantBatch<kQuant, kDtype> made(batch, global);
         made.store_scales(staged - range.begin, v, job.end);
@@ -185,6 +202,13 @@ __device__ __forceinline__ LinkPiece staged_row(const SmallDispatchArgs& args, u
   const bool sent = (destinations(args, t) >> peer & 1) != 0;
   return same_place(args.small.row(args.link.rank, epoch, t),
                     sent ? static_cast<size_t>(rows.row_bytes + rows.scale_bytes) : 0);
+}
+
+template <class Link>
+__device__ __forceinline__ void signal_rows(const SmallDispatchArgs& args, uint64_t epoch) {
+  signal_shares<Link>(
+      args.link, args.small, epoch, [&](int) { return args.num_tokens; },
+      [&](int peer, int t) { return staged_row(args, epoch, peer, t); });
 }
 
 // ---- routing ----
@@ -290,27 +314,27 @@ __device__ __forceinline__ void route_group(const SmallDispatchArgs& args, const
   __syncthreads();
 }
 
-// The plan's counts, by block 0.
+// The plan's counts, by the whole grid.
 __device__ __forceinline__ void write_counts(const SmallDispatchArgs& args, const GroupRoute& route,
                                              const RouteTotals& totals) {
   const PlanView& plan = args.place.plan;
   const int num_ranks = route.num_ranks, num_experts = args.place.dims.num_experts;
-  for (int i = thread_index(); i < num_ranks * num_ranks; i += kSmallThreads) {
+  for (int i = grid_thread(); i < num_ranks * num_ranks; i += grid_threads()) {
     const int s = i / num_ranks, r = i - s * num_ranks;
     plan.rank_count[i] = route.count(s, r, totals.rank[r]);
   }
-  for (int i = thread_index(); i < num_ranks * num_experts; i += kSmallThreads) {
+  for (int i = grid_thread(); i < num_ranks * num_experts; i += grid_threads()) {
     const int s = i / num_experts, e = i - s * num_experts;
     plan.expert_count[i] = route.count(s, num_ranks + e, route.experts.total(e));
   }
   const bool padded = args.place.layout == Layout::kPadded;
-  for (int e = thread_index(); e < num_experts; e += kSmallThreads) {
+  for (int e = grid_thread(); e < num_experts; e += grid_threads()) {
     if (route.experts.owner(e) != route.rank) continue;
     const int local = args.place.experts.local[e];
     plan.tokens_per_expert[local] = route.experts.total(e);
     if (padded) plan.expert_offset[local] = route.experts.start(e);
   }
-  if (thread_index() != 0) return;
+  if (grid_thread() != 0) return;
   *plan.num_recv = totals.rank[route.rank];
   const int local_experts = args.place.dims.local_experts;
   if (padded) plan.expert_offset[local_experts] = local_experts * num_ranks * args.small.max_tokens;
@@ -318,16 +342,17 @@ __device__ __forceinline__ void write_counts(const SmallDispatchArgs& args, cons
 
 // ---- receiving ----
 
-// Entries [begin, end) of the outputs that no token writes, by the whole grid.
-__device__ __forceinline__ void clear_entries(const PlaceArgs& place, int64_t begin, int64_t end) {
+// Entries [begin, end) of the outputs that no token writes, by threads first, first + step, ...
+__device__ __forceinline__ void clear_entries(const PlaceArgs& place, int64_t begin, int64_t end,
+                                              int first, int step) {
   if (begin >= end) return;
   const int words = static_cast<int>(place.index_type) / 4;
   if (place.recv_topk_idx != nullptr)
     fill_words(static_cast<uint32_t*>(place.recv_topk_idx) + begin * words, (end - begin) * words,
-               0xffffffffu, grid_thread(), grid_threads());
+               0xffffffffu, first, step);
   if (place.recv_topk_weights != nullptr)
-    fill_words(reinterpret_cast<uint32_t*>(place.recv_topk_weights) + begin, end - begin, 0,
-               grid_thread(), grid_threads());
+    fill_words(reinterpret_cast<uint32_t*>(place.recv_topk_weights) + begin, end - begin, 0, first,
+               step);
 }
 
 __device__ __forceinline__ void clear_rest(const SmallDispatchArgs& args, const GroupRoute& route,
@@ -337,17 +362,20 @@ __device__ __forceinline__ void clear_rest(const SmallDispatchArgs& args, const 
   const int topk = route.topk;
   if (route.by_token)
     return clear_entries(place, int64_t{totals.rank[route.rank]} * topk,
-                         int64_t{place.recv_capacity} * topk);
+                         int64_t{place.recv_capacity} * topk, grid_thread(), grid_threads());
   const bool padded = place.layout == Layout::kPadded;
   const int32_t alignment = args.expert_alignment;
-  for (int e = 0; e < place.dims.num_experts; ++e) {
+  // The rest of an expert's group, by a warp.
+  for (int e = grid_thread() / kWarpSize; e < place.dims.num_experts;
+       e += grid_threads() / kWarpSize) {
     if (route.experts.owner(e) != route.rank) continue;
     const int32_t start = route.experts.start(e), total = route.experts.total(e);
     const int32_t group = padded ? route.num_ranks * args.small.max_tokens
                                  : (total + alignment - 1) / alignment * alignment;
-    clear_entries(place, start + total, min(start + group, place.row_capacity));
+    clear_entries(place, start + total, min(start + group, place.row_capacity), lane_index(),
+                  kWarpSize);
   }
-  if (!padded) clear_entries(place, totals.rows, place.row_capacity);
+  if (!padded) clear_entries(place, totals.rows, place.row_capacity, grid_thread(), grid_threads());
 }
 
 // What arrives goes to its rows, by all warps of the grid.
@@ -382,7 +410,8 @@ __device__ __forceinline__ void receive_rows(const SmallDispatchArgs& args, cons
     if (!rows_arrived<Link>(link, args.small, epoch, s, Link::kMapped || lane == 0 ? t : -1))
       return;
     const char* from = window + args.small.row(s, epoch, t);
-    const uint32_t firsts = place_payload<RowMemory::kArrived>(place, job, from, slots.row);
+    const uint32_t firsts =
+        place_payload<RowMemory::kArrived, kSmallUnroll>(place, job, from, slots.row);
     if (!job.leads) continue;
     if (place.rows.scale_bytes != 0)
       place_scales(place, from + place.rows.row_bytes, slots.row, firsts);
@@ -402,7 +431,7 @@ __device__ __forceinline__ void receive_rows(const SmallDispatchArgs& args, cons
 // agreed: all ranks want the same and are there. Else nobody has sent anything.
 template <class Link>
 __device__ __forceinline__ void receive(const SmallDispatchArgs& args, const LinkCall& call,
-                                        bool agreed) {
+                                        bool agreed, bool signals) {
   EPCOMM_SHARED(SourceRanges, ranges);
   EPCOMM_SHARED(RouteTotals, totals);
   const GroupRoute route(args);
@@ -413,8 +442,9 @@ __device__ __forceinline__ void receive(const SmallDispatchArgs& args, const Lin
   });
   auto tokens = [&](int s) { return ranges.end[s] + ranges.to_source[s]; };
   route_group(args, route, call.epoch, totals, tokens);
+  if (signals) signal_rows<Link>(args, call.epoch);
   if (args.fresh) {
-    if (blockIdx.x == 0) write_counts(args, route, totals);
+    write_counts(args, route, totals);
     const RouteTile own = route.tile(route.rank);
     // Block 0 (or the send half) has filled plan.topk_idx before it signalled this rank's entry.
     const int32_t* ids = args.place.plan.topk_idx;
@@ -433,21 +463,22 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
     small_dispatch_kernel(const __grid_constant__ SmallDispatchArgs args) {
   EPCOMM_SHARED(LinkCall, call);
   EPCOMM_SHARED(int32_t, first_bad);
+  // A release waits until what was stored has arrived. Nobody reads rows before he has routed, so
+  // that the block may as well route meanwhile.
+  constexpr bool kSignalsLate = Link::kMapped;
   const LinkArgs& link = args.link;
   bool going = link_begin(link, call);
   if (going && args.phase != Phase::kReceive) {
     if (blockIdx.x == 0) announce<Link>(args, call.epoch, first_bad);
     send_rows<Link, kQuant, kDtype>(args, call.epoch);
-    signal_shares<Link>(
-        link, args.small, call.epoch, [&](int) { return args.num_tokens; },
-        [&](int peer, int t) { return staged_row(args, call.epoch, peer, t); });
+    if (!kSignalsLate || args.phase == Phase::kSend) signal_rows<Link>(args, call.epoch);
   }
   if (args.phase == Phase::kSend) return;
   if (going) {
     if (blockIdx.x == 0 && thread_index() == 0) link_mark_begun(link);
     going = link_agree<Link>(link, call, true, num_pieces(args));
   }
-  receive<Link>(args, call, going);
+  receive<Link>(args, call, going, kSignalsLate && going && args.phase == Phase::kAll);
   link_leave<Link>(link, call, going);
 }
 
