@@ -5,9 +5,9 @@
 // token t; partial rows of rank r at staging row r * max_tokens + (index of t among the tokens that
 // go to r). topk_weights, plan.topk_idx [T, K] and bias [T, hidden] are this rank's own; out is
 // written.
-// Launch: num_sms blocks, one per SM. A warp takes whole tokens, or runs of pieces of them: it loads
-// a piece of every rank's row into shared memory (lane r that of rank r), kStages pieces ahead, and
-// sums what has come. Without bulk copies (before sm_90) it loads through registers.
+// Launch: num_sms blocks, one per SM. A warp takes whole tokens, or runs of pieces of them: it
+// loads a piece of every rank's row into shared memory (lane r that of rank r), kStages pieces
+// ahead, and sums what has come. Without bulk copies (before sm_90) it loads through registers.
 // Memory order: kernels/link.cuh. The rows are acquired with the entries of their ranks, partial
 // rows with `pushed`; `done` says that they were read.
 #include <algorithm>
@@ -196,8 +196,7 @@ __device__ __forceinline__ void sum_piece(const PullArgs& pull, const Piece& pie
       const char* row = rows(r);
       uint4 vectors[kSteps] = {};
       each([&](int u, int at) { vectors[u] = *reinterpret_cast<const uint4*>(row + at); });
-      if (pull.topk_weights != nullptr && (pushed >> r & 1) == 0)
-        weigh<kDtype>(piece, r, vectors);
+      if (pull.topk_weights != nullptr && (pushed >> r & 1) == 0) weigh<kDtype>(piece, r, vectors);
       sum.add(vectors);
     }
     if (pull.bias != nullptr) {
@@ -314,8 +313,8 @@ void launch_pull(const PullArgs& args, int num_sms, cudaStream_t stream) {
   const int blocks = persistent_blocks(num_sms);
   // A warp takes whole tokens, but no warp much more than another.
   constexpr int kJobsPerWarp = 8;
-  shape.parts = std::clamp(kJobsPerWarp * warps * blocks / std::max(args.num_tokens, 1), 1,
-                           shape.pieces);
+  shape.parts =
+      std::clamp(kJobsPerWarp * warps * blocks / std::max(args.num_tokens, 1), 1, shape.pieces);
   const bool bulk = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
   const auto kernel = for_dtype(args.dtype, pull_kernel<Dtype::kBfloat16>,
                                 pull_kernel<Dtype::kFloat16>, pull_kernel<Dtype::kFloat32>);

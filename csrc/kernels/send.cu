@@ -24,13 +24,16 @@ namespace epcomm {
 namespace {
 
 constexpr int kStages = 4;
-constexpr int kMaxRowWarps = 8;
 constexpr int kRecordWarps = 4;
-constexpr int kMaxPieceBytes = 16 << 10;
-constexpr int kQuantPiece = 512;      // elements; a piece that is quantised is a multiple of it
-constexpr int kScaleBytes = 1 << 10;  // room behind a piece for its scales
+constexpr int kQuantPiece = 512;  // elements; a piece that is quantised is a multiple of it
+constexpr int kScaleBytes = 256;  // room behind a piece for its scales
 constexpr size_t kSharedBytes = 220 << 10;  // for stages: an SM has 228 KB, a part of it reserved
-constexpr int kThreads = (kMaxRowWarps + kRecordWarps) * kWarpSize;
+
+// Few warps keep whole rows in flight; arithmetic wants many warps, on short pieces.
+template <bool kQuantised>
+constexpr int kMaxRowWarps = kQuantised ? 16 : 8;
+template <bool kQuantised>
+constexpr int kMaxPieceBytes = kQuantised ? 2 << 10 : 16 << 10;
 
 // How a block is divided; the host and the kernel agree on it.
 struct SendShape {
@@ -111,6 +114,9 @@ __device__ __forceinline__ void send_rows(const SendKernelArgs& args, const Link
   const GlobalScale global = make_global_scale(kQuant == Quant::kNvfp4 ? *send.global_scale : 1.0f);
   const int64_t jobs = int64_t{send.num_tokens} * shape.pieces;
   const int count = static_cast<int>(jobs > w ? (jobs - w + warps - 1) / warps : 0);
+  // Pieces w, w + warps, ... of all rows: the next to load, without a division for each.
+  int token = w / shape.pieces, part = w % shape.pieces;
+  const int token_step = warps / shape.pieces, part_step = warps % shape.pieces;
   const int peer = rank_of_lane(send.link);
   char* rows =
       lane < send.link.num_ranks ? call.at(send.link, peer, call.entry[peer].rows) : nullptr;
@@ -119,27 +125,28 @@ __device__ __forceinline__ void send_rows(const SendKernelArgs& args, const Link
   fence_barrier_init();
   __syncwarp();
 
-  int32_t to[kStages];  // of the piece in each stage
-  auto piece_at = [&](int i) { return (int64_t{w} + int64_t{i} * warps); };
-  auto offset_of = [&](int64_t piece) {
-    return static_cast<int>(piece % shape.pieces) * shape.piece_bytes;
-  };
+  int32_t to[kStages], from[kStages];  // of the piece in each stage: row there, offset in its row
   auto bytes_at = [&](int offset) {
     return static_cast<uint32_t>(min(shape.piece_bytes, x_bytes - offset));
   };
-  auto load = [&](int i, int s, int32_t& row) {
-    const int64_t piece = piece_at(i);
-    const int t = static_cast<int>(piece / shape.pieces), offset = offset_of(piece);
+  auto load = [&](int s, int32_t& row, int32_t& offset) {
+    offset = part * shape.piece_bytes;
     if (lane == 0) {
       barrier_expect(loaded + s, bytes_at(offset));
-      bulk_load(stages + s * shape.stage_bytes, send.x + int64_t{t} * x_bytes + offset,
+      bulk_load(stages + s * shape.stage_bytes, send.x + int64_t{token} * x_bytes + offset,
                 bytes_at(offset), loaded + s);
     }
-    row = destination(send, t);
+    row = destination(send, token);
+    token += token_step;
+    part += part_step;
+    if (part >= shape.pieces) {
+      part -= shape.pieces;
+      ++token;
+    }
   };
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s)
-    if (s < count) load(s, s, to[s]);
+    if (s < count) load(s, to[s], from[s]);
   for (int first = 0; first < count; first += kStages) {
 #pragma unroll
     for (int s = 0; s < kStages; ++s) {
@@ -147,7 +154,7 @@ __device__ __forceinline__ void send_rows(const SendKernelArgs& args, const Link
       if (i >= count) break;
       barrier_wait(loaded + s, static_cast<uint32_t>(i / kStages) & 1);
       char* stage = stages + s * shape.stage_bytes;
-      int offset = offset_of(piece_at(i));
+      int offset = from[s];
       uint32_t bytes = bytes_at(offset);
       if constexpr (kQuantised) {
         const int begin = offset / kElementBytes<kDtype>;
@@ -156,8 +163,8 @@ __device__ __forceinline__ void send_rows(const SendKernelArgs& args, const Link
         const QuantPiece piece =
             quantize_piece<kQuant, kDtype>(send, stage, begin, end, scales, global);
         for (uint32_t rest = __ballot_sync(kFullWarp, to[s] >= 0); rest != 0;) {
-          const int from = take_lowest(rest), r = __shfl_sync(kFullWarp, peer, from);
-          const int64_t row = __shfl_sync(kFullWarp, to[s], from);
+          const int at = take_lowest(rest), r = __shfl_sync(kFullWarp, peer, at);
+          const int64_t row = __shfl_sync(kFullWarp, to[s], at);
           copy_bytes(call.at(send.link, r, call.entry[r].scales) + row * send.rows.scale_bytes +
                          piece.scale_at,
                      scales, piece.scale_bytes);
@@ -172,7 +179,8 @@ __device__ __forceinline__ void send_rows(const SendKernelArgs& args, const Link
         bulk_wait_read<1>();
         __syncwarp();
         constexpr int kBefore = kStages - 1;
-        load(i + kStages - 1, (s + kBefore) % kStages, to[(s + kBefore) % kStages]);
+        const int free = (s + kBefore) % kStages;
+        load(free, to[free], from[free]);
       }
     }
   }
@@ -252,10 +260,10 @@ __device__ __forceinline__ void send_records(const SendArgs& args, const LinkCal
 }
 
 template <Quant kQuant, Dtype kDtype>
-__global__ void __launch_bounds__(kThreads, 1)
-    send_kernel(const __grid_constant__ SendKernelArgs args) {
+__global__ void __launch_bounds__((kMaxRowWarps<kQuant != Quant::kNone> + kRecordWarps) * kWarpSize,
+                                  1) send_kernel(const __grid_constant__ SendKernelArgs args) {
   EPCOMM_SHARED(LinkCall, call);
-  EPCOMM_SHARED(BulkBarrier[kMaxRowWarps * kStages], loaded);
+  EPCOMM_SHARED(BulkBarrier[kMaxRowWarps<kQuant != Quant::kNone> * kStages], loaded);
   const SendArgs& send = args.send;
   const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
   if (link_enter(send.link, call)) {
@@ -276,19 +284,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   link_finish(send.link, call);
 }
 
+template <bool kQuantised>
 SendShape shape_of(const SendArgs& args) {
-  const bool quantised = args.quant != Quant::kNone;
-  const int row_bytes = quantised ? args.hidden * dtype_bytes(args.x_dtype) : args.rows.row_bytes;
+  const int row_bytes = kQuantised ? args.hidden * dtype_bytes(args.x_dtype) : args.rows.row_bytes;
   const size_t unit =
-      static_cast<size_t>(quantised ? kQuantPiece * dtype_bytes(args.x_dtype) : kRowAlignment);
+      static_cast<size_t>(kQuantised ? kQuantPiece * dtype_bytes(args.x_dtype) : kRowAlignment);
   SendShape shape;
-  shape.pieces = (row_bytes + kMaxPieceBytes - 1) / kMaxPieceBytes;
+  shape.pieces = (row_bytes + kMaxPieceBytes<kQuantised> - 1) / kMaxPieceBytes<kQuantised>;
   shape.piece_bytes = static_cast<int32_t>(
       align_up(static_cast<size_t>((row_bytes + shape.pieces - 1) / shape.pieces), unit));
   shape.pieces = (row_bytes + shape.piece_bytes - 1) / shape.piece_bytes;
-  shape.stage_bytes = shape.piece_bytes + (quantised ? kScaleBytes : 0);
+  shape.stage_bytes = shape.piece_bytes + (kQuantised ? kScaleBytes : 0);
   const size_t warps = kSharedBytes / (kStages * static_cast<size_t>(shape.stage_bytes));
-  shape.row_warps = static_cast<int32_t>(std::min<size_t>(warps, kMaxRowWarps));
+  shape.row_warps = static_cast<int32_t>(std::min<size_t>(warps, size_t{kMaxRowWarps<kQuantised>}));
   return shape;
 }
 
@@ -320,7 +328,7 @@ bool can_quantise_on_the_way() { return device_attribute(cudaDevAttrComputeCapab
 
 void launch_send(const SendArgs& args, int num_sms, cudaStream_t stream) {
   check_aligned(args.x, "x");
-  const SendShape shape = shape_of(args);
+  const SendShape shape = args.quant == Quant::kNone ? shape_of<false>(args) : shape_of<true>(args);
   const bool bulk = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
   const size_t stages =
       bulk ? static_cast<size_t>(shape.row_warps * kStages) * static_cast<size_t>(shape.stage_bytes)
