@@ -45,18 +45,23 @@ def install() -> None:
             return getattr(self._buffer, name)
 
         def route(self, *args: Any) -> Any:
-            result = self._buffer.route(*args)
-            sim.synchronize()
-            return result
+            try:
+                return self._buffer.route(*args)
+            finally:  # also where it throws: its kernels still use the plan's memory
+                sim.synchronize()
 
         def dispatch(self, *args: Any) -> None:
-            self._buffer.dispatch(*args)
-            sim.synchronize()
+            try:
+                self._buffer.dispatch(*args)
+            finally:
+                sim.synchronize()
             self._buffer.check_faults()
 
         def combine(self, *args: Any) -> None:
-            self._buffer.combine(*args)
-            sim.synchronize()
+            try:
+                self._buffer.combine(*args)
+            finally:
+                sim.synchronize()
             self._buffer.check_faults()
 
     names = {name: getattr(sim, name) for name in dir(sim) if not name.startswith("__")}

@@ -101,3 +101,79 @@ def test_quantised_halves() -> None:
 
 def test_halves() -> None:
     launcher.pool("simulated").run(3, run_halves)
+
+
+def run_ahead(group: Any) -> None:
+    """Rows are sent before the host knows how many arrive, into memory of a guessed size."""
+    import epcomm
+
+    arguments: dict[str, Any] = {"num_experts": 8, "hidden": 64, "topk": 2, "max_tokens": 300}
+    arguments["window_bytes"] = 6 << 20
+    options = {"path": "large"}
+    with epcomm.Buffer(group, transport="nvlink", transport_options=options, **arguments) as buf:
+        assert buf.caps.sends_ahead
+        settle, sent = buf._native.settle, []
+
+        class Watched:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(buf._native, name)
+
+            def settle(self, plan: Any) -> Any:
+                settled = settle(plan)
+                sent.append(settled[1])
+                return settled
+
+        buf._end.native = Watched()
+        rng = torch.Generator().manual_seed(buf.rank)
+        # The first call waits for the counts; 290 after 20, and all of 8 ranks to rank 0, is more
+        # than a guess has room for.
+        for tokens, layout, first_experts in (
+            *((20, "token", 8), (20, "token", 8), (290, "token", 8), (280, "token", 8)),
+            *((290, "token", 2), (0, "token", 8), (0, "token", 8), (300, "token", 8)),
+            *((20, "expert", 8), (200, "expert", 8), (200, "expert", 8), (9, "padded", 8)),
+            *((300, "padded", 8), (1, "padded", 8)),
+        ):
+            x = torch.randint(-8, 9, (tokens, 64), generator=rng).bfloat16()
+            idx = torch.rand(tokens, first_experts, generator=rng).topk(2).indices
+            weights = 2.0 ** torch.randint(-2, 2, (tokens, 2), generator=rng)
+            recv = buf.dispatch(x, idx, weights, layout=layout, expert_alignment=4)
+            assert isinstance(recv.x, torch.Tensor) and recv.plan.num_recv_tokens is not None
+            assert int(recv.num_tokens) == recv.plan.num_recv_tokens
+            if layout != "padded":
+                assert recv.x.shape[0] == recv.plan.num_recv_rows
+                assert recv.topk_idx is not None and recv.topk_idx.shape[0] == recv.x.shape[0]
+            y = buf.combine(recv.x, recv.plan, topk_weights=weights)
+            assert torch.equal(y.float(), x.float() * weights.sum(1, keepdim=True))
+            again = buf.dispatch(x, plan=recv.plan)
+            assert isinstance(again.x, torch.Tensor) and again.x.shape == recv.x.shape
+            if layout == "token":
+                assert torch.equal(again.x, recv.x)
+        assert sent == [True, False, True, group.size() == 1, True, True, False, False, True] + [
+            False,
+            True,
+        ], sent
+        # What ranks disagree on, and expert ids that do not exist, are told to all as ever.
+        x = torch.ones(8, 64).bfloat16()
+        idx = torch.arange(16).view(8, 2) % 8
+        buf.dispatch(x, idx)
+        if buf.num_ranks > 1:
+            with pytest.raises(epcomm.ConfigMismatch, match="topk"):
+                buf.dispatch(x, idx if buf.rank else idx[:, :1].contiguous())
+        bad = idx.clone()
+        if buf.rank == buf.num_ranks - 1:
+            bad[3, 1] = 8
+        with pytest.raises(ValueError, match=rf"rank {buf.num_ranks - 1} .token 3, slot 1. is 8"):
+            buf.dispatch(x, bad)
+        recv = buf.dispatch(x, idx)
+        held = [recv.x]
+        with pytest.raises(epcomm.WindowFull):
+            for _ in range(10000):
+                held.append(buf.dispatch(x.repeat(30, 1), idx.repeat(30, 1)).x)
+        held.clear()
+        recv = buf.dispatch(x, idx)
+        assert torch.equal(buf.combine(recv.x, recv.plan).float()[:, 0] % 1, torch.zeros(8))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_rows_ahead_of_counts(num_ranks: int) -> None:
+    launcher.pool("simulated").run(num_ranks, run_ahead)

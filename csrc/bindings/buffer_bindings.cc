@@ -86,6 +86,7 @@ void bind_types(py::module_& m) {
       .def_readonly("two_phases", &Caps::two_phases)
       .def_readonly("small_batches", &Caps::small_batches)
       .def_readonly("link_counters", &Caps::link_counters)
+      .def_readonly("sends_ahead", &Caps::sends_ahead)
       .def_readonly("forwards", &Caps::forwards);
   py::class_<LinkTraffic>(m, "LinkTraffic", py::module_local())
       .def_readonly("rows", &LinkTraffic::rows)
@@ -119,7 +120,8 @@ void bind_args(py::module_& m) {
       .def_readwrite("row_bytes", &RouteArgs::row_bytes)
       .def_readwrite("scale_bytes", &RouteArgs::scale_bytes)
       .def_readwrite("weighted", &RouteArgs::weighted)
-      .def_readwrite("host_sync", &RouteArgs::host_sync);
+      .def_readwrite("host_sync", &RouteArgs::host_sync)
+      .def_readwrite("ahead", &RouteArgs::ahead);
   def_pointer(route, "topk_idx", &RouteArgs::topk_idx);
   def_pointer(route, "stream", &RouteArgs::stream);
 
@@ -172,6 +174,7 @@ void bind_plan(py::module_& m) {
       .def_readonly("num_tokens", &Plan::num_tokens)
       .def_readonly("topk", &Plan::topk)
       .def_readonly("host_sync", &Plan::host_sync)
+      .def_property_readonly("unsettled", [](const Plan& p) { return p.result.unsettled; })
       .def_property_readonly("num_recv_tokens",
                              [](const Plan& p) { return p.result.num_recv_tokens; })
       .def_property_readonly("num_recv_rows", [](const Plan& p) { return p.result.num_recv_rows; })
@@ -276,6 +279,13 @@ void bind_buffer(py::module_& m) {
              return b.restore(state, reinterpret_cast<void*>(send_block));
            })
       .def("dispatch", &Buffer::dispatch, gil())
+      .def(
+          "settle",
+          [](Buffer& b, Plan plan) {
+            const bool sent = b.settle(plan);
+            return std::make_pair(std::move(plan), sent);
+          },
+          gil())
       .def("combine", &Buffer::combine, gil())
       .def("link_counters", &Buffer::link_counters)
       .def("reset_link_counters", &Buffer::reset_link_counters)

@@ -326,6 +326,8 @@ Plan Buffer::route(const RouteArgs& args) {
                value("topk", args.topk, "1 to the Buffer's topk = ", c.topk));
   EPCOMM_CHECK(args.expert_alignment >= 1 && args.expert_alignment <= (1 << 20),
                value("expert_alignment", args.expert_alignment, "1 to ", 1 << 20));
+  EPCOMM_CHECK(!args.ahead || (args.host_sync && state_->caps.sends_ahead),
+               "ahead is set; expected host_sync and a transport that offers it");
   // The rank with the most experts decides for all, so that all refuse or none.
   EPCOMM_CHECK(
       state_->max_recv_rows(args, max_local_experts()) < INT32_MAX,
@@ -398,6 +400,11 @@ void Buffer::dispatch(const Plan& plan, const DispatchArgs& args) {
   EPCOMM_CHECK(args.needed_bytes != 0 || plan.attached, "plan has no receive block attached");
   state_->check_phase(args.phase);
   transport.dispatch(plan, args);
+}
+
+bool Buffer::settle(Plan& plan) {
+  Transport& transport = state_->usable(plan);
+  return !plan.result.unsettled || transport.settle(plan);
 }
 
 void Buffer::combine(const Plan& plan, const CombineArgs& args) {

@@ -16,9 +16,9 @@ void visit_numbers(PlanType& plan, Visit visit) {
       plan;
   (void)attached, (void)view;  // the memory, which is not the plan's
   auto& [epoch, num_recv_tokens, num_recv_rows, tokens_per_expert, chunk_count, deferred, topk_idx,
-         index_type] = result;
-  (void)deferred, (void)topk_idx,
-      (void)index_type;  // of the first dispatch only, which has filled the send block
+         index_type, unsettled] = result;
+  (void)deferred, (void)topk_idx, (void)index_type,
+      (void)unsettled;  // of the first dispatch only, which has filled the send block
   visit(buffer_id);
   visit(layout);
   visit(expert_alignment);

@@ -28,7 +28,9 @@ __global__ void __launch_bounds__(kExchangeThreads, 1)
     exchange_kernel(const __grid_constant__ ExchangeArgs args) {
   EPCOMM_SHARED(LinkCall, call);
   const LinkArgs& link = args.link;
-  if (link_enter<Link>(link, call, args.announce, args.words)) {
+  const bool entered = link_enter<Link>(link, call, args.announce, args.words);
+  if (thread_index() == 0) link.state->route_refused = !entered;
+  if (entered) {
     for (int r = warp_index(); r < link.num_ranks; r += kExchangeThreads / kWarpSize)
       copy_words<uint4>(reinterpret_cast<char*>(args.announced + int64_t{r} * args.words),
                         link.window[link.rank] + link.control.counts(r, call.epoch),

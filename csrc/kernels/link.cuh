@@ -124,15 +124,21 @@ __device__ __forceinline__ void mark_progress(const LinkArgs& link, int which) {
       count << 8 | static_cast<uint64_t>(link.entry.signature[0]);
 }
 
-/// Copies this rank's entry and `words` 4-byte words of announce into the inbox that it writes in
-/// the window of rank `owner`. By a warp.
+/// Copies this rank's entry, with short_rows, and `words` 4-byte words of announce into the inbox
+/// that it writes in the window of rank `owner`. By a warp.
 __device__ __forceinline__ void write_entry(const LinkArgs& link, uint64_t epoch, int owner,
-                                            const int32_t* announce, int words) {
+                                            const int32_t* announce, int words,
+                                            int32_t short_rows) {
   char* window = link.window[owner];
   copy_words<uint4>(window + link.control.counts(link.rank, epoch),
                     reinterpret_cast<const char*>(announce), words * 4);
   copy_words<uint4>(window + link.control.entry(link.rank, epoch),
                     reinterpret_cast<const char*>(&link.entry), sizeof(LinkEntry));
+  if (short_rows == 0) return;
+  __syncwarp();
+  if (lane_index() == 0)
+    reinterpret_cast<LinkEntry*>(window + link.control.entry(link.rank, epoch))->short_rows =
+        short_rows;
 }
 
 /// What goes out with an entry where the link puts: 0 bytes = an empty piece, which is waited for
@@ -147,10 +153,11 @@ struct LinkPieces {
 template <class Link = PeerLink>
 __device__ __forceinline__ void link_announce(const LinkArgs& link, uint64_t epoch,
                                               const int32_t* announce, int words,
-                                              [[maybe_unused]] const LinkPieces& pieces = {}) {
+                                              [[maybe_unused]] const LinkPieces& pieces = {},
+                                              int32_t short_rows = 0) {
   const int warps = static_cast<int>(blockDim.x) / kWarpSize;
   if constexpr (!Link::kMapped) {
-    if (warp_index() == 0) write_entry(link, epoch, link.rank, announce, words);
+    if (warp_index() == 0) write_entry(link, epoch, link.rank, announce, words, short_rows);
     __syncthreads();
     fence_system();  // what the block has stored is read by a network card
   }
@@ -166,7 +173,7 @@ __device__ __forceinline__ void link_announce(const LinkArgs& link, uint64_t epo
                             same_place(link.control.entry(link.rank, epoch), sizeof(LinkEntry)),
                             own_inbox(link, offsetof(LinkInbox, entered)), epoch);
     } else {
-      write_entry(link, epoch, peer, announce, words);
+      write_entry(link, epoch, peer, announce, words, short_rows);
       __syncwarp();
       // Releases what all lanes have written.
       if (lane_index() == 0)
@@ -212,7 +219,7 @@ __device__ __forceinline__ bool link_agree(const LinkArgs& link, LinkCall& call,
     if (!lost) {
       const LinkEntry& entry = call.entry[r] = *reinterpret_cast<const LinkEntry*>(
           link.window[link.rank] + link.control.entry(r, call.epoch));
-      refused = entry.needed_bytes != 0;
+      refused = entry.needed_bytes != 0 || entry.short_rows != 0;
       for (int f = 0; f < LinkEntry::kSignatureWords; ++f)
         refused |= entry.signature[f] != link.entry.signature[f];
     }
@@ -241,10 +248,11 @@ __device__ __forceinline__ bool link_agree(const LinkArgs& link, LinkCall& call,
 
 /// Begins a call: by every block of its first kernel, all threads. Block 0 announces. Returns true
 /// if all ranks have entered, want the same and have room; call holds their entries then. False:
-/// move nothing, go on to link_finish. Ends with a barrier.
+/// move nothing, go on to link_finish. short_rows: of the entry, by block 0. Ends with a barrier.
 template <class Link = PeerLink>
 __device__ __forceinline__ bool link_enter(const LinkArgs& link, LinkCall& call,
-                                           const int32_t* announce = nullptr, int words = 0) {
+                                           const int32_t* announce = nullptr, int words = 0,
+                                           int32_t short_rows = 0) {
   if (!link_begin(link, call)) return false;
   LinkPieces pieces;
   if (words != 0)
@@ -252,7 +260,7 @@ __device__ __forceinline__ bool link_enter(const LinkArgs& link, LinkCall& call,
         same_place(link.control.counts(link.rank, call.epoch), static_cast<size_t>(words) * 4);
   if (blockIdx.x == 0) {
     if (thread_index() == 0) link_mark_begun(link);
-    link_announce<Link>(link, call.epoch, announce, words, pieces);
+    link_announce<Link>(link, call.epoch, announce, words, pieces, short_rows);
   }
   return link_agree<Link>(link, call, true, pieces.count);
 }

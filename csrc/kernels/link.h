@@ -31,10 +31,10 @@ struct alignas(16) LinkEntry {
                                        ///< owners' staging; 0 = they load its rows
   int32_t index_bytes;                 ///< dispatch: of an id in recv_topk_idx, 4 or 8
   int32_t num_tokens;                  ///< dispatch of a small batch: tokens of this rank
-  int32_t unused;
-  uint64_t rows;          ///< dispatch: recv_x; combine: x
-  uint64_t scales;        ///< dispatch: recv_scales
-  uint64_t meta;          ///< dispatch: recv_meta
+  int32_t short_rows;                  ///< dispatch: received rows that the memory does not hold
+  uint64_t rows;                       ///< dispatch: recv_x; combine: x
+  uint64_t scales;                     ///< dispatch: recv_scales
+  uint64_t meta;                       ///< dispatch: recv_meta
   uint64_t topk_idx;      ///< dispatch: recv_topk_idx of layout kToken; 0 = not in the window
   uint64_t topk_weights;  ///< dispatch: recv_topk_weights of layout kToken; 0 = not in the window
   uint64_t needed_bytes;  ///< not 0 = no room for the result
@@ -54,10 +54,11 @@ static_assert(sizeof(LinkInbox) <= ControlLayout::kSignalBytes);
 
 /// Of one rank, in its device memory. Kernels of one call run one after another.
 struct LinkState {
-  uint64_t epoch;     ///< of the last call that ended
-  uint32_t arrived;   ///< blocks of the running kernel that have no more to do
-  uint32_t lost;      ///< not 0: a wait was given up; nothing is sent or waited for any more
-  uint64_t marks[2];  ///< how often LinkArgs::progress was told of calls begun, calls ended
+  uint64_t epoch;          ///< of the last call that ended
+  uint32_t arrived;        ///< blocks of the running kernel that have no more to do
+  uint32_t lost;           ///< not 0: a wait was given up; nothing is sent or waited for any more
+  uint32_t route_refused;  ///< not 0: the last exchange was refused, or given up
+  uint64_t marks[2];       ///< how often LinkArgs::progress was told of calls begun, calls ended
 };
 
 /// In pinned host memory: what kernels tell the host and are told by it.
@@ -108,6 +109,10 @@ struct SendArgs {
   DeviceExperts experts;
   PlanView plan;
   const int32_t* first_row;  ///< [T, R]: row at rank r that is written, -1 = not sent there
+  /// Not null: launched ahead of the counts. What this rank receives may not fit: tokens, and rows
+  /// of layout kExpert (else null), against what the memory that was announced holds.
+  const int32_t *tokens, *rows_end;
+  int32_t token_capacity, row_capacity;
 };
 /// Whether this GPU can run launch_send with quant.
 bool can_quantise_on_the_way();

@@ -259,6 +259,23 @@ __device__ __forceinline__ void send_records(const SendArgs& args, const LinkCal
   }
 }
 
+// Tokens or rows that this rank receives and has no room for.
+__device__ __forceinline__ int32_t missing_room(const SendArgs& args) {
+  int32_t missing = 0;
+  if (args.tokens != nullptr) missing = max(missing, *args.tokens - args.token_capacity);
+  if (args.rows_end != nullptr) missing = max(missing, *args.rows_end - args.row_capacity);
+  return missing;
+}
+
+// A dispatch ahead of its counts: of a routing that all ranks have refused, which some of them may
+// have learned before they came here. Then nobody enters.
+__device__ __forceinline__ bool has_no_routing(const SendArgs& args) {
+  if (args.tokens == nullptr || args.link.state->route_refused == 0) return false;
+  if (blockIdx.x == 0 && thread_index() == 0)
+    store_release_system(&args.link.report->entered, args.link.token);
+  return true;
+}
+
 template <Quant kQuant, Dtype kDtype>
 __global__ void __launch_bounds__((kMaxRowWarps<kQuant != Quant::kNone> + kRecordWarps) * kWarpSize,
                                   1) send_kernel(const __grid_constant__ SendKernelArgs args) {
@@ -266,7 +283,9 @@ __global__ void __launch_bounds__((kMaxRowWarps<kQuant != Quant::kNone> + kRecor
   EPCOMM_SHARED(BulkBarrier[kMaxRowWarps<kQuant != Quant::kNone> * kStages], loaded);
   const SendArgs& send = args.send;
   const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
-  if (link_enter(send.link, call)) {
+  if (has_no_routing(send)) return;
+  const int32_t missing = blockIdx.x == 0 ? missing_room(send) : 0;
+  if (link_enter(send.link, call, nullptr, 0, missing)) {
     const int warp = warp_index(), row_warps = args.shape.row_warps;
     if constexpr (kHasBulkCopies) {
       // Warps of one block have pieces far apart, so that few pieces, too, spread over all SMs.

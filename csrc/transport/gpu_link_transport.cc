@@ -93,13 +93,22 @@ LinkArgs GpuLinkTransport::link(Operation operation) const {
 
 void GpuLinkTransport::check() {
   watchdog_.check();
-  raise_refusal();
+  if (!settling_) raise_all_refusals();
 }
 
-// What the kernels of an earlier call found when they compared the ranks' entries.
-void GpuLinkTransport::raise_refusal() {
+// Calls that are not ahead of their counts have room, unless ranks take different ways.
+void GpuLinkTransport::raise_all_refusals() {
+  if (raise_refusal())
+    throw Error(
+        "a dispatch moved nothing, because another rank had made too little room for it; call "
+        "dispatch with the same layout, topk and expert_alignment on all ranks");
+}
+
+// What the kernels of an earlier call found when they compared the ranks' entries. True: it was
+// refused for want of room that is to be made by dispatching again.
+bool GpuLinkTransport::raise_refusal() {
   auto& report = *report_.as<LinkReport>();
-  if (std::atomic_ref(report.refused).load(std::memory_order_acquire) == 0) return;
+  if (std::atomic_ref(report.refused).load(std::memory_order_acquire) == 0) return false;
   const std::vector<LinkEntry> entries(report.entry, report.entry + num_ranks_);
   std::atomic_ref(report.refused).store(0, std::memory_order_release);
   for (int f = 0; f < kCallFields; ++f) {
@@ -111,18 +120,25 @@ void GpuLinkTransport::raise_refusal() {
     const LinkEntry& entry = entries[static_cast<size_t>(r)];
     if (entry.needed_bytes != 0) throw WindowFull(r, entry.needed_bytes, entry.free_bytes);
   }
+  return true;
 }
 
-// Until all ranks have entered the call: it is refused on all of them, or on none.
-void GpuLinkTransport::wait_entered(uint64_t token) {
+// Until all ranks have entered the call: it is refused on all of them, or on none. What they refuse
+// is not looked at before: of a call ahead of its counts, routing and rows may both be refused.
+void GpuLinkTransport::await_entered(uint64_t token) const {
   auto& report = *report_.as<LinkReport>();
   for (int spin = 1; std::atomic_ref(report.entered).load(std::memory_order_acquire) != token;
        ++spin) {
     if (spin % 256 != 0) continue;
-    check();
+    watchdog_.check();
     if (spin > 20'000) std::this_thread::yield();
   }
-  check();
+  watchdog_.check();
+}
+
+void GpuLinkTransport::wait_entered(uint64_t token) {
+  await_entered(token);
+  raise_all_refusals();
 }
 
 RouteResult GpuLinkTransport::route(const RouteArgs& args) {
@@ -150,17 +166,32 @@ RouteResult GpuLinkTransport::route(const RouteArgs& args) {
   call.end();
   const uint64_t number = ++routes_;  // also where this throws: it does so on all ranks
   RouteResult result;
-  if (args.host_sync) {
+  if (args.ahead) {
+    unsettled_ = args;
+    settling_ = true;
+    result.unsettled = true;
+  } else if (args.host_sync) {
     watchdog_.wait(route_.fetched());
-    raise_refusal();
+    raise_all_refusals();
     result = route_.result(args, 1);
   }
   result.epoch = number;
   return result;
 }
 
+bool GpuLinkTransport::settle(Plan& plan) {
+  watchdog_.wait(route_.fetched());
+  await_entered(tokens_);
+  settling_ = false;
+  const bool refused = raise_refusal();
+  const uint64_t epoch = plan.result.epoch;
+  plan.result = route_.result(unsettled_, 1);
+  plan.result.epoch = epoch;
+  return !refused;
+}
+
 void GpuLinkTransport::check_capacity(const Plan& plan, const DispatchArgs& args) const {
-  if (!plan.host_sync) return;
+  if (!plan.host_sync || plan.result.unsettled) return;
   const bool by_token = plan.layout == Layout::kToken;
   const int32_t tokens = plan.result.num_recv_tokens;
   const int32_t rows = by_token ? tokens : plan.result.num_recv_rows;

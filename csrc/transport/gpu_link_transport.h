@@ -4,6 +4,7 @@
 // they lie where the caller wants.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <memory>
 #include <optional>
@@ -51,6 +52,7 @@ class GpuLinkTransport : public Transport {
 
   const Caps& caps() const override { return caps_; }
   RouteResult route(const RouteArgs& args) override;
+  bool settle(Plan& plan) override;
   void check() override;
 
  protected:
@@ -84,6 +86,7 @@ class GpuLinkTransport : public Transport {
   Dims dims(int topk) const;
   LinkArgs link(Operation operation) const;
   void check_capacity(const Plan& plan, const DispatchArgs& args) const;
+  /// Until all ranks have entered the call of this token; throws what they refuse it for.
   void wait_entered(uint64_t token);
   void dispatch_small(const Plan& plan, const DispatchArgs& args);
   void combine_small(const Plan& plan, const CombineArgs& args);
@@ -108,12 +111,17 @@ class GpuLinkTransport : public Transport {
  private:
   /// What else helps where a row does not fit into staging, beginning with " or"; "" = nothing.
   virtual std::string too_wide_advice() const { return ""; }
-  void raise_refusal();
+  void await_entered(uint64_t token) const;
+  bool raise_refusal();
+  void raise_all_refusals();
   void check_phase(Phase phase, Operation operation);
   void check_fits_slot(int64_t row_bytes, int64_t scale_bytes) const;
   RouteResult route_small(const RouteArgs& args);
 
-  uint64_t routes_ = 0;            // calls of route
+  uint64_t routes_ = 0;  // calls of route
+  RouteArgs unsettled_;  // of the last that was made ahead
+  // It is not settled yet: refusals are for settle to see.
+  std::atomic<bool> settling_ = false;
   std::optional<Operation> half_;  // of which only the send half was called
 };
 

@@ -20,6 +20,7 @@ void NvlinkTransport::check_outputs(const Plan& plan, const DispatchArgs& args) 
     return bytes == 0 || arena_.contains(p, static_cast<size_t>(bytes));
   };
   check_capacity(plan, args);
+  if (plan.result.unsettled && args.recv_capacity < 0) return;
   EPCOMM_CHECK(
       inside(args.recv_x, int64_t{args.row_capacity} * args.row_bytes) &&
           inside(args.recv_scales, int64_t{args.row_capacity} * args.scale_bytes) &&
@@ -72,12 +73,20 @@ void NvlinkTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
   send.records = !args.replay || args.topk_weights != nullptr;
   send.experts = route_.experts();
   send.plan = plan.view;
+  if (plan.result.unsettled) {
+    send.tokens = plan.view.num_recv;
+    if (plan.layout == Layout::kExpert)
+      send.rows_end = plan.view.expert_offset + experts_.local_experts(rank_);
+    send.token_capacity = args.recv_capacity;
+    send.row_capacity = args.row_capacity;
+  }
   send.first_row = plan.layout == Layout::kToken ? plan.view.slot : plan.view.first_row;
   const int num_sms = args.num_sms > 0 ? args.num_sms : kDispatchSms;
   const PlaceArgs place = route_.place_args(plan, args);
-  // With counts on the host every entry of layout kToken has a token. Cleared before the peers are
-  // let in.
-  if (args.needed_bytes == 0 && (plan.layout != Layout::kToken || !plan.host_sync))
+  // With counts on the host every entry of layout kToken that the caller gets has a token. Cleared
+  // before the peers are let in.
+  const bool has_room = args.needed_bytes == 0 && args.recv_capacity >= 0;
+  if (has_room && (plan.layout != Layout::kToken || !plan.host_sync))
     launch_clear_outputs(place, stream);
   launch_send(send, num_sms, stream);
   if (args.needed_bytes != 0) {
@@ -88,11 +97,12 @@ void NvlinkTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
   // The peers have written what is in the window.
   const bool slots_left = (args.recv_topk_idx != nullptr && entry.topk_idx == 0) ||
                           (args.recv_topk_weights != nullptr && entry.topk_weights == 0);
-  if (plan.layout != Layout::kToken || slots_left) launch_place(place, num_sms, stream);
+  if (has_room && (plan.layout != Layout::kToken || slots_left))
+    launch_place(place, num_sms, stream);
   call.end();
   // The host has waited in this dispatch already, so that it may as well learn of a full window or
   // a mismatch here; the rows are on their way meanwhile.
-  if (plan.host_sync && !args.replay) wait_entered(send.link.token);
+  if (plan.host_sync && !args.replay && !plan.result.unsettled) wait_entered(send.link.token);
 }
 
 void NvlinkTransport::combine(const Plan& plan, const CombineArgs& args) {

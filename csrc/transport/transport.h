@@ -29,6 +29,8 @@ class Transport {
   /// Fills plan.view's send block and, where the host waits for it, the result.
   virtual RouteResult route(const RouteArgs& args) = 0;
   virtual void dispatch(const Plan& plan, const DispatchArgs& args) = 0;
+  /// For caps().sends_ahead. As Buffer::settle.
+  virtual bool settle(Plan&) { return true; }
   virtual void combine(const Plan& plan, const CombineArgs& args) = 0;
   /// Throws what an earlier call could not report when it was made.
   virtual void check() {}

@@ -95,6 +95,11 @@ class Buffer {
   Plan restore(const std::vector<int64_t>& state, void* send_block) const;
   /// Collective. plan.view must have its receive block attached.
   void dispatch(const Plan& plan, const DispatchArgs& args);
+  /// After the first dispatch of a plan that was routed with RouteArgs::ahead: waits for the
+  /// counts, which plan.result holds then. False: what some rank received did not fit in the memory
+  /// that it had guessed, and nothing was moved; all ranks dispatch again, with memory of the right
+  /// size. Throws what route throws about expert ids and about ranks that disagree.
+  bool settle(Plan& plan);
   /// Collective. y[t] = (sum over ranks r, ascending, of round(partial)) + bias[t], in fp32,
   /// rounded once to dtype. partial is the sum over the distinct rows of rank r that carry token t;
   /// with topk_weights, the sum over k, ascending, of topk_weights[t, k] * (the row that carries

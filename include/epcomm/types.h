@@ -141,6 +141,7 @@ struct Caps {
   uint32_t fused_quants = 0;       ///< Caps::bit(q): dispatch can quantise rows on the way
   uint32_t combine_quants = 0;     ///< Caps::bit(q): combine can send partial rows as q
   bool link_counters = false;      ///< Buffer::link_counters() is offered
+  bool sends_ahead = false;        ///< RouteArgs::ahead is offered
   bool forwards = false;           ///< rows reach a node once and are forwarded inside it
 
   static constexpr uint32_t bit(Quant quant) { return 1u << static_cast<int32_t>(quant); }
@@ -206,8 +207,11 @@ struct RouteArgs {
   Dtype dtype = Dtype::kUnset;
   int32_t row_bytes = 0;
   int32_t scale_bytes = 0;
-  bool weighted = false;   ///< with topk_weights
-  bool host_sync = true;   ///< the host learns the counts; false: worst-case shapes, no host wait
+  bool weighted = false;  ///< with topk_weights
+  bool host_sync = true;  ///< the host learns the counts; false: worst-case shapes, no host wait
+  /// With host_sync, where caps().sends_ahead: route does not wait for the counts. The dispatch
+  /// goes to memory of a guessed size, then Buffer::settle says the counts, and whether it fitted.
+  bool ahead = false;
   PlanView plan;           ///< send block to fill
   void* stream = nullptr;  ///< cudaStream_t on GPU transports
 };
@@ -225,6 +229,7 @@ struct RouteResult {
   bool deferred = false;
   const void* topk_idx = nullptr;
   IndexType index_type = IndexType::kInt64;
+  bool unsettled = false;  ///< RouteArgs::ahead: the numbers above come with Buffer::settle
 };
 
 /// Step 2, dispatch: rows to the ranks of their experts. Collective. A null pointer means "not
@@ -250,6 +255,7 @@ struct DispatchArgs {
   IndexType index_type = IndexType::kInt64;
   bool replay = false;        ///< recv_meta was filled by an earlier dispatch with this plan
   int32_t recv_capacity = 0;  ///< received tokens that recv_meta and outputs of kToken hold
+                              ///< (unsettled plans: -1 = there is no memory at all)
   int32_t row_capacity = 0;   ///< rows that recv_x holds
   size_t needed_bytes = 0;
   size_t free_bytes = 0;

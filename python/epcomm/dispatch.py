@@ -14,7 +14,7 @@ from . import quant as quantisation
 from .endpoint import Endpoint, address
 from .errors import Error
 from .events import Event
-from .plans import Routing, route
+from .plans import Routing, route, settle
 from .results import Plan, Recv, Rows
 from .streams import Call, CallOptions
 from .tracing import profiled
@@ -156,13 +156,19 @@ def _send(end: Endpoint, plan: Plan, moved: Moved, args: Any) -> Recv:
     args.row_capacity = plan.num_recv_rows
     received = _receive_tensors(end, plan, moved, args)
     if plan.recv_block is None:
-        meta = received["meta"]
-        attached = plan.native.with_recv_block(meta.data_ptr())
+        meta = received.get("meta")
+        attached = plan.native.with_recv_block(0 if meta is None else meta.data_ptr())
         plan = dataclasses.replace(plan, native=attached, recv_block=meta)
     for name in ("x", "scales", "topk_idx", "topk_weights"):
         if name in received:
             setattr(args, f"recv_{name}", received[name].data_ptr())
     end.native.dispatch(plan.native, args)
+    if plan.native.unsettled:
+        plan, sent = settle(end, plan)
+        if not sent:
+            return _send(end, dataclasses.replace(plan, recv_block=None), moved, args)
+        received = _received_part(end, plan, received)
+        plan = dataclasses.replace(plan, recv_block=received["meta"])
     x = received["x"]
     return Recv(
         x=(x, received["scales"]) if len(moved) > 1 else x,
@@ -192,6 +198,9 @@ def _receive_tensors(end: Endpoint, plan: Plan, moved: Moved, args: Any) -> dict
     if peers_write_slots:
         wanted |= slots
     made = end.tensors.make(list(wanted.values()))
+    if made is None and plan.native.unsettled:
+        args.recv_capacity = args.row_capacity = -1  # the call is made again, with what it needs
+        return {}
     if made is None:
         # The others must learn of it: the call goes on just far enough to raise on all ranks.
         args.needed_bytes = sum(math.prod(s) * d.itemsize for d, s in wanted.values())
@@ -203,6 +212,16 @@ def _receive_tensors(end: Endpoint, plan: Plan, moved: Moved, args: Any) -> dict
         for name, (dtype, shape) in slots.items():
             received[name] = torch.empty(shape, dtype=dtype, device=end.device)
     return received
+
+
+def _received_part(
+    end: Endpoint, plan: Plan, received: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Of tensors that were made with room for more, what the plan receives."""
+    rows, entries = end.row_shape(plan, 0)[0], end.slot_shape(plan)[0]
+    lengths = {"x": rows, "scales": rows, "topk_idx": entries, "topk_weights": entries}
+    lengths["meta"] = end.native.recv_block_bytes(plan.native, plan.recv_capacity)
+    return {name: tensor[: lengths[name]] for name, tensor in received.items()}
 
 
 def _arrange_scales(end: Endpoint, recv: Recv, payload: Payload) -> Recv:

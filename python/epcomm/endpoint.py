@@ -100,6 +100,8 @@ class Endpoint:
         native_dtypes, index_types: what the extension module calls torch's dtypes.
         limits: checks what callers pass.
         tensors: makes the tensors that calls return.
+        received: tokens and rows that the last dispatch with host_sync received, by layout, topk
+            and expert_alignment.
         order: makes the calls, in order with the caller's streams.
     """
 
@@ -127,6 +129,7 @@ class Endpoint:
         self.index_types = _by_dtype(module.IndexType)
         self.limits = checks.Limits(native_buffer.id, self.device, hidden, topk, max_tokens, dtype)
         self.tensors = tensors_of(native_buffer, module, self.device)
+        self.received: dict[tuple[str, int, int], tuple[int, int]] = {}
         self.order = CallOrder(self.device, native_buffer.check_faults, comm_stream)
         if self.caps.small_batches:
             _logger.info(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -46,8 +47,55 @@ def route(end: Endpoint, routing: Routing, dispatch: Any) -> Plan:
     args.weighted = dispatch.topk_weights != 0
     args.host_sync = routing.host_sync
     args.stream = dispatch.stream
+    room = _guessed_room(end, routing, topk)
+    args.ahead = room is not None
     native_plan = end.native.route(args, send_block.data_ptr())
-    return _plan(end, native_plan, send_block, None, topk_idx.dtype)
+    plan = _plan(end, native_plan, send_block, None, topk_idx.dtype)
+    if room is not None:
+        return dataclasses.replace(plan, recv_capacity=room[0], num_recv_rows=room[1])
+    _remember(end, plan)
+    return plan
+
+
+def settle(end: Endpoint, plan: Plan) -> tuple[Plan, bool]:
+    """Waits for the counts of a plan whose rows were sent ahead of them.
+
+    Returns the plan with its counts, and whether the guessed room was enough, on all ranks: else
+    nothing was moved.
+    """
+    native, sent = end.native.settle(plan.native)
+    plan = dataclasses.replace(
+        plan,
+        native=native,
+        num_recv_tokens=native.num_recv_tokens,
+        num_recv_rows=native.num_recv_rows,
+        recv_capacity=native.num_recv_tokens,
+    )
+    _remember(end, plan)
+    return plan, sent
+
+
+def _guessed_room(end: Endpoint, routing: Routing, topk: int) -> tuple[int, int] | None:
+    """Tokens and rows to make room for before the counts are known; None to wait for them.
+
+    Batches that follow each other receive about the same. A sixteenth more is cheap, and a guess
+    that is too small costs a second dispatch.
+    """
+    if not (routing.host_sync and end.caps.sends_ahead):
+        return None
+    last = end.received.get((routing.layout, topk, routing.expert_alignment))
+    if last is None:
+        return None
+    layout = getattr(end.module.Layout, routing.layout)
+    most = (end.max_recv_tokens, end.native.max_recv_rows(layout, topk, routing.expert_alignment))
+    tokens, rows = (min(n + n // 16 + 64, limit) for n, limit in zip(last, most, strict=True))
+    return tokens, rows
+
+
+def _remember(end: Endpoint, plan: Plan) -> None:
+    if plan.num_recv_tokens is not None:
+        key = (plan.layout, plan.topk, plan.expert_alignment)
+        end.received[key] = (plan.num_recv_tokens, plan.num_recv_rows)
 
 
 def restore(
