@@ -18,83 +18,16 @@ import torch
 import torch.distributed as dist
 
 import output
+import overlap
 from adapters import ADAPTERS, Adapter, Operation, Options, Unavailable
+from adapters.epcomm_adapter import EpcommAdapter
+from arguments import parse_args
 from rawlink import RawLink
-from routing import RoutingSpec
-from timing import CADENCES, SEPARATE, Stopwatch
-from workload import DTYPES, CaseConfig, Workload
+from timing import CADENCES, SEPARATE, Stopwatch, Times
+from workload import CaseConfig, Workload
 
 BUDGET_S = {"cpu": 0.2, "cuda": 0.5}  # time of one measurement, where --iters does not say
-
-
-def integers(text: str) -> list[int]:
-    values = [int(part) for part in text.split(",")]
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers of at least 1")
-    return values
-
-
-def adapter_names(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in ADAPTERS:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(ADAPTERS)}")
-    return names
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Times MoE dispatch and combine. Start it with torchrun, one process per rank."
-    )
-    add = parser.add_argument
-    add("--transport", default=os.environ.get("EPCOMM_TRANSPORT", "auto"), help="of epcomm")
-    add("--tokens", type=integers, help="per rank: 1,8,64,512 (and 4096 on a GPU)")
-    add("--hidden", type=int, default=7168, help="elements of a token row")
-    add("--topk", type=int, help="experts per token: 8, or what the routing file has")
-    add("--experts", type=int, default=256)
-    add(
-        "--dtype",
-        choices=DTYPES,
-        default="bf16",
-        help="fp8 takes (q, scales) pairs; combine is bf16",
-    )
-    add("--layout", choices=("token", "expert", "padded"), default="token")
-    add("--expert-alignment", type=int, default=1, help="rows, for --layout expert")
-    add("--num-sms", type=integers, help="most SMs a call may use; several values are a sweep")
-    add("--routing", default="uniform", help="uniform, zipf:S, one-expert, or a file of expert ids")
-    add("--adapter", type=adapter_names, default=["epcomm", "torch"], help=",".join(ADAPTERS))
-    add("--graph", action="store_true", help="host_sync=False, captured into CUDA graphs")
-    add(
-        "--transport-option",
-        metavar="NAME=VALUE",
-        action="append",
-        default=[],
-        help="of epcomm's transport_options; may be repeated",
-    )
-    add("--commit", help="what the rows are of; default: asks git")
-    add("--json", metavar="FILE", help="write the rows as JSON lines")
-    add("--csv", metavar="FILE", help="write the rows as CSV")
-    add("--plot", metavar="FILE.png", help="draw time and bandwidth; needs matplotlib")
-    add("--iters", type=int, default=0, help="timed iterations; 0: as many as fit the time budget")
-    add("--warmup", type=int, default=3)
-    add("--seed", type=int, default=0)
-    add("--timeout", type=float, default=30.0, help="seconds that a wait for a peer may take")
-    args = parser.parse_args(argv)
-    args.routing = _or_usage_error(parser, lambda: RoutingSpec.parse(args.routing))
-    if args.topk is None:
-        args.topk = 8 if args.routing.table is None else args.routing.table.shape[1]
-    if not 1 <= args.topk <= args.experts:
-        parser.error(f"--topk {args.topk}: expected 1 to {args.experts} (--experts)")
-    if args.plot:
-        _or_usage_error(parser, lambda: __import__("matplotlib"))
-    return args
-
-
-def _or_usage_error(parser: argparse.ArgumentParser, make):
-    try:
-        return make()
-    except (ValueError, ImportError) as error:
-        parser.error(str(error))
+FLOOR_TOKENS = {"cpu": 512, "cuda": 4096}  # a raw link that moves so many runs at its best
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +74,10 @@ class Bench:
         self._progress = output.Progress() if machine.rank == 0 else None
         self._noted: set[str] = set()
         self._raw_us: dict[str, float] = {}  # of the case at hand, by operation
+        self._best_gbps = 0.0  # of the raw link
 
     def run(self) -> None:
+        self._best_gbps = self._best_raw_link()
         self._print(self._title())
         self._print(output.header())
         for tokens in self.args.tokens:
@@ -151,6 +86,17 @@ class Bench:
             for name in self.args.adapter:
                 self._run_adapter(name, workload)
 
+    def _best_raw_link(self) -> float:
+        """GB/s of the raw link with many bytes: what the byte floor of every row is made with."""
+        self._show("raw link, at its best")
+        workload = self._workload(FLOOR_TOKENS[self.machine.device.type])
+        link, best = RawLink(workload, self._options(None)), 0.0
+        for operation in link.operations():
+            times, _ = self._stopwatch.measure(operation.call, SEPARATE)
+            best = max(best, workload.link_bytes(operation.operation) * 1e-3 / times.p50_us)
+        link.close()
+        return best
+
     def _workload(self, tokens: int) -> Workload:
         args, machine = self.args, self.machine
         routing = args.routing.make(machine.ranks, tokens, args.experts, args.topk, args.seed)
@@ -158,6 +104,7 @@ class Bench:
             rank=machine.rank,
             hidden=args.hidden,
             dtype=args.dtype,
+            quant=args.quant,
             layout=args.layout,
             expert_alignment=args.expert_alignment,
             device=machine.device,
@@ -168,7 +115,7 @@ class Bench:
     def _options(self, num_sms: int | None) -> Options:
         args = self.args
         chosen = dict(option.split("=", 1) for option in args.transport_option)
-        return Options(args.transport, num_sms, args.graph, args.timeout, chosen)
+        return Options(args.transport, num_sms, tuple(args.launch), args.timeout, chosen)
 
     def _run_adapter(self, name: str, workload: Workload) -> None:
         adapter_class = ADAPTERS[name]
@@ -180,6 +127,10 @@ class Bench:
             except Unavailable as reason:
                 self._note(f"# {name} is left out: {reason}")
                 return
+            if adapter.left_out:
+                self._note(f"# left out of {name}: {adapter.left_out}")
+            if self.args.overlap and isinstance(adapter, EpcommAdapter):
+                self._measure_overlap(name, adapter, workload)
             self._measure_all(name, adapter, workload, CADENCES)
 
     def _measure_all(
@@ -188,6 +139,7 @@ class Bench:
         for operation in adapter.operations():
             for cadence in cadences:
                 self._measure(name, adapter, workload, operation, cadence)
+            del operation  # and what it holds, before the next is made
         adapter.close()
 
     def _measure(
@@ -199,28 +151,57 @@ class Bench:
         wrong = operation.wrong(operation.call())
         times, result = self._stopwatch.measure(operation.call, cadence)
         wrong += operation.wrong(result)
-        wrong_everywhere = torch.tensor([wrong])
-        dist.all_reduce(wrong_everywhere)
         if name == "raw":
             self._raw_us[operation.operation] = times.p50_us
             self._raw_us["pair"] = sum(
                 self._raw_us[each] for each in self._raw_us if each != "pair"
             )
-        is_combine = operation.operation == "combine"
+        row = self._row(name, adapter, workload, operation.operation, times)
+        self._add(dataclasses.replace(row, mode=mode), wrong)
+
+    def _measure_overlap(self, name: str, adapter: EpcommAdapter, workload: Workload) -> None:
+        gemm = overlap.GroupedGemm(workload, self.args.overlap_width)
+        self._note(f"# grouped GEMM: {gemm.shape}")
+        for operation, start, check in adapter.overlapped():
+            self._show(f"{name}, {operation} beside a GEMM, {workload.tokens} tokens")
+            measured, wrong = overlap.measure(self._stopwatch, gemm, start, check)
+            row = self._row(name, adapter, workload, operation, measured.together)
+            row = dataclasses.replace(
+                row,
+                mode=f"overlap/{SEPARATE}",
+                alone_us=round(measured.alone_us, 2),
+                gemm_us=round(measured.gemm_us, 2),
+            )
+            self._add(row, wrong)
+            self._print(output.overlap_line(row))
+
+    def _add(self, row: output.Row, wrong: int) -> None:
+        """Prints and keeps a row, with the wrong elements of all ranks."""
+        wrong_everywhere = torch.tensor([wrong])
+        dist.all_reduce(wrong_everywhere)
+        row = dataclasses.replace(row, wrong=int(wrong_everywhere.item()))
+        self.rows.append(row)
+        self._print(output.line(row))
+
+    def _row(
+        self, name: str, adapter: Adapter, workload: Workload, operation: str, times: Times
+    ) -> output.Row:
+        is_combine = operation == "combine"
         gbps = 1e-3 / times.p50_us
-        link_bytes = workload.link_bytes(operation.operation)
-        row = output.Row(
+        link_bytes = workload.link_bytes(operation)
+        return output.Row(
             schema_version=output.SCHEMA_VERSION,
             adapter=name,
             transport=adapter.transport,
-            operation=operation.operation,
-            mode=mode,
+            operation=operation,
+            mode="",
             tokens=workload.tokens,
             hidden=self.args.hidden,
             topk=self.args.topk,
             experts=self.args.experts,
             ranks=self.machine.ranks,
             dtype=workload.combine_dtype_name if is_combine else self.args.dtype,
+            quant=None if is_combine else self.args.quant,
             layout=adapter.layout,
             sms=adapter.num_sms,
             routing=workload.routing.name,
@@ -229,23 +210,26 @@ class Bench:
             p50_us=round(times.p50_us, 2),
             p99_us=round(times.p99_us, 2),
             link_gbps=round(link_bytes * gbps, 4),
-            logical_gbps=round(workload.logical_bytes(operation.operation) * gbps, 4),
-            raw_gbps=round(link_bytes * 1e-3 / self._raw_us[operation.operation], 4),
-            wrong=int(wrong_everywhere.item()),
+            logical_gbps=round(workload.logical_bytes(operation) * gbps, 4),
+            raw_gbps=round(link_bytes * 1e-3 / self._raw_us[operation], 4),
+            floor_us=round(link_bytes * 1e-3 / self._best_gbps, 2) if self._best_gbps else 0.0,
+            alone_us=None,
+            gemm_us=None,
+            wrong=0,
             device=self.machine.device_name,
             driver=self.machine.driver,
             torch=torch.__version__,
             commit=self.machine.commit,
         )
-        self.rows.append(row)
-        self._print(output.line(row))
 
     def _title(self) -> str:
         args = self.args
+        to_quant = f" quantised to {args.quant}" if args.quant else ""
         return (
             f"# {self.machine.ranks} ranks, hidden {args.hidden}, "
             f"top-{args.topk} of {args.experts} experts, {args.routing.name} routing, "
-            f"{args.dtype}, {args.layout} layout, "
+            f"{args.dtype}{to_quant}, {args.layout} layout, "
+            f"raw link at best {self._best_gbps:.1f} GB/s, "
             f"{self.machine.device_name}, commit {self.machine.commit}"
         )
 
@@ -269,6 +253,8 @@ def run(args: argparse.Namespace) -> list[output.Row]:
     with process_group(args.transport) as device:
         if args.tokens is None:
             args.tokens = [1, 8, 64, 512] + [4096] * (device.type == "cuda")
+        if device.type == "cpu" and "graph" in args.launch:
+            sys.exit("bench: --launch graph needs GPUs")
         machine = Machine(
             rank=dist.get_rank(),
             ranks=dist.get_world_size(),

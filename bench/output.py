@@ -13,7 +13,7 @@ from typing import IO
 
 import torch
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Row:
     experts: int
     ranks: int
     dtype: str
+    quant: str | None
     layout: str
     sms: int | None
     routing: str
@@ -41,6 +42,9 @@ class Row:
     link_gbps: float
     logical_gbps: float
     raw_gbps: float
+    floor_us: float
+    alone_us: float | None
+    gemm_us: float | None
     wrong: int
     device: str
     driver: str | None
@@ -61,6 +65,7 @@ COLUMNS = (  # title, width, text of a row
     ("link GB/s", 10, lambda row: f"{row.link_gbps:.2f}"),
     ("logical GB/s", 13, lambda row: f"{row.logical_gbps:.2f}"),
     ("of raw", 7, lambda row: share_of_raw(row.link_gbps, row.raw_gbps)),
+    ("above", 6, lambda row: share_above_floor(row.p50_us, row.floor_us)),
     # The raw link is timed, not checked.
     ("#wrong", 7, lambda row: "-" if row.adapter == "raw" else str(row.wrong)),
 )
@@ -69,6 +74,21 @@ COLUMNS = (  # title, width, text of a row
 def share_of_raw(link_gbps: float, raw_gbps: float) -> str:
     """Percent of the raw link, or - where nothing crossed it."""
     return f"{100 * link_gbps / raw_gbps:.0f} %" if raw_gbps > 0 else "-"
+
+
+def share_above_floor(p50_us: float, floor_us: float) -> str:
+    """Percent of the time that is not the bytes', at the raw link's best rate."""
+    return f"{100 * max(1 - floor_us / p50_us, 0):.0f} %"
+
+
+def overlap_line(row: Row) -> str:
+    """What a row with a GEMM beside it says."""
+    assert row.alone_us is not None and row.gemm_us is not None
+    hidden = (row.alone_us + row.gemm_us - row.p50_us) / row.alone_us
+    return (
+        f"# {row.operation} beside a GEMM: alone {row.alone_us:.1f} us, GEMM {row.gemm_us:.1f} us, "
+        f"together {row.p50_us:.1f} us: {100 * hidden:.0f} % of the communication hidden"
+    )
 
 
 def _aligned(text: str, width: int) -> str:

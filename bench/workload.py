@@ -13,6 +13,7 @@ import dataclasses
 import numpy as np
 import torch
 
+import quantised
 from routing import Routing
 
 DTYPES = {
@@ -32,6 +33,7 @@ class CaseConfig:
     rank: int
     hidden: int
     dtype: str
+    quant: str | None
     layout: str
     expert_alignment: int
     device: torch.device
@@ -58,6 +60,11 @@ class Workload:
     def __init__(self, config: CaseConfig, routing: Routing):
         if config.dtype == "fp8" and config.hidden % SCALE_BLOCK:
             raise ValueError(f"hidden {config.hidden}: fp8 needs a multiple of {SCALE_BLOCK}")
+        if config.quant and config.hidden % quantised.MULTIPLE[config.quant]:
+            multiple = quantised.MULTIPLE[config.quant]
+            raise ValueError(
+                f"hidden {config.hidden}: {config.quant} needs a multiple of {multiple}"
+            )
         self.config = config
         self.routing = routing
         self.rank = config.rank
@@ -88,6 +95,8 @@ class Workload:
     def row_bytes(self, operation: str) -> int:
         """Payload of one row with its scales, without expert ids and weights. A pair is both."""
         dispatched = self.config.hidden * self.dtype.itemsize + 4 * self.num_scales
+        if self.config.quant:
+            dispatched = quantised.row_bytes(self.config.quant, self.config.hidden)
         combined = self.config.hidden * self.combine_dtype.itemsize
         return {"dispatch": dispatched, "combine": combined, "pair": dispatched + combined}[
             operation
@@ -203,6 +212,27 @@ class Workload:
             if scales is None:
                 return wrong + len(at.ids) * self.num_scales
             wrong += self._wrong_at(scales, at, self.scale_rows)
+        return wrong
+
+    def wrong_quantised(
+        self,
+        q: torch.Tensor,
+        scales: torch.Tensor,
+        global_scale: torch.Tensor | None,
+        at: Placement,
+    ) -> int:
+        """As wrong_received, of rows that were quantised on the way (config.quant)."""
+        q, scales = q.reshape(-1, q.shape[-1]), scales.reshape(-1, scales.shape[-1])
+        if len(at.ids) and int(at.positions.max()) >= len(q):
+            return len(at.ids) * self.config.hidden
+        wrong = 0
+        for start in range(0, len(at.ids), CHECK_ROWS):
+            part = slice(start, start + CHECK_ROWS)
+            where = at.positions[part]
+            picked = q.view(torch.uint8)[where].view(q.dtype), scales[where]
+            globals_ = None if global_scale is None else global_scale.reshape(-1)[where]
+            values = quantised.dequantised(*picked, globals_).round()
+            wrong += self.wrong_elements(values, self.rows(at.ids[part], torch.float32))
         return wrong
 
     def wrong_elements(self, actual: torch.Tensor, expected: torch.Tensor) -> int:

@@ -43,7 +43,7 @@ def ranks(least: int = 1) -> launcher.Pool:
 
 
 @dataclass
-class Bench:
+class Subject:
     """One Buffer and what is known of its calls."""
 
     buf: Any
@@ -59,7 +59,7 @@ def make(
     hidden: int,
     most: int,
     timeout: float = TIMEOUT_S,
-) -> Bench:
+) -> Subject:
     import epcomm
 
     shape = Shape(group.size(), most, hidden)
@@ -75,7 +75,7 @@ def make(
         window_bytes=BATCHES_HELD * shape.num_experts * most * hidden * 4 + 64 * MIB,
         transport_options=options,
     )
-    return Bench(buf, Checker(buf.rank, shape, device), device)
+    return Subject(buf, Checker(buf.rank, shape, device), device)
 
 
 # Random calls.
@@ -99,9 +99,9 @@ def draw(rng: random.Random, number: int) -> dict[str, Any]:
     }
 
 
-def round_trip(bench: Bench, call: Call, how: dict[str, Any]) -> Any:
+def round_trip(subject: Subject, call: Call, how: dict[str, Any]) -> Any:
     """A dispatch, its replays, and a combine, all checked; returns the last batch received."""
-    buf, layout, alignment = bench.buf, how["layout"], how["alignment"]
+    buf, layout, alignment = subject.buf, how["layout"], how["alignment"]
     sms = {"num_sms": how["num_sms"]}
     batch = call.batch(how["dtype"])
     recv = buf.dispatch(
@@ -144,11 +144,11 @@ def round_trip(bench: Bench, call: Call, how: dict[str, Any]) -> Any:
     return recv
 
 
-def raise_if_wrong(benches: list[Bench], made: dict[int, Any]) -> None:
-    for bench in benches:
-        for number, count in bench.checker.wrong().items():
+def raise_if_wrong(subjects: list[Subject], made: dict[int, Any]) -> None:
+    for subject in subjects:
+        for number, count in subject.checker.wrong().items():
             raise AssertionError(
-                f"{count} wrong elements in call {number}, a Buffer of {bench.checker.shape}: "
+                f"{count} wrong elements in call {number}, a Buffer of {subject.checker.shape}: "
                 f"{made.get(number)}"
             )
 
@@ -163,26 +163,28 @@ def run_calls(
     seed: int = 0,
 ) -> int:
     """Calls in turn on one Buffer per option and shape. Returns how many were checked."""
-    benches = [make(group, device, transport, o, *s) for o, s in itertools.product(options, shapes)]
+    subjects = [
+        make(group, device, transport, o, *s) for o, s in itertools.product(options, shapes)
+    ]
     rng = random.Random(seed)
     held: deque[tuple[Call, Any, dict[str, Any]]] = deque()
     made: dict[int, Any] = {}
     for number in range(count):
-        bench = benches[rng.randrange(len(benches))]
+        subject = subjects[rng.randrange(len(subjects))]
         how = draw(rng, number)
-        how["tokens"] = bench.checker.tokens(rng)
+        how["tokens"] = subject.checker.tokens(rng)
         made[number] = how
-        call = bench.checker.call(number, how["tokens"], how["fp8"])
-        held.append((call, round_trip(bench, call, how), how))
+        call = subject.checker.call(number, how["tokens"], how["fp8"])
+        held.append((call, round_trip(subject, call, how), how))
         if len(held) > HELD:
             earlier, recv, of = held.popleft()
             earlier.check_received(recv, of["layout"], of["alignment"])
             overwrite(recv)
             del recv
         if number % CALLS_PER_WAIT == CALLS_PER_WAIT - 1 or number == count - 1:
-            raise_if_wrong(benches, made)
+            raise_if_wrong(subjects, made)
             made = {n: made[n] for n in list(made)[-2 * HELD :]}
     held.clear()
-    for bench in benches:
-        bench.buf.destroy()
+    for subject in subjects:
+        subject.buf.destroy()
     return count

@@ -45,16 +45,16 @@ def run_cycles(
     for cycle in range(warm_up + count):
         if cycle == warm_up:
             before = holdings(group, device)
-        bench = make(group, device, transport, options[cycle % len(options)], 256, 64)
+        subject = make(group, device, transport, options[cycle % len(options)], 256, 64)
         rng = random.Random(cycle)
         how = draw(rng, cycle)
-        call = bench.checker.call(cycle, bench.checker.tokens(rng), how["fp8"])
-        recv = round_trip(bench, call, how)
+        call = subject.checker.call(cycle, subject.checker.tokens(rng), how["fp8"])
+        recv = round_trip(subject, call, how)
         if cycle % 3 == 0:
-            bench.buf.destroy()
+            subject.buf.destroy()
         call.check_received(recv, how["layout"], how["alignment"])  # outlives the Buffer
-        raise_if_wrong([bench], {cycle: how})
-        del bench, call, recv  # without destroy() the last reference does it
+        raise_if_wrong([subject], {cycle: how})
+        del subject, call, recv  # without destroy() the last reference does it
     return before, holdings(group, device)
 
 
@@ -81,18 +81,18 @@ def run_killed(
     """Calls until a rank is lost: which, when, and after how many calls that were right."""
     import epcomm
 
-    bench = make(group, device, transport, options, 1024, most, LOST_TIMEOUT_S)
+    subject = make(group, device, transport, options, 1024, most, LOST_TIMEOUT_S)
     rng = random.Random(11)
     for number in itertools.count():
         if number == 10:
             parent.tell("ready")
         how = draw(rng, number)
         try:
-            call = bench.checker.call(number, bench.checker.tokens(rng), how["fp8"])
-            round_trip(bench, call, how)
+            call = subject.checker.call(number, subject.checker.tokens(rng), how["fp8"])
+            round_trip(subject, call, how)
             if number % 10 == 9:
-                wrong = bench.checker.wrong()
-                bench.buf.check_faults()  # if a call was given up, what it left is not looked at
+                wrong = subject.checker.wrong()
+                subject.buf.check_faults()  # if a call was given up, what it left is not looked at
                 assert not wrong, (wrong, how)
         except epcomm.PeerLost as lost:
             seen = time.monotonic()

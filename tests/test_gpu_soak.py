@@ -19,7 +19,7 @@ from soak_calls import (
     LARGE_SHAPES,
     SMALL,
     SMALL_SHAPES,
-    Bench,
+    Subject,
     calls,
     draw,
     make,
@@ -57,15 +57,15 @@ def test_calls_of_nccl() -> None:
 
 
 def late_trip(
-    bench: Bench, call: Call, real: tuple[torch.Tensor, torch.Tensor], late: list[float]
+    subject: Subject, call: Call, real: tuple[torch.Tensor, torch.Tensor], late: list[float]
 ) -> list[torch.Tensor]:
     """What a dispatch and a combine give, with seconds of delay before, between and inside."""
-    buf, (x, weights) = bench.buf, real
+    buf, (x, weights) = subject.buf, real
     layout = ("token", "expert", "padded")[call.number % 3]
     time.sleep(late[0])
     idx = call.batch().topk_idx
     recv = buf.dispatch(x, idx, weights, layout=layout, host_sync=call.number % 2 == 0)
-    if bench.device == "cuda":  # of the stream: the kernels of others wait, their hosts do not
+    if subject.device == "cuda":  # of the stream: the kernels of others wait, their hosts do not
         torch.cuda._sleep(int(late[1] * CYCLES_PER_S))
     out = buf.combine_input(recv.plan, torch.bfloat16).copy_(recv.x)
     time.sleep(late[2])
@@ -79,25 +79,25 @@ def run_late(
     group: Any, device: str, transport: str, options: dict[str, str], most: int, delay_s: float
 ) -> int:
     """Real numbers, whose sums depend on their order: late ranks must not change a bit."""
-    bench = make(group, device, transport, options, 1024, most)
-    rank, num_ranks = bench.buf.rank, bench.buf.num_ranks
+    subject = make(group, device, transport, options, 1024, most)
+    rank, num_ranks = subject.buf.rank, subject.buf.num_ranks
     rng = torch.Generator().manual_seed(rank)
     compared = 0
     for number in range(6 * num_ranks):
-        tokens = bench.checker.tokens(random.Random(number))
-        call = bench.checker.call(number, tokens)
+        tokens = subject.checker.tokens(random.Random(number))
+        call = subject.checker.call(number, tokens)
         x = torch.randn(tokens[rank], 1024, generator=rng).bfloat16().to(device)
         weights = torch.rand(tokens[rank], 4, generator=rng).to(device)
-        expected = late_trip(bench, call, (x, weights), [0.0] * 3)
+        expected = late_trip(subject, call, (x, weights), [0.0] * 3)
         # In turn each rank is late before the dispatch, on its stream, before the combine; others
         # a little, at random.
         draws = random.Random(1000 * number + rank)
         turn = (number + rank) % num_ranks
         late = [delay_s if turn == i else delay_s * draws.choice((0.0, 0.3)) for i in range(3)]
-        for got, want in zip(late_trip(bench, call, (x, weights), late), expected, strict=True):
+        for got, want in zip(late_trip(subject, call, (x, weights), late), expected, strict=True):
             assert torch.equal(got.view(torch.int16), want.view(torch.int16)), (number, late)
             compared += 1
-    bench.buf.destroy()
+    subject.buf.destroy()
     return compared
 
 
@@ -116,8 +116,8 @@ def test_late_ranks_change_no_bit(transport: str, options: dict[str, str], most:
 
 def run_graphs(group: Any, transport: str, options: dict[str, str], most: int, count: int) -> int:
     """Graphs of several sizes and layouts replayed in random order, with eager calls between."""
-    bench = make(group, "cuda", transport, options, 1024, most)
-    buf, checker = bench.buf, bench.checker
+    subject = make(group, "cuda", transport, options, 1024, most)
+    buf, checker = subject.buf, subject.checker
     rng = random.Random(3)
     numbers = itertools.count()
     ways = (("token", 1), ("expert", 8), ("padded", 1), ("token", 1))
@@ -171,7 +171,7 @@ def run_graphs(group: Any, transport: str, options: dict[str, str], most: int, c
         if way == len(ways):
             made[number] = how = draw(rng, number)
             call = checker.call(number, checker.tokens(rng), how["fp8"])
-            overwrite(round_trip(bench, call, how))
+            overwrite(round_trip(subject, call, how))
         else:
             made[number] = f"graph {way}, {ways[way]}"
             call = checker.call(number, sizes(way))
@@ -187,8 +187,8 @@ def run_graphs(group: Any, transport: str, options: dict[str, str], most: int, c
             call.check_combined(y, ways[way][0], True)
             overwrite(recv)
         if number % CALLS_PER_WAIT == 0:
-            raise_if_wrong([bench], made)
-    raise_if_wrong([bench], made)
+            raise_if_wrong([subject], made)
+    raise_if_wrong([subject], made)
     torch.cuda.synchronize()
     del graphs
     buf.destroy()

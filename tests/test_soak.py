@@ -62,16 +62,16 @@ FAULTS: dict[str, Callable[[Any], None]] = {
 
 
 def run_faults(group: Any, fault: str, layout: str) -> dict[int, int]:
-    bench = make(group, "cpu", "cpu", {}, 256, 8)
-    call = bench.checker.call(5, [8], fp8=True)
+    subject = make(group, "cpu", "cpu", {}, 256, 8)
+    call = subject.checker.call(5, [8], fp8=True)
     batch = call.batch()
-    recv = bench.buf.dispatch(batch.rows, batch.topk_idx, batch.topk_weights, layout=layout)
+    recv = subject.buf.dispatch(batch.rows, batch.topk_idx, batch.topk_weights, layout=layout)
     call.check_received(recv, layout)
-    assert bench.checker.wrong() == {}
+    assert subject.checker.wrong() == {}
     FAULTS[fault](recv)
     call.check_received(recv, layout)
-    bench.buf.destroy()
-    return bench.checker.wrong()
+    subject.buf.destroy()
+    return subject.checker.wrong()
 
 
 @pytest.mark.parametrize("layout", ["token", "expert"])

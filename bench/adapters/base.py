@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ class Options:
 
     transport: str
     num_sms: int | None
-    graph: bool
+    launches: tuple[str, ...]  # "eager", "graph"
     timeout: float
     transport_options: dict[str, str]
 
@@ -32,7 +32,7 @@ class Operation:
     """One timed call. wrong() counts the wrong elements of what call() returned, on this rank."""
 
     operation: str  # dispatch, combine or pair (both, chained)
-    routing_mode: str  # fresh, replay, elsewhere, graph, packed or raw; docs/benchmarking.md
+    routing_mode: str  # fresh, replay, graph, packed, ...; docs/benchmarking.md has them all
     call: Callable[[], Any]
     wrong: Callable[[Any], int]
 
@@ -44,14 +44,15 @@ class Adapter(abc.ABC):
     layout: str  # of the rows that dispatch returns
     takes_num_sms: bool = False
     num_sms: int | None = None  # what it was told to use, if it takes num_sms
+    left_out: str = ""  # what was asked for and cannot be timed here, and why
 
     @abc.abstractmethod
     def __init__(self, workload: Workload, options: Options):
         """Raises Unavailable, on all ranks alike, if the library cannot run this case."""
 
     @abc.abstractmethod
-    def operations(self) -> list[Operation]:
-        """What can be timed."""
+    def operations(self) -> Iterable[Operation]:
+        """What can be timed, each to be dropped before the next is asked for."""
 
     def close(self) -> None:
         """Frees what the library holds."""

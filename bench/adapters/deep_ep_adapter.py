@@ -11,8 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from adapters.base import Adapter, Operation, Options, Unavailable
-from workload import SCALE_BLOCK, Placement, Workload, source_factor
+from adapters.base import Adapter, Operation, Options, Unavailable, captured
+from workload import Placement, Workload, source_factor
 
 DEFAULT_NUM_SMS = 24  # what DeepEP's own tests use between the GPUs of one node
 
@@ -23,6 +23,7 @@ class DeepEpAdapter(Adapter):
 
     def __init__(self, workload: Workload, options: Options):
         self._workload = workload
+        self._launches = options.launches
         self.layout = workload.config.layout
         self._refuse_unless_able(options)
         self._max_tokens = workload.tokens
@@ -50,8 +51,12 @@ class DeepEpAdapter(Adapter):
             raise Unavailable(
                 "set up for 2, 4 or 8 ranks of one node with equally many experts each"
             )
-        if options.graph:
-            raise Unavailable("--graph is for epcomm only")
+        if config.quant and (self.layout != "padded" or config.quant == "nvfp4"):
+            raise Unavailable("DeepEP V1 quantises to fp8, in its low-latency kernels (padded)")
+        if config.dtype == "fp8" and self.layout == "padded":
+            raise Unavailable("DeepEP V1's low-latency kernels take bf16; ask for --quant fp8")
+        if options.launches == ("graph",) and self.layout != "padded":
+            raise Unavailable("of DeepEP V1 only the low-latency kernels (padded) are captured")
 
     def _make_normal_buffer(self) -> None:
         buffer_class, num_ranks = self._deep_ep.Buffer, self._workload.routing.num_ranks
@@ -117,25 +122,33 @@ class DeepEpAdapter(Adapter):
         def wrong_combine(result: tuple) -> int:
             return workload.wrong_elements(result[0], workload.combined())
 
+        def replay() -> tuple:
+            return buffer.dispatch(payload, handle=handle)
+
+        def combine() -> tuple:
+            return buffer.combine(expert_output, handle)
+
+        def pair() -> tuple:
+            return buffer.combine(expert_output, fresh()[4])
+
+        def pair_again() -> tuple:
+            replay()
+            return combine()
+
         return [
             Operation("dispatch", "fresh", fresh, wrong_dispatch),
-            Operation(
-                "dispatch",
-                "replay",
-                lambda: buffer.dispatch(payload, handle=handle),
-                wrong_dispatch,
-            ),
-            Operation(
-                "combine", "replay", lambda: buffer.combine(expert_output, handle), wrong_combine
-            ),
+            Operation("dispatch", "replay", replay, wrong_dispatch),
+            Operation("combine", "replay", combine, wrong_combine),
+            Operation("pair", "fresh", pair, wrong_combine),
+            Operation("pair", "replay", pair_again, wrong_combine),
         ]
 
     # Low-latency kernels: rows of one expert lie in the order in which sources arrived.
 
     def _low_latency(self) -> list[Operation]:
         workload, buffer = self._workload, self._buffer
-        # fp8 is made by DeepEP itself, from bf16; power-of-two scales keep small integers exact.
-        quantise = workload.config.dtype == "fp8"
+        # Power-of-two scales where ue8m0 is asked for; they are not packed here.
+        quant = workload.config.quant
         x = workload.rows(workload.own_ids, torch.bfloat16)
         weights = torch.ones_like(workload.topk_weights)
 
@@ -145,14 +158,14 @@ class DeepEpAdapter(Adapter):
                 workload.topk_idx,
                 self._max_tokens,
                 workload.routing.num_experts,
-                use_fp8=quantise,
-                round_scale=quantise,
+                use_fp8=quant is not None,
+                round_scale=quant == "fp8_ue8m0",
             )
 
         first = dispatch()
         handle = first[2]
         arrived = self._arrived(handle)
-        shape = (first[0][0] if quantise else first[0]).shape
+        shape = (first[0][0] if quant else first[0]).shape
         expert_output = torch.zeros(shape, dtype=torch.bfloat16, device=x.device)
         rows = workload.rows(arrived.ids, torch.bfloat16) * arrived.factors[:, None]
         expert_output.view(-1, shape[-1])[arrived.positions] = rows.to(torch.bfloat16)
@@ -160,20 +173,45 @@ class DeepEpAdapter(Adapter):
         def combine() -> tuple:
             return buffer.low_latency_combine(expert_output, workload.topk_idx, weights, handle)
 
+        # Rows of ones: each dispatch places rows as they come, so a chained combine cannot be given
+        # what belongs there without a look at the handle.
+        ones = torch.ones_like(expert_output)
+
+        def pair() -> tuple:
+            handle = dispatch()[2]
+            return buffer.low_latency_combine(ones, workload.topk_idx, weights, handle)
+
         def wrong_dispatch(result: tuple) -> int:
-            received = _dequantised(*result[0]) if quantise else result[0]
             at = self._arrived(result[2])
-            got = received.reshape(-1, shape[-1])[at.positions]
-            wrong = workload.wrong_elements(got, workload.rows(at.ids, torch.bfloat16))
+            if quant:
+                # Scales lie column-major: [experts, rows, groups] by their strides.
+                wrong = workload.wrong_quantised(*result[0], None, at)
+            else:
+                got = result[0].reshape(-1, shape[-1])[at.positions]
+                wrong = workload.wrong_elements(got, workload.rows(at.ids, torch.bfloat16))
             return wrong + self._wrong_ids(at)
 
         def wrong_combine(result: tuple) -> int:
             return workload.wrong_elements(result[0], workload.combined())
 
-        return [
-            Operation("dispatch", "fresh", dispatch, wrong_dispatch),
-            Operation("combine", "replay", combine, wrong_combine),
-        ]
+        def wrong_pair(result: tuple) -> int:
+            experts = (workload.topk_idx >= 0).sum(1, keepdim=True).to(torch.bfloat16)
+            return workload.wrong_elements(result[0], experts.expand_as(result[0]))
+
+        timed = []
+        if "eager" in self._launches:
+            timed += [
+                Operation("dispatch", "fresh", dispatch, wrong_dispatch),
+                Operation("combine", "replay", combine, wrong_combine),
+                Operation("pair", "fresh", pair, wrong_pair),
+            ]
+        if "graph" in self._launches:
+            timed += [
+                Operation("dispatch", "graph", captured(dispatch), wrong_dispatch),
+                Operation("combine", "graph", captured(combine), wrong_combine),
+                Operation("pair", "graph", captured(pair), wrong_pair),
+            ]
+        return timed
 
     def _arrived(self, handle: tuple) -> Placement:
         """Where rows lie, by what DeepEP says of them in its handle."""
@@ -202,7 +240,3 @@ class DeepEpAdapter(Adapter):
             for p in (at, expected)
         )
         return len(got ^ want)
-
-
-def _dequantised(q: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return (q.float() * scales.float().repeat_interleave(SCALE_BLOCK, dim=-1)).to(torch.bfloat16)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from adapters.base import Adapter, Operation, Options, Unavailable, captured
+from overlap import Started
 from workload import Workload
 
 
@@ -21,6 +23,7 @@ class EpcommAdapter(Adapter):
         self._workload = workload
         self._options = options
         self.num_sms = options.num_sms
+        self._graph = "graph" in options.launches
         self.layout = workload.config.layout
         self._buffer = epcomm.Buffer(
             num_experts=workload.routing.num_experts,
@@ -49,8 +52,11 @@ class EpcommAdapter(Adapter):
             )
         elif not getattr(caps, f"{self.layout}_layout"):
             reason = f"has no {self.layout} layout"
-        elif self._options.graph and not caps.graph_capture:
-            reason = "cannot be captured into a CUDA graph"
+        elif "graph" in self._options.launches and not caps.graph_capture:
+            self._graph = False
+            self.left_out = f"transport {self.transport} cannot be captured into a CUDA graph"
+            if "eager" not in self._options.launches:
+                reason = "cannot be captured into a CUDA graph"
         if reason:
             self.close()
             raise Unavailable(f"transport {self.transport} {reason}")
@@ -58,68 +64,66 @@ class EpcommAdapter(Adapter):
     def close(self) -> None:
         self._buffer.destroy()
 
-    def operations(self) -> list[Operation]:
-        x = self._workload.x
-        payload = x if self._workload.scales is None else (x, self._workload.scales)
-        host_sync = not self._options.graph
+    def operations(self) -> Iterator[Operation]:
+        """Graphs are captured one at a time: each keeps memory for its results."""
+        caps = self._buffer.caps
+        if "eager" in self._options.launches:
+            calls = self._calls(host_sync=True)
+            yield Operation("dispatch", "fresh", calls.fresh, self._wrong_dispatch)
+            yield Operation("dispatch", "replay", calls.replay, self._wrong_rows)
+            yield Operation("combine", "replay", calls.combine, self._wrong_combine)
+            yield Operation("pair", "fresh", calls.pair, self._wrong_combine)
+            yield Operation("pair", "replay", calls.pair_again, self._wrong_combine)
+            if caps.cuda and caps.symmetric_outputs:
+                elsewhere = calls.combine_elsewhere
+                yield Operation("combine", "elsewhere", elsewhere, self._wrong_combine)
+            del calls
+            if caps.cuda:  # elsewhere nothing is waited for anyway
+                calls = self._calls(host_sync=False)
+                yield Operation("dispatch", "no-sync", calls.fresh, self._wrong_dispatch)
+                yield Operation("pair", "no-sync", calls.pair, self._wrong_combine)
+        if self._graph:
+            calls = self._calls(host_sync=False)
+            yield Operation("dispatch", "graph", captured(calls.fresh), self._wrong_dispatch)
+            yield Operation("dispatch", "graph-replay", captured(calls.replay), self._wrong_rows)
+            yield Operation("combine", "graph", captured(calls.combine), self._wrong_combine)
+            yield Operation("pair", "graph", captured(calls.pair), self._wrong_combine)
 
-        def fresh() -> Any:
-            return self._buffer.dispatch(
-                payload,
-                self._workload.topk_idx,
-                self._workload.topk_weights,
-                layout=self.layout,
-                expert_alignment=self._workload.config.expert_alignment,
-                host_sync=host_sync,
+    def overlapped(self) -> list[tuple[str, Callable[[], Started], Callable[[Any], int]]]:
+        """Calls on the communication stream: operation, what starts one, and its check."""
+        calls, buffer = self._calls(host_sync=True), self._buffer
+
+        def dispatch() -> Started:
+            recv = buffer.dispatch(
+                calls.payload, plan=calls.plan, num_sms=self.num_sms, async_op=True, **calls.quant
+            )
+            return Started(recv, recv.event.wait)
+
+        def combine() -> Started:
+            combined = buffer.combine(
+                calls.expert_output,
+                calls.plan,
+                out=calls.out,
                 num_sms=self.num_sms,
+                async_op=True,
             )
+            return Started(combined.y, combined.event.wait)
 
-        first = fresh()
-        plan = first.plan
-        # Experts that write into memory of the Buffer, and experts that know nothing of it.
-        elsewhere = self._workload.expert_output(self._rows(first)[0].shape)
-        expert_output = self._buffer.combine_input(plan, elsewhere.dtype)
-        expert_output.copy_(elsewhere)
-        out = torch.full_like(self._workload.combined(), float("nan"))
-        del first
-
-        def replay() -> Any:
-            return self._buffer.dispatch(payload, plan=plan, num_sms=self.num_sms)
-
-        def combine() -> torch.Tensor:
-            return self._buffer.combine(expert_output, plan, out=out, num_sms=self.num_sms)
-
-        def combine_elsewhere() -> torch.Tensor:
-            return self._buffer.combine(elsewhere, plan, out=out, num_sms=self.num_sms)
-
-        def pair() -> torch.Tensor:
-            received = fresh()
-            return self._buffer.combine(expert_output, received.plan, out=out, num_sms=self.num_sms)
-
-        if self._options.graph:
-            return [
-                Operation("dispatch", "graph", captured(fresh), self._wrong_dispatch),
-                Operation("combine", "graph", captured(combine), self._wrong_combine),
-                Operation("pair", "graph", captured(pair), self._wrong_combine),
-            ]
-        operations = [
-            Operation("dispatch", "fresh", fresh, self._wrong_dispatch),
-            Operation("dispatch", "replay", replay, self._wrong_rows),
-            Operation("combine", "replay", combine, self._wrong_combine),
+        return [
+            ("dispatch", dispatch, self._wrong_rows),
+            ("combine", combine, self._wrong_combine),
         ]
-        if self._buffer.caps.cuda and self._buffer.caps.symmetric_outputs:
-            operations.append(
-                Operation("combine", "elsewhere", combine_elsewhere, self._wrong_combine)
-            )
-        return operations
 
-    @staticmethod
-    def _rows(recv: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return recv.x if isinstance(recv.x, tuple) else (recv.x, None)
+    def _calls(self, host_sync: bool) -> _Calls:
+        return _Calls(self._workload, self._buffer, self.num_sms, host_sync)
 
     def _wrong_rows(self, recv: Any) -> int:
-        x, scales = self._rows(recv)
-        wrong = self._workload.wrong_received(x, scales, self._workload.received)
+        x, scales = recv.x if isinstance(recv.x, tuple) else (recv.x, None)
+        at = self._workload.received
+        if self._workload.config.quant:
+            wrong = self._workload.wrong_quantised(x, scales, recv.global_scale, at)
+        else:
+            wrong = self._workload.wrong_received(x, scales, at)
         for rows in (x, scales):
             if rows is not None:  # the next call may get this memory, and must write it again
                 rows.view(torch.uint8).fill_(0xFF)
@@ -139,3 +143,58 @@ class EpcommAdapter(Adapter):
         wrong = self._workload.wrong_elements(out, self._workload.combined())
         out.fill_(float("nan"))  # the next call must write every element again
         return wrong
+
+
+class _Calls:
+    """The calls that are timed, on one plan."""
+
+    def __init__(self, workload: Workload, buffer: Any, num_sms: int | None, host_sync: bool):
+        self._workload, self._buffer, self._num_sms = workload, buffer, num_sms
+        self._host_sync = host_sync
+        x = workload.x
+        self.payload = x if workload.scales is None else (x, workload.scales)
+        self.quant = {"quant": workload.config.quant}
+        first = self.fresh()
+        self.plan = first.plan
+        # Experts that write into memory of the Buffer, and experts that know nothing of it.
+        rows = first.x[0] if isinstance(first.x, tuple) else first.x
+        shape = (*rows.shape[:-1], workload.config.hidden)
+        self._elsewhere = workload.expert_output(torch.Size(shape))
+        self.expert_output = buffer.combine_input(self.plan, self._elsewhere.dtype)
+        self.expert_output.copy_(self._elsewhere)
+        self.out = torch.full_like(workload.combined(), float("nan"))
+
+    def fresh(self) -> Any:
+        return self._buffer.dispatch(
+            self.payload,
+            self._workload.topk_idx,
+            self._workload.topk_weights,
+            layout=self._workload.config.layout,
+            expert_alignment=self._workload.config.expert_alignment,
+            host_sync=self._host_sync,
+            num_sms=self._num_sms,
+            **self.quant,
+        )
+
+    def replay(self) -> Any:
+        return self._buffer.dispatch(
+            self.payload, plan=self.plan, num_sms=self._num_sms, **self.quant
+        )
+
+    def combine(self) -> torch.Tensor:
+        return self._combine(self.expert_output, self.plan)
+
+    def combine_elsewhere(self) -> torch.Tensor:
+        return self._combine(self._elsewhere, self.plan)
+
+    # A dispatch and its combine, as one layer after the other would call them.
+
+    def pair(self) -> torch.Tensor:
+        return self._combine(self.expert_output, self.fresh().plan)
+
+    def pair_again(self) -> torch.Tensor:
+        self.replay()
+        return self.combine()
+
+    def _combine(self, x: torch.Tensor, plan: Any) -> torch.Tensor:
+        return self._buffer.combine(x, plan, out=self.out, num_sms=self._num_sms)

@@ -5,10 +5,12 @@ The plainest baseline: no routing, counting, packing or reduction is timed, just
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.distributed as dist
 
-from adapters.base import Adapter, Operation, Options, captured
+from adapters.base import Adapter, Operation, Options, Unavailable, captured
 from workload import Workload
 
 
@@ -16,12 +18,29 @@ class TorchAdapter(Adapter):
     layout = "token"  # rows arrive by source rank, then token
 
     def __init__(self, workload: Workload, options: Options):
+        if workload.config.quant:
+            raise Unavailable("torch.distributed quantises nothing")
         self._workload = workload
-        self._graph = options.graph
+        self._launches = options.launches
         self.transport = "gloo" if workload.config.device.type == "cpu" else "nccl"
 
     def operations(self) -> list[Operation]:
-        return [self._dispatch(), self._combine()]
+        dispatch, combine = self._dispatch(), self._combine()
+
+        def both() -> tuple[torch.Tensor, torch.Tensor]:
+            return dispatch.call(), combine.call()
+
+        def wrong(received: tuple[torch.Tensor, torch.Tensor]) -> int:
+            return dispatch.wrong(received[0]) + combine.wrong(received[1])
+
+        calls = [dispatch, combine, Operation("pair", "packed", both, wrong)]
+        timed = calls if "eager" in self._launches else []
+        if "graph" in self._launches:
+            timed = timed + [
+                dataclasses.replace(one, routing_mode="graph", call=captured(one.call))
+                for one in calls
+            ]
+        return timed
 
     def _dispatch(self) -> Operation:
         workload = self._workload
@@ -72,6 +91,4 @@ class TorchAdapter(Adapter):
             dist.all_to_all_single(recv, send, recv_sizes, send_sizes)
             return recv
 
-        if self._graph:
-            return Operation(operation, "graph", captured(call), wrong)
         return Operation(operation, "packed", call, wrong)

@@ -1,0 +1,121 @@
+"""bench/: what is timed and checked, on small cases over two ranks of the CPU."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import launcher
+
+BENCH = Path(__file__).parents[1] / "bench"
+sys.path.insert(0, str(BENCH))
+
+SIZES = {"hidden": 512, "experts": 16, "topk": 4, "tokens": 9, "iters": 2, "warmup": 1}
+SMALL_CASE = ["--transport", "cpu", *(f"--{name}={value}" for name, value in SIZES.items())]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[launcher.Pool]:
+    two = launcher.Pool("cpu", 2)
+    yield two
+    two.kill()
+
+
+def run_bench(group: Any, arguments: list[str]) -> list[Any]:
+    import all2all
+    import arguments as command_line
+
+    return all2all.run(command_line.parse_args(arguments))
+
+
+def rows_of(pool: launcher.Pool, *arguments: str) -> list[Any]:
+    every_rank = pool.run(2, run_bench, [*SMALL_CASE, *arguments])
+    for rows in every_rank:
+        assert rows == every_rank[0]
+        assert not any(row.wrong for row in rows)
+    return every_rank[0]
+
+
+def test_modes(pool: launcher.Pool) -> None:
+    rows = rows_of(pool, "--overlap")
+    modes = {(row.adapter, row.operation, row.mode.partition("/")[0]) for row in rows}
+    assert modes == {
+        ("raw", "dispatch", "raw"),
+        ("raw", "combine", "raw"),
+        ("epcomm", "dispatch", "overlap"),
+        ("epcomm", "combine", "overlap"),
+        ("epcomm", "dispatch", "fresh"),
+        ("epcomm", "dispatch", "replay"),
+        ("epcomm", "combine", "replay"),
+        ("epcomm", "pair", "fresh"),
+        ("epcomm", "pair", "replay"),
+        ("torch", "dispatch", "packed"),
+        ("torch", "combine", "packed"),
+        ("torch", "pair", "packed"),
+    }
+    cadences = {"separate", "back-to-back"}
+    for adapter, operation, mode in modes - {m for m in modes if m[2] in ("raw", "overlap")}:
+        of = [r for r in rows if (r.adapter, r.operation) == (adapter, operation)]
+        assert {r.mode for r in of} >= {f"{mode}/{cadence}" for cadence in cadences}
+    for row in rows:
+        assert (row.alone_us is not None) == row.mode.startswith("overlap/")
+        assert row.floor_us > 0 and 0 < row.p50_us <= row.p99_us
+    by_operation = {row.operation: row.floor_us for row in rows}
+    assert by_operation["pair"] == pytest.approx(2 * by_operation["dispatch"], abs=0.02)
+
+
+ROW_BYTES = {"fp8": 512 + 4 * 4, "fp8_ue8m0": 512 + 4, "nvfp4": 256 + 32}
+
+
+@pytest.mark.parametrize(
+    ("quant", "layout"), list(zip(ROW_BYTES, ("padded", "token", "expert"), strict=True))
+)
+def test_quantised(pool: launcher.Pool, quant: str, layout: str) -> None:
+    rows = rows_of(pool, "--quant", quant, "--layout", layout, "--adapter", "epcomm")
+    combine = next(row for row in rows if row.operation == "combine")
+    dispatch = next(row for row in rows if row.operation == "dispatch")
+    assert (dispatch.quant, combine.quant) == (quant, None)
+    assert dispatch.bytes * 1024 == combine.bytes * ROW_BYTES[quant]
+
+
+def workload_of(quant: str) -> Any:
+    from routing import RoutingSpec
+    from workload import CaseConfig, Workload
+
+    config = CaseConfig(
+        rank=0,
+        hidden=512,
+        dtype="bf16",
+        quant=quant,
+        layout="token",
+        expert_alignment=1,
+        device=torch.device("cpu"),
+        seed=3,
+    )
+    return Workload(config, RoutingSpec.parse("uniform").make(1, 20, 8, 2, 3))
+
+
+@pytest.mark.parametrize("quant", ROW_BYTES)
+def test_wrong_quantised_rows_are_counted(quant: str) -> None:
+    from epcomm.quant import quantize
+
+    workload = workload_of(quant)
+    q, scales, *rest = quantize(workload.x, quant)
+    global_scale = rest[0].expand(len(q)) if rest else None
+
+    def wrong(q: torch.Tensor, scales: torch.Tensor) -> int:
+        return workload.wrong_quantised(q, scales, global_scale, workload.received)
+
+    assert wrong(q, scales) == 0
+    swapped = np.arange(20)
+    swapped[[4, 11]] = 11, 4
+    assert wrong(q.view(torch.uint8)[swapped].view(q.dtype), scales) > 500
+    one_off = q.clone()
+    one_off.view(torch.uint8)[7, 33] ^= 0x40  # an exponent's bit: no rounding
+    assert wrong(one_off, scales) >= 1
+    assert wrong(q, torch.zeros_like(scales)) > 5000
+    assert wrong(q[:-1], scales[:-1]) > 0
