@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -23,7 +24,7 @@ from adapters import ADAPTERS, Adapter, Operation, Options, Unavailable
 from adapters.epcomm_adapter import EpcommAdapter
 from arguments import parse_args
 from rawlink import RawLink
-from timing import CADENCES, SEPARATE, Stopwatch, Times
+from timing import SEPARATE, Stopwatch, Times
 from workload import CaseConfig, Workload
 
 BUDGET_S = {"cpu": 0.2, "cuda": 0.5}  # time of one measurement, where --iters does not say
@@ -131,16 +132,23 @@ class Bench:
                 self._note(f"# left out of {name}: {adapter.left_out}")
             if self.args.overlap and isinstance(adapter, EpcommAdapter):
                 self._measure_overlap(name, adapter, workload)
-            self._measure_all(name, adapter, workload, CADENCES)
+            self._measure_all(name, adapter, workload, self.args.cadence)
 
     def _measure_all(
         self, name: str, adapter: Adapter, workload: Workload, cadences: Sequence[str]
     ) -> None:
         for operation in adapter.operations():
-            for cadence in cadences:
-                self._measure(name, adapter, workload, operation, cadence)
+            if self._wanted(name, operation):
+                for cadence in cadences:
+                    self._measure(name, adapter, workload, operation, cadence)
             del operation  # and what it holds, before the next is made
         adapter.close()
+
+    def _wanted(self, name: str, operation: Operation) -> bool:
+        """What everything is compared with is always timed."""
+        args = self.args
+        chosen = operation.operation in args.operations and operation.routing_mode in args.modes
+        return name == "raw" or chosen
 
     def _measure(
         self, name: str, adapter: Adapter, workload: Workload, operation: Operation, cadence: str
@@ -181,6 +189,8 @@ class Bench:
         dist.all_reduce(wrong_everywhere)
         row = dataclasses.replace(row, wrong=int(wrong_everywhere.item()))
         self.rows.append(row)
+        if self.args.json and self.machine.rank == 0:
+            output.append_json(row, self.args.json)  # at once: a run may be cut short
         self._print(output.line(row))
 
     def _row(
@@ -263,11 +273,12 @@ def run(args: argparse.Namespace) -> list[output.Row]:
             driver=output.driver_version(device),
             commit=args.commit or output.commit(),
         )
+        if args.json and machine.rank == 0:
+            pathlib.Path(args.json).write_text("", encoding="utf-8")
         bench = Bench(args, machine)
         bench.run()
         if machine.rank == 0:
             for path, write in (
-                (args.json, output.write_json),
                 (args.csv, output.write_csv),
                 (args.plot, output.write_plot),
             ):

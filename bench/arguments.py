@@ -9,9 +9,13 @@ from collections.abc import Sequence
 from adapters import ADAPTERS
 from quantised import QUANTS
 from routing import RoutingSpec
+from timing import CADENCES
 from workload import DTYPES
 
 LAUNCHES = ("eager", "graph")
+OPERATIONS = ("dispatch", "combine", "pair")
+# What is known beforehand: docs/benchmarking.md says what each is.
+MODES = ("fresh", "no-sync", "replay", "elsewhere", "graph", "graph-replay", "packed")
 
 
 def integers(text: str) -> list[int]:
@@ -64,6 +68,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="eager, graph (captured into CUDA graphs) or both",
     )
     add("--graph", dest="launch", action="store_const", const=["graph"], help="--launch graph")
+    add("--operations", type=names_of(OPERATIONS), default=list(OPERATIONS), help="to time")
+    add("--modes", type=names_of(MODES), default=list(MODES), help="to time")
+    add("--cadence", type=names_of(CADENCES), default=list(CADENCES), help="to time")
     add("--overlap", action="store_true", help="time each call of epcomm beside a grouped GEMM")
     add("--overlap-width", type=int, help="columns of its weights: 2048 (32 on the CPU)")
     add(

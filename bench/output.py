@@ -119,10 +119,9 @@ class Progress:
         self.show("")
 
 
-def write_json(rows: list[Row], path: str) -> None:
-    with pathlib.Path(path).open("w", encoding="utf-8") as out:
-        for row in rows:
-            out.write(json.dumps(dataclasses.asdict(row)) + "\n")
+def append_json(row: Row, path: str) -> None:
+    with pathlib.Path(path).open("a", encoding="utf-8") as out:
+        out.write(json.dumps(dataclasses.asdict(row)) + "\n")
 
 
 def write_csv(rows: list[Row], path: str) -> None:

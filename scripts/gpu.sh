@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
 # Builds epcomm where GPUs are, runs the GPU tests, then the bench. Needs torch with CUDA, nvcc, cmake, ninja, pybind11,
 # scikit-build-core and pytest; uses no network. Logs and results go to OUT (default build/gpu).
-# TEST_K selects among the tests, as pytest -k does.
 #   scripts/gpu.sh [build] [kernels] [tests] [nccl-modes] [sanitizer] [bench]      default: all of these
+#   scripts/gpu.sh soak         tests of many calls, with their full numbers
 #   scripts/gpu.sh engines      tests/engines, with EPCOMM_TEST_ENGINES naming the folder that `make engines` filled
+# TEST_K selects among the tests, as pytest -k does; EPCOMM_TEST_RANKS=5,6,7,8 the conformance tests of so many ranks.
+# BENCH_K selects among the runs of the bench by name, as grep -E does: BENCH_K='bf16|small'. SMS: the sweeps' values.
+# LIMIT: seconds for everything; what does not fit is cut short or left out, and counts as failed.
+# DeepEP is measured beside epcomm where Python finds it (PYTHONPATH).
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
 OUT=${OUT:-build/gpu}
@@ -11,31 +15,83 @@ mkdir -p "$OUT"
 STEPS=${*:-build kernels tests nccl-modes sanitizer bench}
 GPUS=$(nvidia-smi --list-gpus | wc -l)
 PYTHON=${PYTHON:-python3}
+LIMIT=${LIMIT:-86400}
+SMS=${SMS:-4,8,12,16,24,32}
 # NVLink multicast can put GPUs that others share out of service when a process dies while using it.
 export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1 PYTHONUNBUFFERED=1
+# DeepEP's wheel needs the library of the NVSHMEM wheel, which lies beside it or with the other packages.
+for folder in $(tr : " " <<<"${PYTHONPATH:-}") $("$PYTHON" -c 'import site; print(*site.getsitepackages())'); do
+  if [ -d "$folder/nvidia/nvshmem/lib" ]; then
+    export LD_LIBRARY_PATH=$folder/nvidia/nvshmem/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+  fi
+done
 # Which conformance tests the other ways between GPUs run: all ranks, one 16-bit and one quantised format.
 MODES_K=${MODES_K:-"nccl-$((GPUS < 4 ? GPUS : 4)) and (bf16 or fp8)"}
 failed=()
 
 # step NAME SECONDS COMMAND...: runs under a timeout, keeps the log, remembers a failure.
 step() {
-  local name=$1 limit=$2 start=$SECONDS
+  local name=$1 limit=$2 start=$SECONDS left=$((LIMIT - SECONDS))
   shift 2
-  if timeout --kill-after=5 "$limit" "$@" >"$OUT/$name.log" 2>&1; then
+  if [ "$left" -lt 15 ]; then
+    echo "$name: LEFT OUT, no time"
+    rm -f "$OUT/$name.log"
+    failed+=("$name")
+    return 1
+  fi
+  if timeout --kill-after=5 "$((limit < left ? limit : left))" "$@" >"$OUT/$name.log" 2>&1; then
     echo "$name: ok, $((SECONDS - start)) s"
   else
     echo "$name: FAILED ($?), $((SECONDS - start)) s"
     tail -n 40 "$OUT/$name.log"
     failed+=("$name")
+    return 1
   fi
 }
 
+# tests NAME SECONDS ARGUMENTS...: pytest on the tests that need GPUs.
+tests() {
+  local name=$1 limit=$2
+  shift 2
+  step "$name" "$limit" "$PYTHON" -m pytest -q -m gpu --durations=10 "$@" && tail -n 14 "$OUT/$name.log"
+}
+
+# bench NAME ARGUMENTS...: all2all.py over all GPUs; the rows so far are kept if it is cut short.
 bench() {
   local name=$1
   shift
+  grep -qE -- "${BENCH_K:-.}" <<<"$name" || return 0
   step "bench-$name" "${BENCH_TIMEOUT:-120}" "$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS" bench/all2all.py \
     --commit "${COMMIT:-$(git rev-parse --short HEAD)}" --json "$OUT/$name.jsonl" "$@"
-  grep -v '^W' "$OUT/bench-$name.log" | tail -n 40
+  [ -e "$OUT/bench-$name.log" ] && grep -v '^[W*]' "$OUT/bench-$name.log" | tail -n 60
+}
+
+# All runs, those that are worth most first.
+benches() {
+  local large=(--transport nvlink --tokens 4096) small=(--transport nvlink --launch 'eager,graph')
+  # Results for the worst case in layout expert take more than the window has by default.
+  local window=$((16 << 30))
+  bench large-bf16 "${large[@]}" --adapter epcomm,torch,deep_ep
+  bench small-padded-fp8 "${small[@]}" --tokens 128 --layout padded --quant fp8 --adapter epcomm,deep_ep
+  bench large-fp8 "${large[@]}" --dtype fp8 --adapter epcomm,torch,deep_ep
+  bench large-quant-fp8 "${large[@]}" --quant fp8 --adapter epcomm --operations dispatch
+  EPCOMM_WINDOW_BYTES=$window bench large-expert-fp8 "${large[@]}" --dtype fp8 --layout expert --expert-alignment 128 --adapter epcomm
+  EPCOMM_WINDOW_BYTES=$window bench large-expert-bf16 "${large[@]}" --layout expert --expert-alignment 128 --adapter epcomm
+  bench sms-bf16 "${large[@]}" --num-sms "$SMS" --adapter epcomm,deep_ep --operations dispatch,combine --modes fresh,replay
+  bench sms-fp8 "${large[@]}" --dtype fp8 --num-sms "$SMS" --adapter epcomm --operations dispatch --modes fresh,replay
+  EPCOMM_WINDOW_BYTES=$window bench sms-expert-bf16 "${large[@]}" --layout expert --expert-alignment 128 --num-sms "$SMS" --adapter epcomm \
+    --operations dispatch,combine --modes fresh,replay
+  EPCOMM_WINDOW_BYTES=$window bench sms-expert-fp8 "${large[@]}" --dtype fp8 --layout expert --expert-alignment 128 --num-sms "$SMS" \
+    --adapter epcomm --operations dispatch --modes fresh,replay
+  bench small-padded-sizes "${small[@]}" --tokens 1,8,32,64,256 --layout padded --quant fp8 --adapter epcomm,deep_ep --modes fresh,no-sync,replay,graph
+  bench small-token-sizes "${small[@]}" --tokens 1,8,32,64,128,256 --adapter epcomm,torch --cadence separate
+  bench small-padded-nvfp4 "${small[@]}" --tokens 128 --layout padded --quant nvfp4 --adapter epcomm --operations dispatch
+  bench small-sms "${small[@]}" --tokens 128 --layout padded --quant fp8 --num-sms "$SMS" --adapter epcomm --modes no-sync,graph
+  bench overlap "${large[@]}" --adapter epcomm --overlap --num-sms 8,16,24 --operations dispatch,combine --modes replay --cadence separate
+  bench large-quant-nvfp4 "${large[@]}" --quant nvfp4 --adapter epcomm --operations dispatch
+  bench nccl --transport nccl --adapter epcomm,torch --tokens 128,4096
+  bench nccl-graph --transport nccl --adapter epcomm,torch --graph --tokens 1,8,32,64,128,256 --cadence separate
+  NCCL_P2P_DISABLE=1 bench nccl-p2p-off --transport nccl --adapter epcomm,torch --tokens 128,4096
 }
 
 for wanted in $STEPS; do
@@ -56,27 +112,19 @@ for wanted in $STEPS; do
         "$PYTHON" -m pytest -q -m gpu tests/test_nccl.py -k 'test_way and static-grouped and token'
       tail -n 3 "$OUT/memcheck-nccl.log"
       ;;
-    tests)
-      step tests "${TEST_TIMEOUT:-300}" "$PYTHON" -m pytest -q -m gpu --ignore=tests/engines tests -k "${TEST_K:-test}" &&
-        tail -n 3 "$OUT/tests.log"
+    tests) tests tests "${TEST_TIMEOUT:-300}" --ignore=tests/engines tests -k "${TEST_K:-test}" ;;
+    soak)
+      EPCOMM_TEST_CALLS=${EPCOMM_TEST_CALLS:-full} tests soak "${TEST_TIMEOUT:-550}" \
+        tests/test_gpu_soak.py tests/test_gpu_lifetime.py -k "${TEST_K:-test}"
       ;;
-    engines) step engines 300 "$PYTHON" -m pytest -q -m gpu tests/engines && tail -n 3 "$OUT/engines.log" ;;
+    engines) tests engines 300 tests/engines ;;
     nccl-modes)
       # Without peer access, and as two hosts that talk over sockets.
-      NCCL_P2P_DISABLE=1 step tests-p2p-off 150 "$PYTHON" -m pytest -q -m gpu tests/test_conformance.py -k "$MODES_K"
+      NCCL_P2P_DISABLE=1 tests tests-p2p-off 150 tests/test_conformance.py -k "$MODES_K"
       EPCOMM_TEST_HOSTS=2 NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1 NCCL_NET=Socket NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1 \
-        step tests-two-hosts 150 "$PYTHON" -m pytest -q -m gpu tests/test_conformance.py -k "$MODES_K"
-      tail -n 1 "$OUT/tests-p2p-off.log" "$OUT/tests-two-hosts.log"
+        tests tests-two-hosts 150 tests/test_conformance.py -k "$MODES_K"
       ;;
-    bench)
-      bench nvlink --transport nvlink --adapter epcomm,torch,deep_ep
-      bench nvlink-fp8 --transport nvlink --adapter epcomm,deep_ep --dtype fp8 --tokens 128,4096
-      bench nvlink-sms --transport nvlink --adapter epcomm --tokens 4096 --num-sms 4,8,12,16,24,32
-      bench nvlink-graph --transport nvlink --adapter epcomm,torch --graph --tokens 1,8,32,64,128,256
-      bench nccl --transport nccl --adapter epcomm,torch,deep_ep
-      bench nccl-graph --transport nccl --adapter epcomm,torch --graph --tokens 1,8,32,64,128,256
-      NCCL_P2P_DISABLE=1 bench nccl-p2p-off --transport nccl --adapter epcomm,torch --tokens 128,4096
-      ;;
+    bench) benches ;;
     *) echo "unknown step $wanted"; failed+=("$wanted") ;;
   esac
 done

@@ -1,5 +1,7 @@
 """bench/: what is timed and checked, on small cases over two ranks of the CPU."""
 
+import dataclasses
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +68,21 @@ def test_modes(pool: launcher.Pool) -> None:
         assert row.floor_us > 0 and 0 < row.p50_us <= row.p99_us
     by_operation = {row.operation: row.floor_us for row in rows}
     assert by_operation["pair"] == pytest.approx(2 * by_operation["dispatch"], abs=0.02)
+
+
+def test_what_is_timed_can_be_chosen(pool: launcher.Pool, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("of an earlier run")
+    chosen = ["--operations", "dispatch", "--modes", "replay,packed", "--cadence", "separate"]
+    rows = rows_of(pool, *chosen, "--json", str(file))
+    assert [(row.adapter, row.operation, row.mode) for row in rows] == [
+        ("raw", "dispatch", "raw/separate"),
+        ("raw", "combine", "raw/separate"),
+        ("epcomm", "dispatch", "replay/separate"),
+        ("torch", "dispatch", "packed/separate"),
+    ]
+    written = [json.loads(line) for line in file.read_text().splitlines()]
+    assert written == [dataclasses.asdict(row) for row in rows]
 
 
 ROW_BYTES = {"fp8": 512 + 4 * 4, "fp8_ue8m0": 512 + 4, "nvfp4": 256 + 32}
