@@ -31,15 +31,18 @@ def calls(usual: int, full: int) -> int:
     wanted = os.environ.get("EPCOMM_TEST_CALLS", "")
     if wanted:
         return full if wanted == "full" else int(wanted)
-    shared = -(-launcher.pool("cuda").size // max(1, torch.cuda.device_count()))
+    shared = launcher.RANKS_PER_GPU
     return max(1, usual // (1 if shared == 1 else 8 * shared))
 
 
-def ranks(least: int = 1) -> launcher.Pool:
-    pool = launcher.pool("cuda")
-    if pool.size < least:
-        pytest.skip(f"needs {least} ranks, this machine has {pool.size}")
-    return pool
+def ranks(transport: str, least: int = 1) -> int:
+    """Ranks to run on: those of the pool, but one per GPU for nccl, which refuses more."""
+    size = launcher.pool("cuda").size
+    if transport == "nccl":
+        size = min(size, torch.cuda.device_count())
+    if size < least:
+        pytest.skip(f"needs {least} ranks, this machine has {size}")
+    return size
 
 
 @dataclass

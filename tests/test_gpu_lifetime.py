@@ -63,9 +63,10 @@ def run_cycles(
     [("nvlink", [SMALL, LARGE], 60, 200), ("nccl", [{}], 10, 50)],
 )
 def test_buffers_leave_nothing(transport: str, options: Any, usual: int, full: int) -> None:
-    pool, count = ranks(), calls(usual, full)
+    size, count = ranks(transport), calls(usual, full)
+    pool = launcher.pool("cuda")
     args = ("cuda", transport, options, count)
-    for before, after in pool.run(pool.size, run_cycles, *args, timeout=60.0 + 2.0 * count):
+    for before, after in pool.run(size, run_cycles, *args, timeout=60.0 + 2.0 * count):
         assert abs(before[0] - after[0]) < MIB, (before, after)
         assert before[1:] == after[1:]
 
@@ -126,4 +127,4 @@ def check_killed(
 def test_killed_between_or_in_calls(
     transport: str, options: dict[str, str], most: int, delay_s: float
 ) -> None:
-    check_killed(min(ranks(2).size, 4), "cuda", transport, options, most, delay_s)
+    check_killed(min(ranks(transport, 2), 4), "cuda", transport, options, most, delay_s)

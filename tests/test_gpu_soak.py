@@ -4,7 +4,6 @@ EPCOMM_TEST_CALLS says how many calls: a number, or `full` for what each test na
 usual number. tests/test_soak.py runs the same functions on the CPU.
 """
 
-import itertools
 import random
 import time
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import launcher
 from soak import Call, overwrite
 from soak_calls import (
     CALLS_PER_WAIT,
@@ -35,10 +35,10 @@ CYCLES_PER_S = 1.7e9  # of a GPU, about
 
 
 def check_calls(transport: str, options: dict[str, str], shapes: Any, count: int) -> None:
-    pool = ranks()
+    size = ranks(transport)
     args = ("cuda", transport, [options], shapes, count)
-    done = pool.run(pool.size, run_calls, *args, timeout=60.0 + 0.2 * count)
-    assert done == [count] * pool.size
+    done = launcher.pool("cuda").run(size, run_calls, *args, timeout=60.0 + 0.2 * count)
+    assert done == [count] * size
 
 
 def test_calls_of_large_batches() -> None:
@@ -106,92 +106,96 @@ LATE = (("nvlink", LARGE, 600), ("nvlink", SMALL, 256), ("nccl", {}, 600))
 
 @pytest.mark.parametrize(("transport", "options", "most"), LATE)
 def test_late_ranks_change_no_bit(transport: str, options: dict[str, str], most: int) -> None:
-    pool = ranks(2)
-    compared = pool.run(pool.size, run_late, "cuda", transport, options, most, 0.1)
-    assert min(compared) == 2 * 6 * pool.size
+    size = ranks(transport, 2)
+    compared = launcher.pool("cuda").run(size, run_late, "cuda", transport, options, most, 0.1)
+    assert min(compared) == 2 * 6 * size
 
 
 # Several graphs on one Buffer.
 
 
-def run_graphs(group: Any, transport: str, options: dict[str, str], most: int, count: int) -> int:
-    """Graphs of several sizes and layouts replayed in random order, with eager calls between."""
-    subject = make(group, "cuda", transport, options, 1024, most)
-    buf, checker = subject.buf, subject.checker
-    rng = random.Random(3)
-    numbers = itertools.count()
-    ways = (("token", 1), ("expert", 8), ("padded", 1), ("token", 1))
+class Step:
+    """A dispatch and a combine on tensors of its own, as a CUDA graph; on the CPU as it is."""
 
-    def sizes(way: int) -> list[int]:
-        return [(most >> way) - 3 * r % 5 for r in range(buf.num_ranks)]
+    def __init__(self, subject: Subject, call: Call, layout: str, alignment: int):
+        self.layout, self.alignment = layout, alignment
+        self._buf, self._batch = subject.buf, call.batch()
+        self._out = self._buf.combine_input(self._dispatch().plan, torch.bfloat16)
+        self._y = torch.empty_like(self._batch.x)
+        self._recv = self._run()
+        self._graph = None
+        if subject.device == "cuda":
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._run()
+            torch.cuda.current_stream().wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._recv = self._run()
 
-    def captured(way: int) -> tuple[Any, ...]:
-        layout, alignment = ways[way]
-        first = checker.call(next(numbers), sizes(way)).batch()
-        out = buf.combine_input(
-            buf.dispatch(
-                first.x,
-                first.topk_idx,
-                first.topk_weights,
-                layout=layout,
-                expert_alignment=alignment,
-                host_sync=False,
-            ).plan,
-            torch.bfloat16,
+    def _dispatch(self) -> Any:
+        return self._buf.dispatch(
+            self._batch.x,
+            self._batch.topk_idx,
+            self._batch.topk_weights,
+            layout=self.layout,
+            expert_alignment=self.alignment,
+            host_sync=False,
         )
-        y = torch.empty_like(first.x)
 
-        def step() -> Any:
-            recv = buf.dispatch(
-                first.x,
-                first.topk_idx,
-                first.topk_weights,
-                layout=layout,
-                expert_alignment=alignment,
-                host_sync=False,
-            )
-            buf.combine(out, recv.plan, topk_weights=first.topk_weights, out=y)
-            return recv
+    def _run(self) -> Any:
+        recv = self._dispatch()
+        self._buf.combine(self._out, recv.plan, topk_weights=self._batch.topk_weights, out=self._y)
+        return recv
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            recv = step()
-        return graph, first, out, y, recv
+    def check(self, call: Call) -> None:
+        """Runs with the rows and the routing of this call."""
+        batch = call.batch()
+        self._batch.x.copy_(batch.x)
+        self._batch.topk_idx.copy_(batch.topk_idx)
+        self._batch.topk_weights.copy_(batch.topk_weights)
+        call.outputs(self.layout, self.alignment, self._out)
+        self._y.fill_(float("nan"))
+        if self._graph is None:
+            self._recv = self._run()
+        else:
+            self._graph.replay()
+        call.check_received(self._recv, self.layout, self.alignment)
+        call.check_combined(self._y, self.layout, True)
+        overwrite(self._recv)
 
-    graphs = [captured(way) for way in range(len(ways))]
+
+def run_graphs(
+    group: Any, device: str, transport: str, options: dict[str, str], most: int, count: int
+) -> int:
+    """Graphs of several sizes and layouts replayed in random order, with eager calls between."""
+    subject = make(group, device, transport, options, 1024, most)
+    checker, rng = subject.checker, random.Random(3)
+    layouts = (("token", 1), ("expert", 8), ("padded", 1), ("token", 1))
+    # The first is full; ranks differ by a few tokens.
+    sizes = [
+        [max((most >> way) - 3 * r % 5, 0) for r in range(group.size())]
+        for way in range(len(layouts))
+    ]
+    steps = [
+        Step(subject, checker.call(way, sizes[way]), *layouts[way]) for way in range(len(layouts))
+    ]
     made: dict[int, Any] = {}
-    for _ in range(count):
-        way = rng.randrange(len(ways) + 1)
-        number = next(numbers)
-        if way == len(ways):
+    for number in range(len(steps), len(steps) + count):
+        way = rng.randrange(len(steps) + 1)
+        if way == len(steps):
             made[number] = how = draw(rng, number)
             call = checker.call(number, checker.tokens(rng), how["fp8"])
             overwrite(round_trip(subject, call, how))
         else:
-            made[number] = f"graph {way}, {ways[way]}"
-            call = checker.call(number, sizes(way))
-            graph, static, out, y, recv = graphs[way]
-            batch = call.batch()
-            static.x.copy_(batch.x)
-            static.topk_idx.copy_(batch.topk_idx)
-            static.topk_weights.copy_(batch.topk_weights)
-            call.outputs(*ways[way], out)
-            y.fill_(float("nan"))
-            graph.replay()
-            call.check_received(recv, *ways[way])
-            call.check_combined(y, ways[way][0], True)
-            overwrite(recv)
+            made[number] = f"graph {way}, {layouts[way]}"
+            steps[way].check(checker.call(number, sizes[way]))
         if number % CALLS_PER_WAIT == 0:
             raise_if_wrong([subject], made)
     raise_if_wrong([subject], made)
-    torch.cuda.synchronize()
-    del graphs
-    buf.destroy()
+    steps.clear()
+    subject.buf.destroy()
     return count
 
 
@@ -204,7 +208,7 @@ GRAPHS = (
 
 @pytest.mark.parametrize(("transport", "options", "most"), GRAPHS)
 def test_several_graphs(transport: str, options: dict[str, str], most: int) -> None:
-    pool, count = ranks(), calls(500, 5000)
-    args = (transport, options, most, count)
-    done = pool.run(pool.size, run_graphs, *args, timeout=60.0 + 0.2 * count)
-    assert done == [count] * pool.size
+    size, count = ranks(transport), calls(500, 5000)
+    args = ("cuda", transport, options, most, count)
+    done = launcher.pool("cuda").run(size, run_graphs, *args, timeout=60.0 + 0.2 * count)
+    assert done == [count] * size

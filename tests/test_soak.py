@@ -11,7 +11,7 @@ from simulated import needs_simulator
 from soak import Checker, Shape
 from soak_calls import LARGE, SMALL, make, run_calls
 from test_gpu_lifetime import check_killed, run_cycles
-from test_gpu_soak import run_late
+from test_gpu_soak import run_graphs, run_late
 
 
 def test_calls() -> None:
@@ -23,6 +23,10 @@ def test_calls() -> None:
 def test_late_ranks() -> None:
     compared = launcher.pool().run(2, run_late, "cpu", "cpu", {}, 20, 0.01)
     assert compared == [24, 24]
+
+
+def test_several_steps() -> None:
+    assert launcher.pool().run(3, run_graphs, "cpu", "cpu", {}, 40, 60) == [60] * 3
 
 
 def test_cycles() -> None:
