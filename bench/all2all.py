@@ -23,6 +23,7 @@ import overlap
 from adapters import ADAPTERS, Adapter, Operation, Options, Unavailable
 from adapters.epcomm_adapter import EpcommAdapter
 from arguments import parse_args
+from plot import write_plot
 from rawlink import RawLink
 from timing import SEPARATE, Stopwatch, Times
 from workload import CaseConfig, Workload
@@ -277,13 +278,10 @@ def run(args: argparse.Namespace) -> list[output.Row]:
             pathlib.Path(args.json).write_text("", encoding="utf-8")
         bench = Bench(args, machine)
         bench.run()
-        if machine.rank == 0:
-            for path, write in (
-                (args.csv, output.write_csv),
-                (args.plot, output.write_plot),
-            ):
-                if path:
-                    write(bench.rows, path)
+        if machine.rank == 0 and args.csv:
+            output.write_csv(bench.rows, args.csv)
+        if machine.rank == 0 and args.plot:
+            write_plot([dataclasses.asdict(row) for row in bench.rows], args.plot)
         return bench.rows
 
 

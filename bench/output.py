@@ -131,38 +131,6 @@ def write_csv(rows: list[Row], path: str) -> None:
         writer.writerows(dataclasses.asdict(row) for row in rows)
 
 
-def write_plot(rows: list[Row], path: str) -> None:
-    """Time and bandwidth over tokens, or over SMs where several were asked for, per operation."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display needed
-    import matplotlib.pyplot as plt
-
-    by_sms = len({row.sms for row in rows if row.sms is not None}) > 1
-    axis = "sms" if by_sms else "tokens"
-    operations = list(dict.fromkeys(row.operation for row in rows))
-    figure, panels = plt.subplots(
-        2, len(operations), figsize=(6 * len(operations), 8), squeeze=False, layout="constrained"
-    )
-    for column, operation in enumerate(operations):
-        lines: dict[str, list[Row]] = {}
-        for row in rows:
-            if row.operation == operation and getattr(row, axis) is not None:
-                name = f"{row.adapter} {row.transport} {row.mode}"
-                lines.setdefault(f"{name} {row.tokens} tokens" if by_sms else name, []).append(row)
-        for panel, field, unit in zip(
-            panels[:, column], ("p50_us", "link_gbps"), ("p50, us", "link, GB/s"), strict=True
-        ):
-            for name, points in lines.items():
-                x = [getattr(row, axis) for row in points]
-                panel.plot(x, [getattr(row, field) for row in points], marker="o", label=name)
-            panel.set(title=operation, xlabel=axis, ylabel=unit, xscale="log", yscale="log")
-            panel.grid(True, which="both", alpha=0.3)
-        panels[0, column].legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 # Where the numbers come from.
 
 
