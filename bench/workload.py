@@ -229,7 +229,7 @@ class Workload:
         for start in range(0, len(at.ids), CHECK_ROWS):
             part = slice(start, start + CHECK_ROWS)
             where = at.positions[part]
-            picked = q.view(torch.uint8)[where].view(q.dtype), scales[where]
+            picked = _picked(q, where), _picked(scales, where)
             globals_ = None if global_scale is None else global_scale.reshape(-1)[where]
             values = quantised.dequantised(*picked, globals_).round()
             wrong += self.wrong_elements(values, self.rows(at.ids[part], torch.float32))
@@ -254,3 +254,10 @@ class Workload:
             else:
                 wrong += self.wrong_elements(flat[at.positions[part]], want)
         return wrong
+
+
+def _picked(rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """rows[where]; float8 as bytes, since torch indexes few of its tensors."""
+    if rows.dtype.itemsize > 1:
+        return rows[where]
+    return rows.view(torch.uint8)[where].view(rows.dtype)

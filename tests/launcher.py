@@ -24,7 +24,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-CPU_RANKS = 7
+# Instead of the numbers of ranks that the conformance tests usually run with.
+WANTED_RANKS = tuple(int(n) for n in os.environ.get("EPCOMM_TEST_RANKS", "").split(",") if n)
+CPU_RANKS = max(7, *WANTED_RANKS, 0)
 SIMULATED_RANKS = 4
 # More than one: slow, since the ranks of a GPU take turns, and not for nccl, which refuses it.
 RANKS_PER_GPU = int(os.environ.get("EPCOMM_TEST_RANKS_PER_GPU", "1"))

@@ -1,6 +1,7 @@
 """Every transport against the oracle: transport x ranks x layout x dtype x case, one body.
 
-A new transport joins by adding one entry to TRANSPORTS.
+A new transport joins by adding one entry to TRANSPORTS. EPCOMM_TEST_RANKS=5,6,7,8 runs with so many
+ranks instead of the usual numbers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ import pytest
 import launcher
 from cases import CASES, FORMATS, Case, Format
 from checks import Layout
+from launcher import WANTED_RANKS
 from trial import Trial, buffer_arguments
 
 
@@ -21,7 +23,6 @@ from trial import Trial, buffer_arguments
 class Transport:
     name: str
     device: str = "cpu"
-    max_ranks: int = 7
     marks: tuple[pytest.MarkDecorator, ...] = ()
     # Where making a Buffer takes long, one Buffer serves all layouts, in one test.
     slow_to_make: bool = False
@@ -55,7 +56,9 @@ TRANSPORTS = (
     ),
 )
 RANKS = (1, 2, 3, 4, 7)
-QUANT_RANKS = (1, 2, 4)  # the rows are wide, and quantisation knows nothing of ranks
+QUANT_RANKS = (1, 2, 4, 8)  # the rows are wide, and quantisation knows nothing of ranks
+# (ranks, ranks_per_node) of a host with eight GPUs, with EPCOMM_TEST_RANKS.
+MORE_NODES = ((5, 2), (6, 3), (7, 4), (8, 4), (8, 2))
 LAYOUTS = (
     Layout("token"),
     Layout("expert"),
@@ -69,7 +72,10 @@ TIMEOUT_S = 20.0
 def _grid() -> Iterator[Any]:
     formats = list(FORMATS.values())
     for transport in TRANSPORTS:
-        sizes = transport.nodes or [(n, None) for n in RANKS if n <= transport.max_ranks]
+        sizes: Sequence[tuple[int, int | None]] = [(n, None) for n in WANTED_RANKS or RANKS]
+        if transport.nodes:
+            known = dict.fromkeys((*transport.nodes, *MORE_NODES)) if WANTED_RANKS else ()
+            sizes = [size for size in known if size[0] in WANTED_RANKS] or transport.nodes
         for i, (num_ranks, ranks_per_node) in enumerate(sizes):
             name = f"{transport.name}{dict(transport.options).get('path', '')}-{num_ranks}"
             name += "" if ranks_per_node is None else f"by{ranks_per_node}"
