@@ -159,7 +159,9 @@ def main() -> int:
         wrong = run_layer(say)
         say(f"\n{'Every row is right.' if wrong == 0 else f'{wrong} rows are WRONG.'}\n")
         say("Bandwidth beside gloo and plain memcpy (columns: docs/benchmarking.md)\n")
-        failed = all2all.main(["--transport", "cpu", "--tokens", "8,64,512", "--hidden", "4096"])
+        sizes = ["--tokens", "8,64,512", "--hidden", "4096"]
+        timed = ["--operations", "dispatch,combine"]
+        failed = all2all.main(["--transport", "cpu", *sizes, *timed])
         return int(wrong > 0 or failed > 0)
     finally:
         dist.destroy_process_group()
