@@ -84,7 +84,7 @@ def make(
 # Random calls.
 
 
-def draw(rng: random.Random, number: int) -> dict[str, Any]:
+def draw(rng: random.Random, number: int, num_ranks: int) -> dict[str, Any]:
     """How one call is made, the same on all ranks. Sizes come from the number."""
     layout = rng.choice(("token", "expert", "padded"))
     return {
@@ -97,7 +97,7 @@ def draw(rng: random.Random, number: int) -> dict[str, Any]:
         "how": rng.choice(({}, {}, {"async_op": True}, {"return_recv_hook": True})),
         "weighted": rng.random() < 0.5,
         "replays": rng.choice((0, 0, 1)),
-        "in_window": [rng.random() < 0.7 for _ in range(64)],  # by rank: where outputs lie
+        "in_window": [rng.random() < 0.7 for _ in range(num_ranks)],  # by rank: where outputs lie
         "num_sms": rng.choice((None, None, 1, 5, 24)),
     }
 
@@ -174,7 +174,7 @@ def run_calls(
     made: dict[int, Any] = {}
     for number in range(count):
         subject = subjects[rng.randrange(len(subjects))]
-        how = draw(rng, number)
+        how = draw(rng, number, group.size())
         how["tokens"] = subject.checker.tokens(rng)
         made[number] = how
         call = subject.checker.call(number, how["tokens"], how["fp8"])

@@ -47,7 +47,7 @@ def run_cycles(
             before = holdings(group, device)
         subject = make(group, device, transport, options[cycle % len(options)], 256, 64)
         rng = random.Random(cycle)
-        how = draw(rng, cycle)
+        how = draw(rng, cycle, group.size())
         call = subject.checker.call(cycle, subject.checker.tokens(rng), how["fp8"])
         recv = round_trip(subject, call, how)
         if cycle % 3 == 0:
@@ -87,7 +87,7 @@ def run_killed(
     for number in itertools.count():
         if number == 10:
             parent.tell("ready")
-        how = draw(rng, number)
+        how = draw(rng, number, group.size())
         try:
             call = subject.checker.call(number, subject.checker.tokens(rng), how["fp8"])
             round_trip(subject, call, how)

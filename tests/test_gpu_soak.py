@@ -185,7 +185,7 @@ def run_graphs(
     for number in range(len(steps), len(steps) + count):
         way = rng.randrange(len(steps) + 1)
         if way == len(steps):
-            made[number] = how = draw(rng, number)
+            made[number] = how = draw(rng, number, group.size())
             call = checker.call(number, checker.tokens(rng), how["fp8"])
             overwrite(round_trip(subject, call, how))
         else:
