@@ -3,7 +3,7 @@
 //
 // Contract: a row is cut into 16-byte vectors, and lane l of a warp holds vector v + l of it, v a
 // multiple of 32 (from global or shared memory; zeros beyond the end of the row). All 32 lanes call
-// quantize_vector together: kLanes neighbours share a group and find its amax by shuffles. Each
+// quantize_vector(s) together: kLanes neighbours share a group and find its amax by shuffles. Each
 // gets the codes of its own elements (kCodeBytes, for store_codes) and the scale of its group,
 // which one lane of the group stores (stores_scale, store_scale). No shared memory, no barrier.
 // After the last vector of a row the warp calls finish_scales, for the bytes of a row of scales
@@ -59,37 +59,83 @@ __device__ __forceinline__ GroupScale group_scale(uint32_t amax, const GlobalSca
   return fp8_scale(amax);
 }
 
-/// global: of kNvfp4; any for the others.
+/// The codes of one lane's vector, whose group has this amax and scale.
 template <Quant kQuant, Dtype kDtype>
-__device__ __forceinline__ QuantVector quantize_vector(const uint4& vector,
-                                                       const GlobalScale& global) {
+__device__ __forceinline__ QuantVector encode_vector(const uint4& vector, uint32_t amax,
+                                                     const GroupScale& scale) {
   using Lanes = QuantLanes<kQuant, kDtype>;
-  float x[Lanes::kElements];
-  vector_to_float<kDtype>(vector, x);
-  uint32_t amax = 0;
-#pragma unroll
-  for (int i = 0; i < Lanes::kElements; ++i) amax = max(amax, magnitude_bits(x[i]));
-#pragma unroll
-  for (int mask = Lanes::kLanes / 2; mask > 0; mask /= 2)
-    amax = max(amax, __shfl_xor_sync(kFullWarp, amax, mask));
-
   QuantVector out;
-  out.scale = group_scale<kQuant>(amax, global);
+  out.scale = scale;
   out.codes[0] = out.codes[1] = 0;
   if (amax >= kFloatInfinity) {  // NaN in all elements, whatever their signs
     out.codes[0] = out.codes[1] = Lanes::kFp4 ? 0x77777777u : 0x7f7f7f7fu;
     return out;
   }
+  float x[Lanes::kElements];
+  vector_to_float<kDtype>(vector, x);
 #pragma unroll
   for (int i = 0; i < Lanes::kElements; i += 2) {
-    const float first = mul_rn(x[i], out.scale.inverse),
-                second = mul_rn(x[i + 1], out.scale.inverse);
+    const float first = mul_rn(x[i], scale.inverse), second = mul_rn(x[i + 1], scale.inverse);
     if constexpr (Lanes::kFp4)
       out.codes[0] |= e2m1_pair(first, second) << (4 * i);
     else
       out.codes[i / 4] |= e4m3_pair(first, second) << (8 * (i % 4));
   }
   return out;
+}
+
+/// Of several vectors at a time, v, v + 32, ...: the lanes of a group share the work of finding
+/// their scales, most of which is a division. global: of kNvfp4; any for the others.
+template <Quant kQuant, Dtype kDtype, int kCount>
+__device__ __forceinline__ void quantize_vectors(const uint4 (&vectors)[kCount],
+                                                 const GlobalScale& global,
+                                                 QuantVector (&out)[kCount]) {
+  using Lanes = QuantLanes<kQuant, kDtype>;
+  uint32_t amax[kCount] = {};
+#pragma unroll
+  for (int u = 0; u < kCount; ++u) {
+    float x[Lanes::kElements];
+    vector_to_float<kDtype>(vectors[u], x);
+#pragma unroll
+    for (int i = 0; i < Lanes::kElements; ++i) amax[u] = max(amax[u], magnitude_bits(x[i]));
+  }
+#pragma unroll
+  for (int mask = Lanes::kLanes / 2; mask > 0; mask /= 2)
+#pragma unroll
+    for (int u = 0; u < kCount; ++u)
+      amax[u] = max(amax[u], __shfl_xor_sync(kFullWarp, amax[u], mask));
+
+  // Lane l finds the scales of vectors l % kShare, l % kShare + kShare, ...
+  constexpr int kShare = Lanes::kLanes < kCount ? Lanes::kLanes : kCount;
+  static_assert(kCount % kShare == 0 && Lanes::kLanes % kShare == 0);
+  const int mine = lane_index() % kShare, group = lane_index() - mine;
+  GroupScale scale[kCount / kShare];
+#pragma unroll
+  for (int j = 0; j < kCount / kShare; ++j) {
+    uint32_t largest = amax[j * kShare];
+#pragma unroll
+    for (int i = 1; i < kShare; ++i)
+      if (mine == i) largest = amax[j * kShare + i];
+    scale[j] = group_scale<kQuant>(largest, global);
+  }
+#pragma unroll
+  for (int u = 0; u < kCount; ++u) {
+    GroupScale theirs = scale[u / kShare];
+    if constexpr (kShare > 1) {
+      theirs.code = __shfl_sync(kFullWarp, theirs.code, group + u % kShare);
+      theirs.inverse = __shfl_sync(kFullWarp, theirs.inverse, group + u % kShare);
+    }
+    out[u] = encode_vector<kQuant, kDtype>(vectors[u], amax[u], theirs);
+  }
+}
+
+template <Quant kQuant, Dtype kDtype>
+__device__ __forceinline__ QuantVector quantize_vector(const uint4& vector,
+                                                       const GlobalScale& global) {
+  const uint4 vectors[1] = {vector};
+  QuantVector out[1];
+  quantize_vectors<kQuant, kDtype>(vectors, global, out);
+  return out[0];
 }
 
 /// Stores the codes of vector v of a row that starts at q (16-byte aligned).

@@ -24,20 +24,23 @@ namespace epcomm {
 namespace {
 
 constexpr int kStages = 4;
-constexpr int kRecordWarps = 4;
 constexpr int kQuantPiece = 512;  // elements; a piece that is quantised is a multiple of it
-constexpr int kScaleBytes = 256;  // room behind a piece for its scales
+[[maybe_unused]] constexpr int kQuantSteps = 4;  // vectors that a lane quantises at a time
+constexpr int kScaleBytes = 256;                 // room behind a piece for its scales
 constexpr size_t kSharedBytes = 220 << 10;  // for stages: an SM has 228 KB, a part of it reserved
 
 // Few warps keep whole rows in flight; arithmetic wants many warps, on short pieces.
 template <bool kQuantised>
 constexpr int kMaxRowWarps = kQuantised ? 16 : 8;
+// Records take as long as what they wait for: more warps, more of them at a time.
+template <bool kQuantised>
+constexpr int kRecordWarps = kQuantised ? 4 : 8;
 template <bool kQuantised>
 constexpr int kMaxPieceBytes = kQuantised ? 2 << 10 : 16 << 10;
 
 // How a block is divided; the host and the kernel agree on it.
 struct SendShape {
-  int32_t row_warps;
+  int32_t row_warps, record_warps;
   int32_t pieces;       // of a row of x
   int32_t piece_bytes;  // the last may be shorter
   int32_t stage_bytes;  // of a piece and its scales
@@ -64,8 +67,8 @@ struct QuantPiece {
 };
 
 // A warp quantises a piece of a row in place: codes at its start, scales behind it. A lane reads
-// its vector before any lane writes codes over it: quantize_vector brings the lanes together, and
-// codes are at most half as long.
+// its vectors before any lane writes codes over them: quantize_vectors brings the lanes together,
+// and codes are at most half as long.
 template <Quant kQuant, Dtype kDtype>
 __device__ __forceinline__ QuantPiece quantize_piece(const SendArgs& args, char* piece, int begin,
                                                      int end, char* scales,
@@ -78,16 +81,23 @@ __device__ __forceinline__ QuantPiece quantize_piece(const SendArgs& args, char*
   out.code_at = first * Lanes::kCodeBytes;
   out.code_bytes = vectors * Lanes::kCodeBytes;
   out.scale_at = group_of<kQuant, kDtype>(first) * kUnit;
-  for (int at = 0; at < vectors; at += kWarpSize) {
-    const int v = at + lane_index();
-    const uint4 data =
-        v < vectors ? *reinterpret_cast<const uint4*>(piece + v * kVectorBytes) : uint4{};
-    const QuantVector made = quantize_vector<kQuant, kDtype>(data, global);
+  for (int at = 0; at < vectors; at += kQuantSteps * kWarpSize) {
+    uint4 data[kQuantSteps] = {};
+#pragma unroll
+    for (int u = 0; u < kQuantSteps; ++u)
+      if (const int v = at + u * kWarpSize + lane_index(); v < vectors)
+        data[u] = *reinterpret_cast<const uint4*>(piece + v * kVectorBytes);
+    QuantVector made[kQuantSteps];
+    quantize_vectors<kQuant, kDtype>(data, global, made);
     __syncwarp();
-    if (v >= vectors) continue;
-    store_codes<kQuant, kDtype>(piece, v, made);
-    if (stores_scale<kQuant, kDtype>(v))
-      store_scale<kQuant>(scales + group_of<kQuant, kDtype>(v) * kUnit, made.scale);
+#pragma unroll
+    for (int u = 0; u < kQuantSteps; ++u) {
+      const int v = at + u * kWarpSize + lane_index();
+      if (v >= vectors) break;
+      store_codes<kQuant, kDtype>(piece, v, made[u]);
+      if (stores_scale<kQuant, kDtype>(v))
+        store_scale<kQuant>(scales + group_of<kQuant, kDtype>(v) * kUnit, made[u].scale);
+    }
   }
   int scale_end = group_of<kQuant, kDtype>(first + vectors) * kUnit;
   if (end == args.hidden) {
@@ -277,7 +287,8 @@ __device__ __forceinline__ bool has_no_routing(const SendArgs& args) {
 }
 
 template <Quant kQuant, Dtype kDtype>
-__global__ void __launch_bounds__((kMaxRowWarps<kQuant != Quant::kNone> + kRecordWarps) * kWarpSize,
+__global__ void __launch_bounds__((kMaxRowWarps<kQuant != Quant::kNone> +
+                                   kRecordWarps<kQuant != Quant::kNone>)*kWarpSize,
                                   1) send_kernel(const __grid_constant__ SendKernelArgs args) {
   EPCOMM_SHARED(LinkCall, call);
   EPCOMM_SHARED(BulkBarrier[kMaxRowWarps<kQuant != Quant::kNone> * kStages], loaded);
@@ -296,7 +307,7 @@ __global__ void __launch_bounds__((kMaxRowWarps<kQuant != Quant::kNone> + kRecor
     } else {
       copy_rows(send, call);
     }
-    const int record_warps = static_cast<int>(blockDim.x) / kWarpSize - row_warps;
+    const int record_warps = args.shape.record_warps;
     if (warp >= row_warps)
       send_records(send, call, (warp - row_warps) * blocks + block, record_warps * blocks);
   }
@@ -316,6 +327,7 @@ SendShape shape_of(const SendArgs& args) {
   shape.stage_bytes = shape.piece_bytes + (kQuantised ? kScaleBytes : 0);
   const size_t warps = kSharedBytes / (kStages * static_cast<size_t>(shape.stage_bytes));
   shape.row_warps = static_cast<int32_t>(std::min<size_t>(warps, size_t{kMaxRowWarps<kQuantised>}));
+  shape.record_warps = kRecordWarps<kQuantised>;
   return shape;
 }
 
@@ -353,8 +365,8 @@ void launch_send(const SendArgs& args, int num_sms, cudaStream_t stream) {
       bulk ? static_cast<size_t>(shape.row_warps * kStages) * static_cast<size_t>(shape.stage_bytes)
            : 0;
   launch("launch of send", kernel_of(args),
-         {persistent_blocks(num_sms), (shape.row_warps + kRecordWarps) * kWarpSize, stages}, stream,
-         SendKernelArgs{args, shape});
+         {persistent_blocks(num_sms), (shape.row_warps + shape.record_warps) * kWarpSize, stages},
+         stream, SendKernelArgs{args, shape});
 }
 
 }  // namespace epcomm

@@ -30,9 +30,7 @@ struct QuantBatch {
   QuantVector made[kUnroll];
 
   __device__ __forceinline__ QuantBatch(const Batch& batch, const GlobalScale& global) {
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
-      made[u] = quantize_vector<kQuant, kDtype>(batch.data[u], global);
+    quantize_vectors<kQuant, kDtype>(batch.data, global, made);
   }
   /// q: codes of the row.
   __device__ __forceinline__ void store(char* q, int v, int end) const {
