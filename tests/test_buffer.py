@@ -261,6 +261,7 @@ def run_environment(group: Any) -> list[str]:
         ("EPCOMM_TIMEOUT", "soon"),
         ("EPCOMM_WINDOW_BYTES", "much"),
         ("EPCOMM_RANKS_PER_NODE", "two"),
+        ("EPCOMM_STATISTICS", "yes"),
     ):
         os.environ[name] = value
         try:
@@ -268,7 +269,8 @@ def run_environment(group: Any) -> list[str]:
             with pytest.raises(ValueError) as error:
                 Setup(group, **changes)
             texts.append(f"{name} {value}: {error.value}")
-            Setup(group, window_bytes=1 << 22, ranks_per_node=1).buf.destroy()
+            given: dict[str, Any] = {"ranks_per_node": 1, "statistics": True}
+            Setup(group, window_bytes=1 << 22, **given).buf.destroy()
         finally:
             del os.environ[name]
     return texts
@@ -276,10 +278,11 @@ def run_environment(group: Any) -> list[str]:
 
 def test_environment_sets_defaults_only() -> None:
     """A wrong value is refused; an argument that is given wins over it."""
-    for transport, timeout, window, nodes in launcher.pool().run(2, run_environment):
+    for transport, timeout, window, nodes, counts in launcher.pool().run(2, run_environment):
         assert "pigeon" in transport.partition(": ")[2]
         assert "EPCOMM_TIMEOUT" in timeout.partition(": ")[2] and "soon" in timeout
         assert "EPCOMM_WINDOW_BYTES" in window.partition(": ")[2] and "much" in window
+        assert "EPCOMM_STATISTICS" in counts.partition(": ")[2] and "yes" in counts
         assert "EPCOMM_RANKS_PER_NODE" in nodes.partition(": ")[2] and "two" in nodes
 
 

@@ -110,7 +110,7 @@ MACRO_FILES = ("include/epcomm/error.h",)
 TORCH_FILES = (
     *("buffer.py", "endpoint.py", "plans.py", "dispatch.py", "combine.py"),
     *("native.py", "checks.py", "results.py", "events.py", "streams.py"),
-    *("bootstrap.py", "slots.py", "symmetric.py", "tracing.py", "quant.py"),
+    *("bootstrap.py", "slots.py", "statistics.py", "symmetric.py", "tracing.py", "quant.py"),
     *("autograd.py", "ops.py", "ops/*"),
     "compat/deep_ep/*",
 )

@@ -87,7 +87,9 @@ void bind_types(py::module_& m) {
       .def_readonly("small_batches", &Caps::small_batches)
       .def_readonly("link_counters", &Caps::link_counters)
       .def_readonly("sends_ahead", &Caps::sends_ahead)
-      .def_readonly("forwards", &Caps::forwards);
+      .def_readonly("forwards", &Caps::forwards)
+      .def_readonly("received_tokens", &Caps::received_tokens)
+      .def_readonly("wait_times", &Caps::wait_times);
   py::class_<LinkTraffic>(m, "LinkTraffic", py::module_local())
       .def_readonly("rows", &LinkTraffic::rows)
       .def_readonly("bytes", &LinkTraffic::bytes)
@@ -289,6 +291,11 @@ void bind_buffer(py::module_& m) {
       .def("combine", &Buffer::combine, gil())
       .def("link_counters", &Buffer::link_counters)
       .def("reset_link_counters", &Buffer::reset_link_counters)
+      .def("set_statistics",
+           [](Buffer& b, uintptr_t received_tokens, uintptr_t max_wait_ns) {
+             b.set_statistics({reinterpret_cast<int64_t*>(received_tokens),
+                               reinterpret_cast<int64_t*>(max_wait_ns)});
+           })
       .def("destroy", &Buffer::destroy, gil());
 }
 

@@ -447,6 +447,18 @@ LinkCounters& counters_of(Transport& transport, const std::string& name) {
 LinkCounters Buffer::link_counters() const { return counters_of(state_->usable(), transport()); }
 void Buffer::reset_link_counters() { counters_of(state_->usable(), transport()) = {}; }
 
+void Buffer::set_statistics(const Statistics& statistics) {
+  Transport& t = state_->usable();
+  auto check = [this](bool offered, const void* given, const char* name) {
+    EPCOMM_CHECK(
+        offered || given == nullptr,
+        std::string(name) + " is given, but not offered by the " + transport() + " transport");
+  };
+  check(state_->caps.received_tokens, statistics.received_tokens, "received_tokens");
+  check(state_->caps.wait_times, statistics.max_wait_ns, "max_wait_ns");
+  t.set_statistics(statistics);
+}
+
 void Buffer::destroy() {
   if (::getpid() == state_->pid) state_->transport.reset();
 }

@@ -137,6 +137,9 @@ void launch_clear_outputs(const PlaceArgs& args, cudaStream_t stream);
 /// Copies each received token to every distinct row that carries it, its record to plan.recv_meta,
 /// and its expert ids and weights to the outputs. Reads counts and bases from plan.rank_count.
 void launch_place(const PlaceArgs& args, int num_sms, cudaStream_t stream);
+/// Adds tokens_per_expert [L] to Statistics::received_tokens.
+void launch_count_received(const Statistics& statistics, const int32_t* tokens_per_expert,
+                           int local_experts, cudaStream_t stream);
 
 /// The receive side where whole batches were gathered instead: token t of source s is entry
 /// s * capacity + t of every array; those without a slot here are passed over.

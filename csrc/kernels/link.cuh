@@ -30,6 +30,7 @@
 #include "kernels/device.cuh"
 #include "kernels/link.h"
 #include "kernels/rows.cuh"
+#include "kernels/statistics.cuh"
 
 namespace epcomm {
 
@@ -103,16 +104,21 @@ __device__ __forceinline__ void link_put_signal(const LinkArgs& link, int peer,
     link_signal<Link>(link, peer, word, epoch);
 }
 
-/// False if it was given up: the host said so, or it took too long.
+/// Waits for a signal of source. notes: the time counts in the statistics; of threads that wait for
+/// the same, one should say so. False if it was given up: the host said so, or it took too long.
 template <class Link = PeerLink>
-__device__ __forceinline__ bool wait_signal(const LinkArgs& link, const uint64_t* signal,
-                                            uint64_t epoch) {
+__device__ __forceinline__ bool wait_signal(const LinkArgs& link, int source,
+                                            const uint64_t* signal, uint64_t epoch,
+                                            bool notes = true) {
+  if (Link::reached(signal, epoch)) return true;
   const uint64_t begin = global_time_ns();
   for (int spin = 1; !Link::reached(signal, epoch); ++spin) {
     if (spin % kSpinsPerLook != 0) continue;
     if (load_relaxed_system(&link.report->abort) != 0 || global_time_ns() - begin > link.timeout_ns)
       return false;
   }
+  if (notes && link.statistics.max_wait_ns != nullptr)
+    note_wait(link.statistics, source, global_time_ns() - begin);
   return true;
 }
 
@@ -215,7 +221,7 @@ __device__ __forceinline__ bool link_agree(const LinkArgs& link, LinkCall& call,
   bool lost = false, refused = false;
   if (r < link.num_ranks) {
     const LinkInbox* from = inbox(link, link.rank, r);
-    lost = !wait_signal<Link>(link, &from->entered, call.epoch);
+    lost = !wait_signal<Link>(link, r, &from->entered, call.epoch);
     if (!lost) {
       const LinkEntry& entry = call.entry[r] = *reinterpret_cast<const LinkEntry*>(
           link.window[link.rank] + link.control.entry(r, call.epoch));
@@ -226,7 +232,7 @@ __device__ __forceinline__ bool link_agree(const LinkArgs& link, LinkCall& call,
     // A rank that wants something else may send other pieces.
     if constexpr (!Link::kMapped)
       for (int p = 0; p < pieces && !lost && !refused; ++p)
-        lost = !wait_signal<Link>(link, &from->piece[p], call.epoch);
+        lost = !wait_signal<Link>(link, r, &from->piece[p], call.epoch);
   }
   if (__syncthreads_or(lost)) {
     if (r == 0) {
@@ -293,7 +299,7 @@ __device__ __forceinline__ bool link_pushed(const LinkArgs& link, LinkCall& call
       store_release_system(&inbox(link, r, link.rank)->pushed, call.epoch);
     }
     if (call.entry[r].pushed != 0)
-      lost = !wait_signal(link, &inbox(link, link.rank, r)->pushed, call.epoch);
+      lost = !wait_signal(link, r, &inbox(link, link.rank, r)->pushed, call.epoch);
   }
   if (__syncthreads_or(lost) == 0) return true;
   if (r == 0) {
@@ -354,7 +360,7 @@ __device__ __forceinline__ void link_finish(const LinkArgs& link, LinkCall& call
   if (r < link.num_ranks) {
     link_signal<Link>(link, (link.rank + r) % link.num_ranks,
                       own_inbox(link, offsetof(LinkInbox, done)), call.epoch);
-    lost = !wait_signal<Link>(link, &inbox(link, link.rank, r)->done, call.epoch);
+    lost = !wait_signal<Link>(link, r, &inbox(link, link.rank, r)->done, call.epoch);
   }
   lost = __syncthreads_or(lost);
   if (r != 0) return;

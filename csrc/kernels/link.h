@@ -81,6 +81,7 @@ struct LinkArgs {
   uint64_t* progress;  ///< pinned [2]: calls begun, calls ended; see kernels/mark.h
   uint64_t timeout_ns;
   uint64_t token;  ///< of the call, for LinkReport::entered; 0 = not told
+  Statistics statistics;
   LinkEntry entry;
 };
 

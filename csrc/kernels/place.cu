@@ -15,6 +15,7 @@
 #include "kernels/launch.cuh"
 #include "kernels/place.cuh"
 #include "kernels/rows.cuh"
+#include "kernels/statistics.cuh"
 
 namespace epcomm {
 namespace {
@@ -140,6 +141,12 @@ __global__ void __launch_bounds__(256) clear_kernel(const ClearArgs args) {
   fill_words(args.weights, args.weight_words, 0, first, step);         // 0.0f
 }
 
+__global__ void __launch_bounds__(256)
+    count_received_kernel(const Statistics statistics, const int32_t* tokens, int local_experts) {
+  const int e = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (e < local_experts) add_received(statistics, e, tokens[e]);
+}
+
 void check_place(const PlaceArgs& args) {
   check_aligned(args.recv_x, "recv_x");
   for (int s = 0; s < args.dims.num_ranks; ++s) check_aligned(args.source[s].x, "received payload");
@@ -172,6 +179,13 @@ void launch_place(const PlaceArgs& args, int num_sms, cudaStream_t stream) {
   check_place(args);
   if (args.recv_capacity == 0) return;
   launch("launch of place", place_kernel, {persistent_blocks(num_sms), kRowThreads}, stream, args);
+}
+
+void launch_count_received(const Statistics& statistics, const int32_t* tokens_per_expert,
+                           int local_experts, cudaStream_t stream) {
+  if (local_experts == 0) return;
+  launch("launch of count_received", count_received_kernel, {(local_experts + 255) / 256, 256},
+         stream, statistics, tokens_per_expert, local_experts);
 }
 
 void launch_place_gathered(const GatheredArgs& args, int num_sms, cudaStream_t stream) {

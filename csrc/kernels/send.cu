@@ -297,6 +297,9 @@ __global__ void __launch_bounds__((kMaxRowWarps<kQuant != Quant::kNone> +
   if (has_no_routing(send)) return;
   const int32_t missing = blockIdx.x == 0 ? missing_room(send) : 0;
   if (link_enter(send.link, call, nullptr, 0, missing)) {
+    if (block == 0 && send.link.statistics.received_tokens != nullptr)
+      for (int e = thread_index(); e < send.dims.local_experts; e += static_cast<int>(blockDim.x))
+        add_received(send.link.statistics, e, send.plan.tokens_per_expert[e]);
     const int warp = warp_index(), row_warps = args.shape.row_warps;
     if constexpr (kHasBulkCopies) {
       // Warps of one block have pieces far apart, so that few pieces, too, spread over all SMs.

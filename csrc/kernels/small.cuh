@@ -133,13 +133,17 @@ __device__ __forceinline__ void signal_shares(const LinkArgs& link, const SmallL
 }
 
 /// Waits for the share of row i of source. Every lane that asks acquires it. Lanes that need none
-/// pass i < 0. By a warp; false in all lanes if a wait was given up.
+/// pass i < 0. By a warp, whose lanes have one source or each its own; false in all lanes if a wait
+/// was given up.
 template <class Link>
 __device__ __forceinline__ bool rows_arrived(const LinkArgs& link, const SmallLayout& small,
                                              uint64_t epoch, int source, int i) {
+  const int first = __shfl_sync(kFullWarp, source, 0);
+  const bool notes = lane_index() == 0 || source != first;
   const bool there =
       i < 0 ||
-      wait_signal<Link>(link, share_signal(link, small, source, i % SmallLayout::kShares), epoch);
+      wait_signal<Link>(link, source, share_signal(link, small, source, i % SmallLayout::kShares),
+                        epoch, notes);
   __syncwarp();
   if (__all_sync(kFullWarp, there)) return true;
   if (lane_index() == 0) atomicExch(&link.state->lost, 1u);

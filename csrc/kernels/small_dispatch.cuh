@@ -342,6 +342,14 @@ __device__ __forceinline__ void write_counts(const SmallDispatchArgs& args, cons
 
 // ---- receiving ----
 
+// What the call delivers to this rank's experts, by block 0.
+__device__ __forceinline__ void count_received(const SmallDispatchArgs& args,
+                                               const GroupRoute& route) {
+  for (int e = thread_index(); e < args.place.dims.num_experts; e += kSmallThreads)
+    if (route.experts.owner(e) == route.rank)
+      add_received(args.link.statistics, args.place.experts.local[e], route.experts.total(e));
+}
+
 // Entries [begin, end) of the outputs that no token writes, by threads first, first + step, ...
 __device__ __forceinline__ void clear_entries(const PlaceArgs& place, int64_t begin, int64_t end,
                                               int first, int step) {
@@ -454,6 +462,8 @@ __device__ __forceinline__ void receive(const SmallDispatchArgs& args, const Lin
         [&](int i) { return agreed ? ids[i] : -1; },
         [&](int column, int t) { return route.place(own, column, t); });
   }
+  if (blockIdx.x == 0 && args.link.statistics.received_tokens != nullptr)
+    count_received(args, route);
   clear_rest(args, route, totals);
   receive_rows<Link>(args, route, call.epoch, ranges);
 }

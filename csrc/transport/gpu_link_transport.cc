@@ -61,6 +61,7 @@ GpuLinkTransport::GpuLinkTransport(const TransportContext& context, const LinkKe
   caps_.token_layout = caps_.expert_layout = caps_.padded_layout = true;
   caps_.two_phases = caps_.small_batches = takes_small_;
   caps_.graph_capture = true;
+  caps_.received_tokens = caps_.wait_times = true;
   caps_.cuda = true;
 }
 
@@ -87,6 +88,7 @@ LinkArgs GpuLinkTransport::link(Operation operation) const {
   link.progress = watchdog_.progress();
   // The watchdog ends a wait in time, and knows whom to blame; this is for when it cannot.
   link.timeout_ns = static_cast<uint64_t>(2e9 * timeout_s_);
+  link.statistics = statistics_;
   link.entry.signature[static_cast<int>(CallField::kOperation)] = static_cast<int32_t>(operation);
   return link;
 }

@@ -6,8 +6,11 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <string>
+#include <vector>
 
 #include "core/call_fields.h"
 #include "core/clock.h"
@@ -161,11 +164,18 @@ void HostChannel::ring(int peer) {
 }
 
 void HostChannel::wait_all(Stage stage) {
+  std::vector<int> missing(static_cast<size_t>(num_ranks_));
+  std::iota(missing.begin(), missing.end(), 0);
+  const int64_t begin = monotonic_ns();
   wait_until(
-      [this, stage] {
-        for (int r = 0; r < num_ranks_; ++r)
+      [&] {
+        std::erase_if(missing, [&](int r) {
           if (!reached(r, stage)) return false;
-        return true;
+          if (max_wait_ns_ != nullptr)
+            max_wait_ns_[r] = std::max(max_wait_ns_[r], monotonic_ns() - begin);
+          return true;
+        });
+        return missing.empty();
       },
       stage);
 }

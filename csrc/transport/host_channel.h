@@ -73,6 +73,8 @@ class HostChannel {
   uint64_t epoch() const { return epoch_; }
   /// Starts the next call. Throws at once if a peer was lost before, or gave this rank up.
   void begin(Operation operation);
+  /// Statistics::max_wait_ns.
+  void set_max_wait_ns(int64_t* max_wait_ns) { max_wait_ns_ = max_wait_ns; }
   /// Announces this rank's entry (and counts, if not null) to all, waits for all, and checks that
   /// all announce the same call (ConfigMismatch) and have room (WindowFull).
   void enter_all(const Entry& entry, const int32_t* counts);
@@ -110,6 +112,7 @@ class HostChannel {
   double timeout_s_;
   Operation operation_ = Operation::kInit;
   uint64_t epoch_ = 0;
+  int64_t* max_wait_ns_ = nullptr;
 };
 
 }  // namespace epcomm

@@ -74,6 +74,7 @@ HostTransport::HostTransport(const TransportContext& context, bool forwarding)
   caps_.token_layout = caps_.expert_layout = caps_.padded_layout = true;
   caps_.symmetric_outputs = true;
   caps_.link_counters = true;
+  caps_.received_tokens = caps_.wait_times = true;
   caps_.forwards = forwarding;
   if (forwarding) return;  // rows are quantised before they are sent
   caps_.fused_quants =
@@ -235,6 +236,9 @@ void HostTransport::place_received(const Plan& plan, const DispatchArgs& args) c
     std::memset(args.recv_topk_idx, 0xff,
                 static_cast<size_t>(entries) * static_cast<size_t>(args.index_type));
   if (args.recv_topk_weights != nullptr) std::fill_n(args.recv_topk_weights, entries, 0.0f);
+  if (statistics_.received_tokens != nullptr)
+    for (int e = 0; e < dims_.local_experts; ++e)
+      statistics_.received_tokens[e] += plan.view.tokens_per_expert[e];
 
   for (int64_t n = 0; n < *plan.view.num_recv; ++n) {
     const int32_t* row = meta.row(plan.view.recv_meta, n);

@@ -36,6 +36,10 @@ class HostTransport : public Transport {
   HostTransport(const TransportContext& context, bool forwarding);
 
   LinkCounters* link_counters() final { return &counters_; }
+  void set_statistics(const Statistics& statistics) final {
+    Transport::set_statistics(statistics);
+    channel_.set_max_wait_ns(statistics.max_wait_ns);
+  }
   const Caps& caps() const final { return caps_; }
   RouteResult route(const RouteArgs& args) final;
   Allocation allocate(size_t bytes) final { return arena_.allocate(bytes); }

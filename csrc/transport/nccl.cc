@@ -70,6 +70,7 @@ NcclTransport::NcclTransport(const TransportContext& context)
   caps_.token_layout = caps_.expert_layout = caps_.padded_layout = true;
   caps_.graph_capture = options_.algorithm != NcclAlgorithm::kExact;
   caps_.cuda = true;
+  caps_.received_tokens = true;
   int device = 0;
   EPCOMM_CUDA_TRY(cudaGetDevice(&device));
   EPCOMM_CUDA_TRY(cudaDeviceGetAttribute(&num_sms_, cudaDevAttrMultiProcessorCount, device));

@@ -49,6 +49,8 @@ void NcclTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
     default:
       dispatch_static(plan, args, stream);
   }
+  if (statistics_.received_tokens != nullptr)
+    launch_count_received(statistics_, plan.view.tokens_per_expert, dims_.local_experts, stream);
   call.end();
 }
 

@@ -36,11 +36,16 @@ class Transport {
   virtual void check() {}
   /// Counted here, for caps().link_counters; null where nothing is counted.
   virtual LinkCounters* link_counters() { return nullptr; }
+  /// Where calls from the next on add to; nothing is given that caps() does not offer.
+  virtual void set_statistics(const Statistics& statistics) { statistics_ = statistics; }
   /// Bytes that forwarding adds to a plan's receive block.
   virtual size_t forward_bytes(const Plan&) const { return 0; }
   /// Symmetric memory, for caps().symmetric_outputs; others never get these calls.
   virtual Allocation allocate(size_t bytes) = 0;
   virtual size_t free_bytes() const = 0;
+
+ protected:
+  Statistics statistics_;
 };
 
 using TransportFactory = std::unique_ptr<Transport> (*)(const TransportContext&);

@@ -113,6 +113,11 @@ class Buffer {
   LinkCounters link_counters() const;
   void reset_link_counters();
 
+  /// Calls from the next on add to these counters, until they are set again or destroy(). Local.
+  /// The caller zeroes them. Throws InvalidArgument unless caps().received_tokens and
+  /// caps().wait_times have what is given.
+  void set_statistics(const Statistics& statistics);
+
   /// Local, not collective. Later calls throw BufferUnusable. Allocations stay readable.
   void destroy();
 

@@ -143,6 +143,8 @@ struct Caps {
   bool link_counters = false;      ///< Buffer::link_counters() is offered
   bool sends_ahead = false;        ///< RouteArgs::ahead is offered
   bool forwards = false;           ///< rows reach a node once and are forwarded inside it
+  bool received_tokens = false;    ///< Statistics::received_tokens is offered
+  bool wait_times = false;         ///< Statistics::max_wait_ns is offered
 
   static constexpr uint32_t bit(Quant quant) { return 1u << static_cast<int32_t>(quant); }
 
@@ -151,6 +153,16 @@ struct Caps {
            (layout == Layout::kExpert && expert_layout) ||
            (layout == Layout::kPadded && padded_layout);
   }
+};
+
+/// Counters of one Buffer that its calls add to, in the caller's memory: of the GPU on GPU
+/// transports, so that a CUDA graph counts at every replay. Null = not counted.
+struct Statistics {
+  /// [local_experts]: tokens that dispatches have delivered to each, replays included; what
+  /// PlanView::tokens_per_expert says, added up.
+  int64_t* received_tokens = nullptr;
+  /// [num_ranks]: nanoseconds of the longest wait of any call for what a rank had to signal.
+  int64_t* max_wait_ns = nullptr;
 };
 
 /// What went over one kind of link, counted where it was sent.

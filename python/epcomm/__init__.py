@@ -35,6 +35,7 @@ _LAZY = {
     "OperationTraffic": "results",
     "Plan": "results",
     "Recv": "results",
+    "Statistics": "results",
 }
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "PeerLost",
     "Plan",
     "Recv",
+    "Statistics",
     "TorchBootstrap",
     "WindowFull",
     "__version__",

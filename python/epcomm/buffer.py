@@ -25,6 +25,7 @@ from .results import (
     Plan,
     Recv,
     Rows,
+    Statistics,
 )
 from .streams import CallOptions
 from .tracing import untraced
@@ -62,6 +63,8 @@ class Buffer:
             "chunks" (docs/nccl.md); hierarchical: "chunk_tokens" (docs/hierarchical.md); nvlink:
             "path" = "auto", "small" or "large" (docs/nvlink.md, "Small batches";
             `caps.small_batches` says which was taken).
+        statistics: count received tokens and the longest waits, for `statistics()`. Ranks may
+            differ. None = as EPCOMM_STATISTICS says, else False.
         comm_stream: of asynchronous calls on a GPU; None = a stream of the Buffer's own.
 
     Attributes:
@@ -88,6 +91,7 @@ class Buffer:
         timeout: float | None = None,
         window_bytes: int | None = None,
         transport_options: Mapping[str, object] | None = None,
+        statistics: bool | None = None,
         comm_stream: torch.cuda.Stream | None = None,
     ) -> None:
         arguments = Arguments(
@@ -102,6 +106,7 @@ class Buffer:
             timeout=timeout,
             window_bytes=window_bytes,
             transport_options=transport_options,
+            statistics=statistics,
         )
         self._end = connect(group, arguments, comm_stream)
         self._native = self._end.native
@@ -170,6 +175,23 @@ class Buffer:
             return OperationTraffic(*(LinkTraffic(i.rows, i.bytes, i.meta_bytes) for i in links))
 
         return LinkCounters(traffic(native.dispatch), traffic(native.combine))
+
+    def statistics(self, *, reset: bool = False) -> Statistics:
+        """What this rank has received and waited for, of a Buffer with statistics=True. Local.
+
+        Counted since the Buffer was made or the counters were last reset, by calls that the current
+        stream has waited for; replays of a CUDA graph count. Does not wait for a GPU: reading a
+        number does. Also after `destroy()`.
+
+        Args:
+            reset: start again from 0 after this. Calls on other streams count before or after.
+
+        Raises:
+            ValueError: the Buffer was made without statistics.
+        """
+        if self._end.counters is None:
+            raise ValueError("statistics is False; make the Buffer with statistics=True")
+        return self._end.counters.read(reset)
 
     def destroy(self) -> None:
         """Gives back windows and connections. Local; may be called twice.

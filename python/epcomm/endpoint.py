@@ -15,6 +15,7 @@ from .bootstrap import TIMEOUT_S, Bootstrap, bootstrap_of, set_up_seconds
 from .events import Event
 from .quant import ROW_DTYPES
 from .results import Plan
+from .statistics import Counters
 from .streams import Call, CallOrder
 from .symmetric import tensors_of
 
@@ -35,6 +36,7 @@ class Arguments(NamedTuple):
     timeout: float | None
     window_bytes: int | None
     transport_options: Mapping[str, object] | None
+    statistics: bool | None
 
 
 def connect(
@@ -50,6 +52,8 @@ def connect(
     try:
         module = native.module_of(transport)
         options = _native_options(module, transport, arguments)
+        if arguments.statistics is None:
+            arguments = arguments._replace(statistics=env.switch("EPCOMM_STATISTICS"))
     except Exception as error:
         native.refuse(bootstrap, str(error))
         raise
@@ -103,6 +107,7 @@ class Endpoint:
         received: tokens and rows that the last dispatch with host_sync received, by layout, topk
             and expert_alignment.
         order: makes the calls, in order with the caller's streams.
+        counters: what `Buffer.statistics` reads; None = nothing is counted.
     """
 
     def __init__(
@@ -131,6 +136,7 @@ class Endpoint:
         self.tensors = tensors_of(native_buffer, module, self.device)
         self.received: dict[tuple[str, int, int], tuple[int, int]] = {}
         self.order = CallOrder(self.device, native_buffer.check_faults, comm_stream)
+        self.counters = Counters(native_buffer, self.device) if arguments.statistics else None
         if self.caps.small_batches:
             _logger.info(
                 "transport %s: max_tokens = %d takes the path for small batches, one kernel a call",

@@ -4,6 +4,7 @@ EPCOMM_TRANSPORT: the transport that `transport="auto"` takes.
 EPCOMM_TIMEOUT: seconds that a wait for a peer may take, where `timeout=` is not given.
 EPCOMM_WINDOW_BYTES: bytes of a Buffer's window, where `window_bytes=` is not given.
 EPCOMM_RANKS_PER_NODE: ranks that form a node, where `ranks_per_node=` is not given.
+EPCOMM_STATISTICS: 1 = Buffers count (`Buffer.statistics`), where `statistics=` is not given.
 EPCOMM_MAX_TOKENS: tokens per rank that `epcomm.compat.deep_ep` makes room for at once, where the
     call does not say.
 EPCOMM_DEEP_EP: 1 = the plugins for vLLM and SGLang put `epcomm.compat.deep_ep` in the place of
@@ -22,6 +23,7 @@ _KNOWN = (
     "EPCOMM_TIMEOUT",
     "EPCOMM_WINDOW_BYTES",
     "EPCOMM_RANKS_PER_NODE",
+    "EPCOMM_STATISTICS",
     "EPCOMM_MAX_TOKENS",
     "EPCOMM_DEEP_EP",
     "EPCOMM_CUDA",

@@ -116,6 +116,23 @@ class Combined(NamedTuple):
     hook: Callable[[], None] | None
 
 
+class Statistics(NamedTuple):
+    """What `Buffer.statistics` returns; tensors on the Buffer's device.
+
+    Attributes:
+        received_tokens: int64 [local_experts], tokens that dispatches have delivered to each expert
+            of this rank: the sum of `recv.tokens_per_expert` over all calls, replays included. None
+            where the transport does not count (`caps.received_tokens`).
+        max_wait_us: float32 [num_ranks], the longest time in microseconds that a call on this rank
+            has waited at once for something that a rank had to signal: that it enters the call,
+            that its rows are there, that it has finished. A large number names a rank that comes
+            late. None where waits are not timed by rank (`caps.wait_times`).
+    """
+
+    received_tokens: torch.Tensor | None
+    max_wait_us: torch.Tensor | None
+
+
 class LinkTraffic(NamedTuple):
     """What one rank sent over one kind of link, counted where it was sent.
 

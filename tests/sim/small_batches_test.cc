@@ -154,6 +154,11 @@ void replay_graphs(unsigned base) {
       for (float& weight : round.weights) weight = random.real();
       return round;
     };
+    std::vector<int64_t> counted(static_cast<size_t>(small.local_experts()), 5), sums = counted;
+    small.set_statistics({counted.data(), nullptr});
+    auto add_up = [&](const Calls& calls) {
+      for (size_t e = 0; e < sums.size(); ++e) sums[e] += calls.plan.view.tokens_per_expert[e];
+    };
     cudaStream_t stream;
     EPCOMM_CUDA_TRY(cudaStreamCreate(&stream));
     Calls captured{small, c, fixed(0), stream};
@@ -187,6 +192,9 @@ void replay_graphs(unsigned base) {
       expect_same_dispatch(captured, l, what);
       expect_same(captured.y.data(), l.y.data(), l.y.size(), what + ": y");
       expect_same(eager.y.data(), l.y.data(), l.y.size(), what + ": y of an eager call");
+      add_up(captured);
+      add_up(eager);
+      EXPECT_EQ(counted, sums) << what;
     }
     cudaGraphExecDestroy(exec);
     cudaGraphDestroy(graph);
