@@ -7,6 +7,7 @@
 #include "core/host_rows.h"
 #include "epcomm/quant.h"
 #include "epcomm/types.h"
+#include "kernels/quant.h"
 
 namespace epcomm {
 
@@ -24,16 +25,12 @@ void quantize_row(const RowFormat& format, const void* x, void* q, void* scales)
 void quantize_wire_row(const RowFormat& format, const void* x, void* q, void* scales);
 void dequantize_row(const RowFormat& format, const void* q, const void* scales, void* x);
 
-/// A row of kFp8 in one piece, as a quantised combine moves it: hidden codes, then the scales.
-constexpr size_t fp8_row_bytes(int hidden) {
-  return static_cast<size_t>(hidden) + static_cast<size_t>(hidden) / 128 * sizeof(float);
-}
 /// out = the terms' rows (times their weights, if weighted), added in order in fp32, as one row of
-/// kFp8.
+/// fp8_row_bytes.
 void sum_to_fp8_row(Dtype dtype, const std::vector<RowTerm>& terms, bool weighted, int hidden,
                     void* out);
-/// out = rows of kFp8, each product with its scale rounded to fp32, added in order in fp32, then +
-/// bias (may be null), rounded once to dtype.
+/// out = rows of fp8_row_bytes, each product with its scale rounded to fp32, added in order in
+/// fp32, then + bias (may be null), rounded once to dtype.
 void sum_fp8_rows(Dtype dtype, const std::vector<const char*>& rows, const void* bias, void* out,
                   int hidden);
 

@@ -73,6 +73,24 @@ struct PartialToken {
   }
 };
 
+/// Adds the rows of the vectors v, v + 32, ... of a token; batch holds what was read last.
+template <Dtype kDtype>
+__device__ __forceinline__ void add_rows(const char* x, int64_t row_bytes,
+                                         const PartialToken& token, int v, int end, Batch& batch,
+                                         Sum<kDtype>& sum) {
+  int32_t loaded = -1;  // in layout kToken all slots have one row, which is read once
+  for (uint32_t rest = token.summands; rest != 0;) {
+    const int k = take_lowest(rest);
+    const int32_t row = __shfl_sync(kFullWarp, token.row, k);
+    if (row != loaded) batch.load(x + row * row_bytes, v, end);
+    loaded = row;
+    if (token.weighted)
+      sum.add_weighted(batch, __shfl_sync(kFullWarp, token.weight, k));
+    else
+      sum.add(batch);
+  }
+}
+
 /// The partial of the vectors v, v + 32, ... of a token.
 template <Dtype kDtype>
 __device__ __forceinline__ void sum_rows(const char* x, int64_t row_bytes,
@@ -86,17 +104,7 @@ __device__ __forceinline__ void sum_rows(const char* x, int64_t row_bytes,
   }
   Sum<kDtype> sum;
   sum.clear();
-  int32_t loaded = -1;  // in layout kToken all slots have one row, which is read once
-  while (rest != 0) {
-    const int k = take_lowest(rest);
-    const int32_t row = __shfl_sync(kFullWarp, token.row, k);
-    if (row != loaded) batch.load(x + row * row_bytes, v, end);
-    loaded = row;
-    if (token.weighted)
-      sum.add_weighted(batch, __shfl_sync(kFullWarp, token.weight, k));
-    else
-      sum.add(batch);
-  }
+  add_rows(x, row_bytes, token, v, end, batch, sum);
   sum.round_to(batch);
 }
 

@@ -52,6 +52,22 @@ __device__ __forceinline__ uint32_t e4m3_pair(float first, float second) {
 #endif
 }
 
+/// Turns two e4m3 codes, the first in the low byte, back. Exact.
+__device__ __forceinline__ void e4m3_pair_to_float(uint32_t codes, float* out) {
+#if __CUDA_ARCH__ >= 890
+  const __half2_raw pair =
+      __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes), __NV_E4M3);
+  float16_pair_to_float(uint32_t{pair.x} | uint32_t{pair.y} << 16, out);
+#else
+  // As fp16, whose exponents are 8 larger: 2^8 too small. e4m3's NaN is a number there.
+  const uint32_t magnitudes = (codes & 0x7f) << 7 | (codes & 0x7f00) << 15;
+  float16_pair_to_float(magnitudes | (codes & 0x80) << 8 | (codes & 0x8000) << 16, out);
+  const bool nan[2] = {(codes & 0x7f) == kE4m3Nan, (codes >> 8 & 0x7f) == kE4m3Nan};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) out[i] = nan[i] ? bits_float(kFloatNan) : mul_rn(out[i], 256.0f);
+#endif
+}
+
 template <Quant kQuant>
 __device__ __forceinline__ GroupScale group_scale(uint32_t amax, const GlobalScale& global) {
   if constexpr (kQuant == Quant::kNvfp4) return nvfp4_scale(amax, global);
@@ -59,9 +75,9 @@ __device__ __forceinline__ GroupScale group_scale(uint32_t amax, const GlobalSca
   return fp8_scale(amax);
 }
 
-/// The codes of one lane's vector, whose group has this amax and scale.
+/// The codes of kElements numbers, of a group with this amax and scale.
 template <Quant kQuant, Dtype kDtype>
-__device__ __forceinline__ QuantVector encode_vector(const uint4& vector, uint32_t amax,
+__device__ __forceinline__ QuantVector encode_floats(const float* x, uint32_t amax,
                                                      const GroupScale& scale) {
   using Lanes = QuantLanes<kQuant, kDtype>;
   QuantVector out;
@@ -71,8 +87,6 @@ __device__ __forceinline__ QuantVector encode_vector(const uint4& vector, uint32
     out.codes[0] = out.codes[1] = Lanes::kFp4 ? 0x77777777u : 0x7f7f7f7fu;
     return out;
   }
-  float x[Lanes::kElements];
-  vector_to_float<kDtype>(vector, x);
 #pragma unroll
   for (int i = 0; i < Lanes::kElements; i += 2) {
     const float first = mul_rn(x[i], scale.inverse), second = mul_rn(x[i + 1], scale.inverse);
@@ -82,6 +96,19 @@ __device__ __forceinline__ QuantVector encode_vector(const uint4& vector, uint32
       out.codes[i / 4] |= e4m3_pair(first, second) << (8 * (i % 4));
   }
   return out;
+}
+
+/// As quantize_vector, of kElements numbers that take the place of a vector of kDtype.
+template <Quant kQuant, Dtype kDtype>
+__device__ __forceinline__ QuantVector quantize_floats(const float* x, const GlobalScale& global) {
+  using Lanes = QuantLanes<kQuant, kDtype>;
+  uint32_t amax = 0;
+#pragma unroll
+  for (int i = 0; i < Lanes::kElements; ++i) amax = max(amax, magnitude_bits(x[i]));
+#pragma unroll
+  for (int mask = Lanes::kLanes / 2; mask > 0; mask /= 2)
+    amax = max(amax, __shfl_xor_sync(kFullWarp, amax, mask));
+  return encode_floats<kQuant, kDtype>(x, amax, group_scale<kQuant>(amax, global));
 }
 
 /// Of several vectors at a time, v, v + 32, ...: the lanes of a group share the work of finding
@@ -125,7 +152,9 @@ __device__ __forceinline__ void quantize_vectors(const uint4 (&vectors)[kCount],
       theirs.code = __shfl_sync(kFullWarp, theirs.code, group + u % kShare);
       theirs.inverse = __shfl_sync(kFullWarp, theirs.inverse, group + u % kShare);
     }
-    out[u] = encode_vector<kQuant, kDtype>(vectors[u], amax[u], theirs);
+    float x[Lanes::kElements];
+    vector_to_float<kDtype>(vectors[u], x);
+    out[u] = encode_floats<kQuant, kDtype>(x, amax[u], theirs);
   }
 }
 
@@ -190,10 +219,16 @@ __device__ __forceinline__ void dequantize_vector(const char* q, int v, float sc
   using Lanes = QuantLanes<kQuant, kDtype>;
   const uint8_t* codes = reinterpret_cast<const uint8_t*>(q) + int64_t{v} * Lanes::kCodeBytes;
 #pragma unroll
-  for (int i = 0; i < Lanes::kElements; ++i) {
-    const float code =
-        Lanes::kFp4 ? e2m1_decode(codes[i / 2] >> (4 * (i % 2)) & 15u) : e4m3_decode(codes[i]);
-    x[i] = mul_rn(code, scale);
+  for (int i = 0; i < Lanes::kElements; i += 2) {
+    float pair[2];
+    if constexpr (Lanes::kFp4) {
+      pair[0] = e2m1_decode(codes[i / 2] & 15u);
+      pair[1] = e2m1_decode(codes[i / 2] >> 4u);
+    } else {
+      e4m3_pair_to_float(codes[i] | uint32_t{codes[i + 1]} << 8, pair);
+    }
+    x[i] = mul_rn(pair[0], scale);
+    x[i + 1] = mul_rn(pair[1], scale);
   }
 }
 

@@ -212,6 +212,11 @@ EPCOMM_HOST_DEVICE inline QuantLayout make_quant_layout(Quant quant, int hidden)
   return layout;
 }
 
+/// A row of kFp8 in one piece, as a quantised combine moves it: hidden codes, then the scales.
+EPCOMM_HOST_DEVICE constexpr size_t fp8_row_bytes(int hidden) {
+  return static_cast<size_t>(hidden) + static_cast<size_t>(hidden / kFp8Group) * sizeof(float);
+}
+
 /// Offset in bytes of the scale of (row, group): the fp32 of kFp8, the byte of the others.
 EPCOMM_HOST_DEVICE inline int64_t linear_scale_offset(Quant quant, const ScaleStrides& strides,
                                                       int64_t row, int group) {

@@ -54,6 +54,7 @@ struct SmallCombineArgs {
   SmallLayout small = SmallLayout(Dims{}, 0, 0, 0);
   Dims dims;
   Dtype dtype;
+  Quant quant;  ///< kFp8: partial rows cross as fp8_row_bytes; kNone: as rows of dtype
   Phase phase;
   int32_t hidden;
   int32_t num_tokens;

@@ -4,7 +4,8 @@
 // Does, block by block:
 //   1. Block 0 sends the weights of this rank's tokens, if there are any, to all ranks, with the
 //      entry of the call. With weights all blocks then wait for those of the others.
-//   2. Partial rows: those of the block's shares of every source's tokens, then their signals.
+//   2. Partial rows: those of the block's shares of every source's tokens, as fp8 if asked, then
+//      their signals.
 //   3. Waits for the entries of all ranks. Sums each of this rank's tokens when its partial rows
 //      have arrived, in the order of ranks, then adds the bias.
 // The send half is 1 and 2, the receive half 3.
@@ -26,6 +27,7 @@
 #include "kernels/partials.cuh"
 #include "kernels/small.cuh"
 #include "kernels/small.h"
+#include "kernels/small_quant.cuh"
 
 namespace epcomm {
 namespace {
@@ -59,12 +61,35 @@ __device__ __forceinline__ int32_t received_from(const SmallCombineArgs& args, i
   return args.plan.rank_count[s * args.dims.num_ranks + args.link.rank];
 }
 
-template <class Link, Dtype kDtype>
+// A job's part of a partial row, as kFp8. staged: kStagedScaleBytes of shared memory.
+template <Dtype kDtype>
+__device__ __forceinline__ void store_fp8(const SmallCombineArgs& args, const PartialToken& token,
+                                          const RowJob& job, char* staged, char* to) {
+  const int row_bytes = args.hidden * kElementBytes<kDtype>;
+  const auto range = ScaleRange::of<Quant::kFp8, kDtype>(
+      job, row_bytes / kVectorBytes, make_quant_layout(Quant::kFp8, args.hidden));
+  for (int at = job.begin; at < job.end; at += Batch::kStep) {
+    const int v = at + lane_index();
+    Batch batch{};  // beyond the end of the row
+    Sum<kDtype> sum;
+    sum.clear();
+    add_rows(args.x, row_bytes, token, v, job.end, batch, sum);
+    store_sum_fp8(sum, to, staged - range.begin, v, job.end);
+  }
+  __syncwarp();
+  copy_bytes(to + args.hidden + range.begin, staged, range.bytes);
+  __syncwarp();  // before the scales of the next job
+}
+
+template <class Link, Quant kQuant, Dtype kDtype>
 __device__ __forceinline__ void send_partials(const SmallCombineArgs& args, uint64_t epoch) {
   EPCOMM_SHARED(SourceRanges, ranges);
   const LinkArgs& link = args.link;
   const int num_ranks = args.dims.num_ranks, topk = args.dims.topk;
+  constexpr bool kFp8 = kQuant == Quant::kFp8;
   const int row_bytes = args.hidden * kElementBytes<kDtype>;
+  const auto sent_bytes =
+      static_cast<uint32_t>(kFp8 ? fp8_row_bytes(args.hidden) : static_cast<size_t>(row_bytes));
   // Lines up what this block sends to each source.
   ranges.fill(num_ranks, [&](int s) {
     const int32_t total = received_from(args, s);
@@ -72,7 +97,9 @@ __device__ __forceinline__ void send_partials(const SmallCombineArgs& args, uint
   });
   const MetaLayout meta(topk);
   const BlockRows own(0);
-  const BlockJobs jobs(ranges.end[num_ranks - 1], row_bytes);
+  int least_parts = 1;
+  if constexpr (kFp8) least_parts = least_quant_parts<kQuant, kDtype>(row_bytes / kVectorBytes);
+  const BlockJobs jobs(ranges.end[num_ranks - 1], row_bytes, least_parts);
   // The record of the i-th token received from rank s.
   auto record_of = [&](int s, int i) {
     const int32_t before = ranges.to_recv[s] - ranges.to_source[s];  // tokens of lower ranks
@@ -84,7 +111,7 @@ __device__ __forceinline__ void send_partials(const SmallCombineArgs& args, uint
     if (t < 0 || t >= args.small.max_tokens) return {};
     const size_t to = args.small.row(link.rank, epoch, t);
     const bool there = Link::kMapped || s == link.rank;
-    return {there ? to : args.small.outbox_row(s, i), to, static_cast<uint32_t>(row_bytes)};
+    return {there ? to : args.small.outbox_row(s, i), to, sent_bytes};
   };
   for (int j = warp_index(); j < jobs.jobs; j += kSmallWarps) {
     const RowJob job = jobs.at(j);
@@ -102,11 +129,15 @@ __device__ __forceinline__ void send_partials(const SmallCombineArgs& args, uint
     const int32_t n = ranges.to_recv[s] - ranges.to_source[s] + i;
     const PartialToken token(meta, record, weights, args.by_token ? n : -1);
     char* to = link.window[Link::kMapped ? s : link.rank] + place.from;
-    for (int at = job.begin; at < job.end; at += Batch::kStep) {
-      const int v = at + lane_index();
-      Batch batch;
-      sum_rows<kDtype>(args.x, row_bytes, token, v, job.end, batch);
-      batch.store(to, v, job.end);
+    if constexpr (kFp8) {
+      store_fp8<kDtype>(args, token, job, dynamic_shared() + warp_index() * kStagedScaleBytes, to);
+    } else {
+      for (int at = job.begin; at < job.end; at += Batch::kStep) {
+        const int v = at + lane_index();
+        Batch batch;
+        sum_rows<kDtype>(args.x, row_bytes, token, v, job.end, batch);
+        batch.store(to, v, job.end);
+      }
     }
   }
   signal_shares<Link>(
@@ -114,7 +145,7 @@ __device__ __forceinline__ void send_partials(const SmallCombineArgs& args, uint
 }
 
 // The tokens of this rank, by all warps of the grid.
-template <class Link, Dtype kDtype>
+template <class Link, Quant kQuant, Dtype kDtype>
 __device__ __forceinline__ void sum_partials(const SmallCombineArgs& args, uint64_t epoch) {
   EPCOMM_SHARED(int32_t[kMaxPackRanks], sent_before);
   const LinkArgs& link = args.link;
@@ -137,9 +168,15 @@ __device__ __forceinline__ void sum_partials(const SmallCombineArgs& args, uint6
       Sum<kDtype> sum;
       sum.clear();
       for (uint64_t rest = at_rank.ranks(); rest != 0;) {
-        const int r = take_lowest(rest);
-        batch.load<RowMemory::kArrived>(window + args.small.row(r, epoch, t), v, job.end);
-        sum.add(batch);
+        const char* row = window + args.small.row(take_lowest(rest), epoch, t);
+        if constexpr (kQuant == Quant::kFp8) {
+          ArrivedFp8<kDtype> arrived;
+          arrived.load(row, args.hidden, v, job.end);
+          arrived.add_to(sum);
+        } else {
+          batch.load<RowMemory::kArrived>(row, v, job.end);
+          sum.add(batch);
+        }
       }
       if (bias != nullptr) {
         batch.load(bias + t * row_bytes, v, job.end);
@@ -151,7 +188,7 @@ __device__ __forceinline__ void sum_partials(const SmallCombineArgs& args, uint6
   }
 }
 
-template <class Link, Dtype kDtype>
+template <class Link, Quant kQuant, Dtype kDtype>
 __global__ void __launch_bounds__(kSmallThreads, 1)
     small_combine_kernel(const __grid_constant__ SmallCombineArgs args) {
   EPCOMM_SHARED(LinkCall, call);
@@ -164,7 +201,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
       if (marks && thread_index() == 0) link_mark_begun(link);
       going = link_agree<Link>(link, call, args.phase == Phase::kAll, 1);
     }
-    if (going) send_partials<Link, kDtype>(args, call.epoch);
+    if (going) send_partials<Link, kQuant, kDtype>(args, call.epoch);
   }
   if (args.phase == Phase::kSend) return;
   const bool waited = weighted && args.phase == Phase::kAll;
@@ -172,8 +209,15 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
     if (marks && !weighted && thread_index() == 0) link_mark_begun(link);
     going = link_agree<Link>(link, call, true, weighted ? 1 : 0);
   }
-  if (going) sum_partials<Link, kDtype>(args, call.epoch);
+  if (going) sum_partials<Link, kQuant, kDtype>(args, call.epoch);
   link_leave<Link>(link, call, going);
+}
+
+template <class Link, Quant kQuant>
+auto combine_kernel(Dtype dtype) {
+  return for_dtype(dtype, small_combine_kernel<Link, kQuant, Dtype::kBfloat16>,
+                   small_combine_kernel<Link, kQuant, Dtype::kFloat16>,
+                   small_combine_kernel<Link, kQuant, Dtype::kFloat32>);
 }
 
 }  // namespace
@@ -183,11 +227,12 @@ void launch_small_combine(const SmallCombineArgs& args, int num_sms, cudaStream_
   check_aligned(args.x, "x");
   check_aligned(args.bias, "bias");
   check_aligned(args.out, "out");
-  const auto kernel = for_dtype(args.dtype, small_combine_kernel<Link, Dtype::kBfloat16>,
-                                small_combine_kernel<Link, Dtype::kFloat16>,
-                                small_combine_kernel<Link, Dtype::kFloat32>);
-  launch("launch of small_combine", kernel, {persistent_blocks(num_sms), kSmallThreads, 0, true},
-         stream, args);
+  const bool fp8 = args.quant == Quant::kFp8;
+  const size_t staged = fp8 ? size_t{kSmallWarps} * kStagedScaleBytes : 0;
+  launch("launch of small_combine",
+         fp8 ? combine_kernel<Link, Quant::kFp8>(args.dtype)
+             : combine_kernel<Link, Quant::kNone>(args.dtype),
+         {persistent_blocks(num_sms), kSmallThreads, staged, true}, stream, args);
 }
 
 }  // namespace epcomm

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "epcomm/types.h"
+#include "kernels/partials.cuh"
 #include "kernels/quant.cuh"
 #include "kernels/rows.cuh"
 
@@ -47,6 +48,59 @@ struct QuantBatch {
         store_scale<kQuant>(scales + group_of<kQuant, kDtype>(i) * kScaleUnitBytes<kQuant>,
                             made[u].scale);
     }
+  }
+};
+
+/// Quantises a sum and stores it as the vectors v, v + 32, ... of a row of kFp8; q, scales: of the
+/// row. By all lanes of a warp.
+template <Dtype kDtype>
+__device__ __forceinline__ void store_sum_fp8(const Sum<kDtype>& sum, char* q, char* scales, int v,
+                                              int end) {
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const int i = v + u * kWarpSize;
+    const auto made = quantize_floats<Quant::kFp8, kDtype>(sum.value[u], GlobalScale{});
+    if (i >= end) continue;
+    store_codes<Quant::kFp8, kDtype>(q, i, made);
+    if (stores_scale<Quant::kFp8, kDtype>(i))
+      store_scale<Quant::kFp8>(
+          scales + group_of<Quant::kFp8, kDtype>(i) * kScaleUnitBytes<Quant::kFp8>, made.scale);
+  }
+}
+
+/// The vectors v, v + 32, ... of a row of kFp8 that a peer has stored: hidden codes, then scales.
+template <Dtype kDtype>
+struct ArrivedFp8 {
+  using Lanes = QuantLanes<Quant::kFp8, kDtype>;
+  uint32_t codes[kUnroll][2];
+  float scale[kUnroll];
+
+  __device__ __forceinline__ void load(const char* row, int hidden, int v, int end) {
+    const float* scales = reinterpret_cast<const float*>(row + hidden);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = v + u * kWarpSize;
+      if (i >= end) continue;
+      if constexpr (Lanes::kCodeBytes == 8) {
+        const uint2 pair = reinterpret_cast<const uint2*>(row)[i];
+        codes[u][0] = pair.x;
+        codes[u][1] = pair.y;
+      } else {
+        codes[u][0] = reinterpret_cast<const uint32_t*>(row)[i];
+      }
+      scale[u] = scales[group_of<Quant::kFp8, kDtype>(i)];
+    }
+  }
+  __device__ __forceinline__ void add_to(Sum<kDtype>& sum) const {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+#pragma unroll
+      for (int i = 0; i < Lanes::kElements; i += 2) {
+        float x[2];
+        e4m3_pair_to_float(codes[u][i / 4] >> (8 * (i % 4)) & 0xffff, x);
+        sum.value[u][i] = add_rn(sum.value[u][i], mul_rn(x[0], scale[u]));
+        sum.value[u][i + 1] = add_rn(sum.value[u][i + 1], mul_rn(x[1], scale[u]));
+      }
   }
 };
 

@@ -63,6 +63,7 @@ GpuLinkTransport::GpuLinkTransport(const TransportContext& context, const LinkKe
   caps_.graph_capture = true;
   caps_.received_tokens = caps_.wait_times = true;
   caps_.cuda = true;
+  if (takes_small_) caps_.combine_quants = Caps::bit(Quant::kFp8);
 }
 
 void GpuLinkTransport::drain() {

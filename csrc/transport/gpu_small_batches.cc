@@ -3,6 +3,7 @@
 
 #include "core/call_fields.h"
 #include "core/checks.h"
+#include "kernels/quant.h"
 #include "transport/gpu_link_transport.h"
 
 namespace epcomm {
@@ -118,7 +119,9 @@ void GpuLinkTransport::combine_small(const Plan& plan, const CombineArgs& args) 
   else
     check();
   check_phase(args.phase, Operation::kCombine);
-  const int64_t row_bytes = int64_t{args.hidden} * dtype_bytes(args.dtype);
+  const int64_t row_bytes = args.quant == Quant::kFp8
+                                ? static_cast<int64_t>(fp8_row_bytes(args.hidden))
+                                : int64_t{args.hidden} * dtype_bytes(args.dtype);
   check_fits_slot(row_bytes, 0);
   const auto stream = static_cast<cudaStream_t>(args.stream);
   Call call(*this, stream);
@@ -129,10 +132,12 @@ void GpuLinkTransport::combine_small(const Plan& plan, const CombineArgs& args) 
   describe_plan(entry, plan);
   entry_field(entry, CallField::kDtype) = static_cast<int32_t>(args.dtype);
   entry_field(entry, CallField::kRowBytes) = static_cast<int32_t>(row_bytes);
+  entry_field(entry, CallField::kQuant) = static_cast<int32_t>(args.quant);
   entry_field(entry, CallField::kWeighted) = args.topk_weights != nullptr ? 1 : 0;
   entry_field(entry, CallField::kRows) = args.by_token ? 1 : 0;
   small.dims = dims(plan.topk);
   small.dtype = args.dtype;
+  small.quant = args.quant;
   small.phase = args.phase;
   small.hidden = args.hidden;
   small.num_tokens = plan.num_tokens;

@@ -315,7 +315,7 @@ class Buffer:
             quant: "fp8": every partial, in fp32 and not rounded to the dtype of x, crosses as e4m3
                 with an fp32 scale per 128 channels, and q * scale is what is summed: fewer bytes,
                 less precision (docs/quantisation.md). hidden must be a multiple of 128. On the
-                transports whose `caps.combine_quants` has it: cpu.
+                transports whose `caps.combine_quants` has it: cpu, nvlink with small batches.
             async_op, return_recv_hook, previous_event, num_sms: as in `dispatch`.
 
         Returns:

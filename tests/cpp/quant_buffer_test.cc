@@ -115,6 +115,7 @@ void check_combine(Buffer& buffer) {
   args.quant = Quant::kFp8;
   args.hidden = kHidden;
   buffer.combine(to.plan, args);
+  testing::tested_transport.finish_calls();
   for (size_t i = 0; i < y.size(); ++i)
     ASSERT_EQ(y[i], kRanks * to.row(0, kHidden)[i % kHidden]) << i;
   args.quant = Quant::kNvfp4;

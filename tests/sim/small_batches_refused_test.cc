@@ -63,15 +63,19 @@ TEST(SmallBatchesRefused, OnAllRanksAlike) {
   });
 }
 
-// dtype of x differs between ranks: refused by all, whichever half finds it.
+// dtype of x, or how it crosses, differs between ranks: refused by all, whichever half finds it.
 TEST(SmallBatchesRefused, CombinesToo) {
-  const Shape c{2, 6, 3, 32, 10};
+  const Shape c{2, 6, 3, 128, 10};
   run_devices(c.ranks, [&](std::shared_ptr<Bootstrap> bootstrap) {
     const int rank = bootstrap->rank();
     Buffer small(bootstrap, options_for(c, "small"));
-    for (unsigned seed = 0; seed < 8; ++seed) {
+    for (unsigned seed = 0; seed < 16; ++seed) {
       Round round = make_round(c, 1400 + seed, rank);
-      round.combine_dtype = rank == 0 ? Dtype::kBfloat16 : Dtype::kFloat32;
+      const bool by_quant = seed >= 8;
+      if (by_quant)
+        round.combine_quant = rank == 0 ? Quant::kFp8 : Quant::kNone;
+      else
+        round.combine_dtype = rank == 0 ? Dtype::kBfloat16 : Dtype::kFloat32;
       Calls calls{small, c, round};
       calls.in_halves = seed % 2 == 0;
       calls.route();
@@ -83,7 +87,7 @@ TEST(SmallBatchesRefused, CombinesToo) {
       };
       const std::string text =
           error_of<ConfigMismatch>(small, [&] { calls.combine(seed % 4 < 2, false); });
-      EXPECT_NE(text.find("dtype"), std::string::npos) << text;
+      EXPECT_NE(text.find(by_quant ? "quant" : "dtype"), std::string::npos) << text;
       EXPECT_EQ(error_of<Error>(small, [] {}), "") << "reported twice";
     }
   });

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "core/quant_rows.h"
 #include "tests/sim/small_calls.h"
 
 namespace epcomm {
@@ -99,6 +100,63 @@ TEST(SmallBatchesQuantised, InLongRows) {
         }
         sync();
         expect_same_dispatch(s, l, "quant " + std::to_string(static_cast<int>(quant)));
+      }
+  });
+}
+
+// Partial rows that cross as fp8, against the functions of the host. Blocks and rows as above.
+TEST(SmallBatchesQuantised, CombinesInLongRows) {
+  const Shape c{1, 2, 2, 40960, 24};
+  run_devices(c.ranks, [&](std::shared_ptr<Bootstrap> bootstrap) {
+    Buffer small(bootstrap, options_for(c, "small"));
+    for (const bool weighted : {false, true})
+      for (Dtype dtype : {Dtype::kBfloat16, Dtype::kFloat16, Dtype::kFloat32}) {
+        Round round = make_round(c, 800, 0);
+        Random random(8);
+        const size_t elements = static_cast<size_t>(c.max_tokens * c.hidden),
+                     bytes = static_cast<size_t>(dtype_bytes(dtype));
+        round.layout = Layout::kExpert;
+        round.topk = 2;
+        round.tokens = c.max_tokens;
+        round.ids32.resize(static_cast<size_t>(2 * c.max_tokens));
+        round.ids64.resize(round.ids32.size());
+        round.weights.resize(round.ids32.size());
+        for (size_t i = 0; i < round.ids32.size(); ++i) {  // one row, two, or none
+          round.ids64[i] = round.ids32[i] =
+              static_cast<int32_t>(i / 2 % 4) - static_cast<int>(i % 2);
+          if (round.ids32[i] > 1) round.ids64[i] = round.ids32[i] = -1;
+          round.weights[i] = random.real();
+        }
+        round.scaled = false;
+        round.quant = Quant::kNone;
+        round.x = numbers(random, elements, Dtype::kBfloat16);
+        round.bias = numbers(random, elements, dtype);
+        round.combine_dtype = dtype;
+        round.combine_quant = Quant::kFp8;
+        round.num_sms = 1;
+        Calls calls{small, c, round};
+        calls.route();
+        calls.dispatch();
+        calls.combine(weighted, true);
+        sync();
+        std::vector<uint8_t> y(round.bias.size()), partial(fp8_row_bytes(c.hidden));
+        for (size_t t = 0; t < static_cast<size_t>(c.max_tokens); ++t) {
+          std::vector<RowTerm> terms;
+          for (size_t i = 2 * t; i < 2 * t + 2; ++i)
+            if (const int32_t row = calls.plan.view.row[i]; row >= 0)
+              terms.push_back({reinterpret_cast<const char*>(calls.combine_x.data()) +
+                                   static_cast<size_t>(row * c.hidden) * bytes,
+                               weighted ? round.weights[i] : 1.0f});
+          std::vector<const char*> partials;
+          if (!terms.empty()) {
+            sum_to_fp8_row(dtype, terms, weighted, c.hidden, partial.data());
+            partials.push_back(reinterpret_cast<const char*>(partial.data()));
+          }
+          const size_t at = t * static_cast<size_t>(c.hidden) * bytes;
+          sum_fp8_rows(dtype, partials, round.bias.data() + at, y.data() + at, c.hidden);
+        }
+        expect_same(calls.y.data(), y.data(), y.size(),
+                    "y of dtype " + std::to_string(static_cast<int>(dtype)));
       }
   });
 }

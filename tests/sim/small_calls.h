@@ -35,6 +35,7 @@ struct Round {
   Quant quant;    // then not scaled
   Dtype x_dtype;  // of rows that are quantised
   Dtype combine_dtype;
+  Quant combine_quant = Quant::kNone;
   // Of this rank.
   int tokens, num_sms, delay_us;
   std::vector<int32_t> ids32;
@@ -223,6 +224,7 @@ struct Calls {
     args.bias = biased ? given(round.bias.data()) : nullptr;
     args.out = y.data();
     args.dtype = round.combine_dtype;
+    args.quant = round.combine_quant;
     args.hidden = shape.hidden;
     args.num_sms = round.num_sms;
     args.stream = stream;
