@@ -145,15 +145,16 @@ void NcclTransport::dispatch_gathered(const Plan& plan, const DispatchArgs& args
   g.announced = plan.view.announced;
   char* send = send_.get();
   char* recv = stage_.get();
-  // Each array is padded to max_tokens rows, so that all ranks give the same number of bytes.
+  // Each array is padded to max_tokens rows, so that all ranks give the same number of bytes; one
+  // rank's rows follow the other's without a gap.
   auto gather = [&](const void* data, size_t row) {
-    const size_t bytes = align_up(capacity * row, 16);
+    const size_t bytes = capacity * row;
     EPCOMM_CUDA_TRY(cudaMemcpyAsync(send, data, static_cast<size_t>(plan.num_tokens) * row,
                                     cudaMemcpyDeviceToDevice, stream));
     comm_.all_gather(send, recv, bytes, stream);
     char* gathered = recv;
-    send += bytes;
-    recv += bytes * ranks;
+    send += align_up(bytes, 16);
+    recv += align_up(bytes * ranks, 16);
     return gathered;
   };
   const size_t topk = static_cast<size_t>(plan.topk);

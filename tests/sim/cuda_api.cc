@@ -1,5 +1,6 @@
 // The functions of cuda_runtime_api.h on simulated devices.
 #include <cuda_runtime_api.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -80,6 +81,15 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       return cudaSuccess;
   }
   return remember(cudaErrorInvalidValue);
+}
+
+// Processes have devices of their own.
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int i) {
+  const int id[] = {static_cast<int>(::getpid()), i};
+  static_assert(sizeof id <= sizeof properties->uuid);
+  *properties = {};
+  std::memcpy(&properties->uuid, id, sizeof id);
+  return cudaSuccess;
 }
 
 cudaError_t cudaDeviceSynchronize() { return remember(synchronize_device(current_device)); }

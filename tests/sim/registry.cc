@@ -1,11 +1,13 @@
 // The transports that run on simulated devices.
+#include "transport/nccl.h"
 #include "transport/nvlink.h"
 #include "transport/transport.h"
 
 namespace epcomm {
 
 const std::vector<TransportEntry>& transports() {
-  static const std::vector<TransportEntry> all = {{"nvlink", &make_nvlink_transport}};
+  static const std::vector<TransportEntry> all = {{"nccl", &make_nccl_transport},
+                                                  {"nvlink", &make_nvlink_transport}};
   return all;
 }
 
