@@ -14,8 +14,12 @@ pytestmark = pytest.mark.gpu
 WAYS = (
     {"algorithm": "exact", "schedule": "grouped", "chunks": 1},
     {"algorithm": "exact", "schedule": "shifted", "chunks": 8},
+    {"algorithm": "exact", "chunks": 2, "ctas": 64},
+    {"algorithm": "exact", "chunks": 3, "buffers": "registered"},
     {"algorithm": "static", "schedule": "grouped"},
     {"algorithm": "static", "schedule": "shifted"},
+    {"algorithm": "static", "schedule": "gathered"},
+    {"algorithm": "static", "buffers": "registered"},
     {"algorithm": "allgather"},
 )
 TIMEOUT_S = 20.0

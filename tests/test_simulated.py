@@ -40,6 +40,25 @@ def test_nvlink(path: str, num_ranks: int, fmt: str) -> None:
     assert done == [len(CASES)] * num_ranks
 
 
+# The same, over a fake libnccl. Batches are too small to be cut into chunks: that is tested in
+# tests/sim/nccl_sim_test.cc.
+NCCL_GRID = [
+    ((), 2, "fp8"),
+    ((("chunks", 3), ("buffers", "registered")), 3, "fp8"),
+    ((("algorithm", "static"), ("schedule", "gathered")), 2, "packed"),
+    ((("algorithm", "static"),), 4, "bf16"),
+    ((("algorithm", "allgather"),), 3, "fp32"),
+]
+
+
+@pytest.mark.parametrize(("options", "num_ranks", "fmt"), NCCL_GRID)
+def test_nccl(options: tuple[tuple[str, Any], ...], num_ranks: int, fmt: str) -> None:
+    pool = launcher.pool("simulated")
+    transport = Transport("nccl", options=options)
+    done = pool.run(num_ranks, run_cases, transport, None, LAYOUTS, FORMATS[fmt], timeout=300.0)
+    assert done == [len(CASES)] * num_ranks
+
+
 def run_halves(group: Any) -> None:
     """Calls with return_recv_hook: in halves, completed by the hook or by the next call."""
     import epcomm

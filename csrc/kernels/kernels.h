@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "epcomm/types.h"
+#include "kernels/mark.h"
 #include "kernels/token_layout.h"
 
 namespace epcomm {
@@ -67,6 +68,7 @@ struct RouteKernelArgs {
   int32_t* tile_count;       ///< scratch [num_tiles(T), R + E]
   int32_t* announce;         ///< [AnnounceLayout::words()] of this rank
   const int32_t* announced;  ///< [R, words()] of all ranks; read by launch_assign
+  Mark mark;                 ///< made by the next kernel that is launched with these arguments
 };
 
 /// Step 1. Copies ids to plan.topk_idx (an id outside [-1, E) becomes -1 and is reported in
@@ -105,7 +107,10 @@ struct PackArgs {
   const float* topk_weights;  ///< null: weights of the records are left unwritten
   DeviceExperts experts;
   PlanView plan;
-  PackTarget target[kMaxPackRanks];  ///< [R]
+  PackTarget target[kMaxPackRanks];      ///< [R]
+  uint64_t destinations = ~uint64_t{0};  ///< bit r: what goes to rank r is packed
+  bool records = true;                   ///< false: no records, target[r].meta unused
+  Mark mark;
 };
 
 /// Copies rows, scales and metadata records of one chunk to where its destinations are packed. The
@@ -118,6 +123,7 @@ struct PlaceArgs {
   RowSpec rows;
   Layout layout;
   int32_t rank;
+  int32_t chunk = 0, chunks = 1;  ///< only tokens of this chunk of their sources' batches
   IndexType index_type;
   int32_t recv_capacity;
   int32_t row_capacity;
@@ -131,8 +137,13 @@ struct PlaceArgs {
   char* recv_scales;
   void* recv_topk_idx;       ///< may be null
   float* recv_topk_weights;  ///< may be null
+  /// Entries of recv_topk_idx and recv_topk_weights that no token has become "none", to the end of
+  /// their capacity; with chunk 0.
+  bool clears = false;
+  Mark mark;
 };
-/// Fills recv_topk_idx and recv_topk_weights with "none", to the end of their capacity.
+/// Fills recv_topk_idx and recv_topk_weights with "none", to the end of their capacity: for callers
+/// whose peers write some of them before place could clear the others.
 void launch_clear_outputs(const PlaceArgs& args, cudaStream_t stream);
 /// Copies each received token to every distinct row that carries it, its record to plan.recv_meta,
 /// and its expert ids and weights to the outputs. Reads counts and bases from plan.rank_count.
@@ -164,13 +175,14 @@ struct PartialArgs {
   Dtype dtype;
   int32_t hidden;
   int32_t chunk, chunks;
-  const int32_t* announced;  ///< [R, words()]: chunk counts of the sources
-  const char* x;             ///< rows of the layout
-  bool by_token;             ///< as CombineArgs::by_token
+  uint64_t sources = ~uint64_t{0};  ///< bit s: partials of source s are made
+  const char* x;                    ///< rows of the layout
+  bool by_token;                    ///< as CombineArgs::by_token
   PlanView plan;
   const float* topk_weights[kMaxPackRanks];  ///< [R]: [tokens, K] of source s; all null = none
   char* target[kMaxPackRanks];  ///< [R]: partial row of token i (in source order) of source s at
                                 ///< target[s] + i * row
+  Mark mark;
 };
 /// partial = the formula of Buffer::combine, fp32 sums, rounded to dtype.
 void launch_partials(const PartialArgs& args, int num_sms, cudaStream_t stream);
@@ -197,6 +209,7 @@ struct SumArgs {
                                        ///< partial[r] + i * row
   const void* bias;                    ///< or null
   void* out;
+  Mark mark;
 };
 /// out[t] = round(sum over r ascending of partials, then + bias), in fp32.
 void launch_sum(const SumArgs& args, int num_sms, cudaStream_t stream);

@@ -1,20 +1,18 @@
-// Does: counts how often a stream has passed a point, in pinned memory that the host reads.
-// Launch: one thread. Memory order: one 8-byte store; the host only compares counts, reads nothing
-// else.
+// Does: counts how often a stream has passed a point, where no other kernel can do it on the way.
+// Launch: one thread. Memory order: kernels/mark.cuh.
 #include "kernels/launch.cuh"
-#include "kernels/mark.h"
+#include "kernels/mark.cuh"
 
 namespace epcomm {
 namespace {
 
-__global__ void mark_kernel(volatile uint64_t* word, uint64_t operation) {
-  *word = (((*word >> 8) + 1) << 8) | operation;
-}
+__global__ void mark_kernel(const Mark mark) { make_mark(mark); }
 
 }  // namespace
 
-void launch_mark(uint64_t* word, Operation operation, cudaStream_t stream) {
-  launch("launch of mark", mark_kernel, {1, 1}, stream, word, static_cast<uint64_t>(operation));
+void launch_mark(const Mark& mark, cudaStream_t stream) {
+  if (mark.word == nullptr) return;
+  launch("launch of mark", mark_kernel, {1, 1}, stream, mark);
 }
 
 }  // namespace epcomm

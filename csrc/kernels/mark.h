@@ -16,8 +16,16 @@ constexpr Operation progress_operation(uint64_t word) {
   return static_cast<Operation>(word & 0xff);
 }
 
-/// When the stream gets here, *word (pinned host memory) counts one more mark. Can be captured into
-/// a graph.
-void launch_mark(uint64_t* word, Operation operation, cudaStream_t stream);
+/// When the stream gets here, *word (pinned host memory) counts one more mark, as does *count
+/// (device memory): the GPU never waits for what it reads from the host. A kernel that runs there
+/// anyway makes the mark as it starts (kernels/mark.cuh), else launch_mark. Null word: no mark.
+struct Mark {
+  uint64_t* word = nullptr;
+  uint64_t* count = nullptr;
+  Operation operation = Operation::kInit;
+};
+
+/// A kernel that does nothing else; none for no mark. Can be captured into a graph.
+void launch_mark(const Mark& mark, cudaStream_t stream);
 
 }  // namespace epcomm

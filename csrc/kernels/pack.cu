@@ -10,6 +10,7 @@
 #include "kernels/device.cuh"
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
+#include "kernels/mark.cuh"
 #include "kernels/rows.cuh"
 
 namespace epcomm {
@@ -37,7 +38,7 @@ __device__ __forceinline__ void pack_metadata(const PackArgs& args, int64_t t,
     const int r = take_lowest(ranks);
     const int64_t i = token_ranks.index(r);
     slots.row = owner == r ? row : -1;
-    write_record(meta, meta.row(args.target[r].meta, i), slots, weighted);
+    if (args.records) write_record(meta, meta.row(args.target[r].meta, i), slots, weighted);
     if (args.rows.scale_bytes != 0)
       copy_bytes(args.target[r].scales + i * args.rows.scale_bytes,
                  args.scales + t * args.rows.scale_bytes, args.rows.scale_bytes);
@@ -47,6 +48,7 @@ __device__ __forceinline__ void pack_metadata(const PackArgs& args, int64_t t,
 __global__ void __launch_bounds__(kRowThreads, 1)
     pack_kernel(const __grid_constant__ PackArgs args) {
   EPCOMM_SHARED(int32_t[kMaxPackRanks], sent_before);
+  make_mark(args.mark);
   const int num_ranks = args.dims.num_ranks, lane = lane_index();
   count_sent_before(sent_before, args.plan.rank_count, num_ranks, args.rank);
 
@@ -63,7 +65,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
     Batch batch;
     batch.load(from, v, job.end);
     const TokenRanks token_ranks(args.plan.slot + t * num_ranks, sent_before, num_ranks);
-    const uint64_t ranks = token_ranks.ranks();
+    const uint64_t ranks = token_ranks.ranks() & args.destinations;
     for (int at = job.begin; at < job.end; at += Batch::kStep) {
       for (uint64_t rest = ranks; rest != 0;) {
         const int r = take_lowest(rest);
@@ -81,8 +83,10 @@ __global__ void __launch_bounds__(kRowThreads, 1)
 void launch_pack(const PackArgs& args, int num_sms, cudaStream_t stream) {
   check_aligned(args.x, "x");
   if (chunk_begin(args.num_tokens, args.chunks, args.chunk) ==
-      chunk_begin(args.num_tokens, args.chunks, args.chunk + 1))
+      chunk_begin(args.num_tokens, args.chunks, args.chunk + 1)) {
+    launch_mark(args.mark, stream);
     return;
+  }
   launch("launch of pack", pack_kernel, {persistent_blocks(num_sms), kRowThreads}, stream, args);
 }
 

@@ -5,14 +5,15 @@
 // recv_x, recv_scales, recv_topk_idx, recv_topk_weights and plan.recv_meta are written. Counts come
 // from plan.rank_count, or the announcements: the host need not know them.
 // Launch: one block per SM; a warp takes a part of a row, reads it once and stores it to every
-// distinct row. Clearing: a grid-stride loop over words.
-// Memory order: none between threads, each byte is written by one. The rows have arrived before the
-// kernel starts: the stream, or the acquire of whoever waited for the senders, says so.
+// distinct row. Clearing: a grid-stride loop over words; the gap behind an expert's rows by a
+// block. Memory order: none between threads, each byte is written by one. The rows have arrived
+// before the kernel starts: the stream, or the acquire of whoever waited for the senders, says so.
 #include <algorithm>
 
 #include "kernels/device.cuh"
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
+#include "kernels/mark.cuh"
 #include "kernels/place.cuh"
 #include "kernels/rows.cuh"
 #include "kernels/statistics.cuh"
@@ -39,26 +40,58 @@ __device__ __forceinline__ uint32_t duplicate_payload(const PlaceArgs& args, con
   return firsts;
 }
 
+// Sets entries [begin, end) of the outputs to "none", by threads first, first + step, ...
+__device__ __forceinline__ void clear_entries(const PlaceArgs& args, int64_t begin, int64_t end,
+                                              int64_t first, int64_t step) {
+  if (begin >= end) return;
+  const int words = static_cast<int>(args.index_type) / 4;
+  if (args.recv_topk_idx != nullptr)
+    fill_words(static_cast<uint32_t*>(args.recv_topk_idx) + begin * words, (end - begin) * words,
+               0xffffffffu, first, step);  // -1, of either size
+  if (args.recv_topk_weights != nullptr)
+    fill_words(reinterpret_cast<uint32_t*>(args.recv_topk_weights) + begin, end - begin, 0, first,
+               step);  // 0.0f
+}
+
+// The entries that no token has, by the whole grid.
+__device__ __forceinline__ void clear_rest(const PlaceArgs& args) {
+  if (!args.clears || args.chunk != 0) return;
+  const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const int64_t threads = int64_t{gridDim.x} * blockDim.x;
+  if (args.layout == Layout::kToken) {
+    const int64_t topk = args.dims.topk;
+    clear_entries(args, *args.plan.num_recv * topk, args.recv_capacity * topk, thread, threads);
+    return;
+  }
+  const int experts = args.dims.local_experts;
+  for (int e = static_cast<int>(blockIdx.x); e < experts; e += static_cast<int>(gridDim.x))
+    clear_entries(args, args.plan.expert_offset[e] + args.plan.tokens_per_expert[e],
+                  min(args.plan.expert_offset[e + 1], args.row_capacity), thread_index(),
+                  blockDim.x);
+  clear_entries(args, args.plan.expert_offset[experts], args.row_capacity, thread, threads);
+}
+
 __global__ void __launch_bounds__(kRowThreads, 1)
     place_kernel(const __grid_constant__ PlaceArgs args) {
   EPCOMM_SHARED(SourceRanges, ranges);
+  make_mark(args.mark);
   const int num_ranks = args.dims.num_ranks, topk = args.dims.topk, lane = lane_index();
-  ranges.fill(num_ranks, [&](int s) {
-    const int32_t count = args.plan.rank_count[s * num_ranks + args.rank];
-    return SourceCount{0, count, count};
-  });
+  ranges.fill(num_ranks, [&](int s) { return chunk_of_source(args, s); });
+  clear_rest(args);
 
   const MetaLayout meta(topk);
-  const RowJobs jobs(min(ranges.end[num_ranks - 1], args.recv_capacity), args.rows.row_bytes);
+  const RowJobs jobs(ranges.end[num_ranks - 1], args.rows.row_bytes);
   for (int j = jobs.first; j < jobs.count; j += jobs.step) {
     const RowJob job = jobs.at(j);
     const int s = ranges.source(job.row, num_ranks);
     const PackTarget& source = args.source[s];
     const bool by_token = args.layout == Layout::kToken, in_place = source.x == nullptr;
     if (in_place && by_token && !job.leads) continue;
+    const int32_t n = job.row + ranges.to_recv[s];
+    if (n >= args.recv_capacity) continue;
     const int64_t i = job.row + ranges.to_source[s];
     void* record =
-        source.meta == nullptr ? meta.row(args.plan.recv_meta, job.row) : meta.row(source.meta, i);
+        source.meta == nullptr ? meta.row(args.plan.recv_meta, n) : meta.row(source.meta, i);
     TokenSlots slots;
     if (lane < topk) slots.row = valid_row(args, meta.row(record, 0)[lane]);
     uint32_t firsts;
@@ -74,12 +107,12 @@ __global__ void __launch_bounds__(kRowThreads, 1)
       slots.weight = meta.topk_weights(record, 0)[lane];
     }
     slots.token = *meta.token(record, 0);
-    void* kept = meta.row(args.plan.recv_meta, job.row);
+    void* kept = meta.row(args.plan.recv_meta, n);
     if (kept != record)
       write_record(meta, kept, slots, true);
     else if (lane < topk)
       meta.row(kept, 0)[lane] = slots.row;  // combine trusts the plan's records
-    place_outputs(args, job.row, slots, (firsts >> lane & 1) != 0);
+    place_outputs(args, n, slots, (firsts >> lane & 1) != 0);
   }
 }
 
@@ -87,6 +120,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
     place_gathered_kernel(const __grid_constant__ GatheredArgs args) {
   EPCOMM_SHARED(SourceRanges, ranges);
   const PlaceArgs& place = args.place;
+  make_mark(place.mark);
   const int num_ranks = place.dims.num_ranks, topk = place.dims.topk, lane = lane_index();
   const AnnounceLayout announce{num_ranks, place.dims.num_experts};
   ranges.fill(num_ranks, [&](int s) {
@@ -94,6 +128,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
         args.announced[int64_t{s} * announce.words() + AnnounceLayout::kNumTokens];
     return SourceCount{0, min(tokens, args.capacity), 0};
   });
+  clear_rest(place);
 
   const MetaLayout meta(topk);
   const RowJobs jobs(ranges.end[num_ranks - 1], place.rows.row_bytes);
@@ -177,7 +212,10 @@ void launch_clear_outputs(const PlaceArgs& args, cudaStream_t stream) {
 
 void launch_place(const PlaceArgs& args, int num_sms, cudaStream_t stream) {
   check_place(args);
-  if (args.recv_capacity == 0) return;
+  if (args.recv_capacity == 0 && !args.clears) {
+    launch_mark(args.mark, stream);
+    return;
+  }
   launch("launch of place", place_kernel, {persistent_blocks(num_sms), kRowThreads}, stream, args);
 }
 
@@ -191,7 +229,10 @@ void launch_count_received(const Statistics& statistics, const int32_t* tokens_p
 void launch_place_gathered(const GatheredArgs& args, int num_sms, cudaStream_t stream) {
   check_aligned(args.place.recv_x, "recv_x");
   check_aligned(args.x, "gathered x");
-  if (args.place.recv_capacity == 0 || args.capacity == 0) return;
+  if ((args.place.recv_capacity == 0 && !args.place.clears) || args.capacity == 0) {
+    launch_mark(args.place.mark, stream);
+    return;
+  }
   launch("launch of place_gathered", place_gathered_kernel,
          {persistent_blocks(num_sms), kRowThreads}, stream, args);
 }

@@ -15,6 +15,7 @@
 #include "kernels/elements.cuh"
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
+#include "kernels/mark.cuh"
 #include "kernels/partials.cuh"
 #include "kernels/rows.cuh"
 
@@ -49,24 +50,17 @@ __device__ __forceinline__ void store_dense(const Batch& batch, float* row, int 
   }
 }
 
-// What of each source's tokens is in the chunk.
-__device__ __forceinline__ SourceCount chunk_of_source(const PartialArgs& args, int s) {
-  const int num_ranks = args.dims.num_ranks;
-  const int32_t total = args.plan.rank_count[s * num_ranks + args.rank];
-  if (args.chunks == 1) return {0, total, total};
-  const AnnounceLayout layout{num_ranks, args.dims.num_experts};
-  const int32_t* announced = args.announced + int64_t{s} * layout.words();
-  int32_t skipped = 0;
-  for (int c = 0; c < args.chunk; ++c) skipped += announced[layout.chunk_count(c) + args.rank];
-  return {skipped, announced[layout.chunk_count(args.chunk) + args.rank], total};
-}
-
 template <Dtype kDtype, bool kDense>
 __global__ void __launch_bounds__(kRowThreads, 1)
     partials_kernel(const __grid_constant__ PartialArgs args, const DenseTarget dense) {
   EPCOMM_SHARED(SourceRanges, ranges);
+  make_mark(args.mark);
   const int num_ranks = args.dims.num_ranks, topk = args.dims.topk, lane = lane_index();
-  ranges.fill(num_ranks, [&](int s) { return chunk_of_source(args, s); });
+  ranges.fill(num_ranks, [&](int s) {
+    SourceCount count = chunk_of_source(args, s);
+    if ((args.sources >> s & 1) == 0) count.taken = 0;
+    return count;
+  });
 
   const MetaLayout meta(topk);
   const int row_bytes = args.hidden * kElementBytes<kDtype>;
@@ -97,6 +91,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
 template <Dtype kDtype>
 __global__ void __launch_bounds__(kRowThreads, 1) sum_kernel(const __grid_constant__ SumArgs args) {
   EPCOMM_SHARED(int32_t[kMaxPackRanks], sent_before);
+  make_mark(args.mark);
   const int num_ranks = args.dims.num_ranks, lane = lane_index();
   count_sent_before(sent_before, args.plan.rank_count, num_ranks, args.rank);
 
@@ -209,8 +204,10 @@ void launch_sum(const SumArgs& args, int num_sms, cudaStream_t stream) {
   const auto kernel = for_dtype(args.dtype, sum_kernel<Dtype::kBfloat16>,
                                 sum_kernel<Dtype::kFloat16>, sum_kernel<Dtype::kFloat32>);
   if (chunk_begin(args.num_tokens, args.chunks, args.chunk) ==
-      chunk_begin(args.num_tokens, args.chunks, args.chunk + 1))
+      chunk_begin(args.num_tokens, args.chunks, args.chunk + 1)) {
+    launch_mark(args.mark, stream);
     return;
+  }
   launch("launch of sum", kernel, {persistent_blocks(num_sms), kRowThreads}, stream, args);
 }
 

@@ -14,6 +14,7 @@
 #include "kernels/device.cuh"
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
+#include "kernels/mark.cuh"
 #include "kernels/route_tile.cuh"
 
 namespace epcomm {
@@ -109,6 +110,7 @@ __device__ __forceinline__ void announce_column(const RouteKernelArgs& args, int
 __global__ void __launch_bounds__(kThreads, 1)
     count_kernel(const __grid_constant__ RouteKernelArgs args) {
   EPCOMM_SHARED(int32_t, first_bad);
+  make_mark(args.mark);
   const BlockTile block(args.dims);
   const RouteTile& tile = block.tile;
   const int topk = args.dims.topk, num_experts = args.dims.num_experts;
@@ -223,6 +225,7 @@ __device__ __forceinline__ void place_groups(const RouteKernelArgs& args, const 
 
 __global__ void __launch_bounds__(kThreads, 1)
     assign_kernel(const __grid_constant__ RouteKernelArgs args) {
+  make_mark(args.mark);
   const BlockTile block(args.dims);
   const RouteTile& tile = block.tile;
   const int topk = args.dims.topk;

@@ -196,6 +196,20 @@ struct SourceCount {
   int32_t skipped, taken, total;
 };
 
+/// What of the tokens that source s has sent to this rank is in the chunk that args of a kernel
+/// name.
+template <class Args>
+__device__ __forceinline__ SourceCount chunk_of_source(const Args& args, int s) {
+  const int num_ranks = args.dims.num_ranks;
+  const int32_t total = args.plan.rank_count[s * num_ranks + args.rank];
+  if (args.chunks == 1) return {0, total, total};
+  const AnnounceLayout layout{num_ranks, args.dims.num_experts};
+  const int32_t* announced = args.plan.announced + int64_t{s} * layout.words();
+  int32_t skipped = 0;
+  for (int c = 0; c < args.chunk; ++c) skipped += announced[layout.chunk_count(c) + args.rank];
+  return {skipped, announced[layout.chunk_count(args.chunk) + args.rank], total};
+}
+
 /// Lines the taken tokens of all sources up, by source (shared memory).
 struct SourceRanges {
   int32_t end[kMaxPackRanks];        ///< first position after the tokens of source s

@@ -4,7 +4,6 @@
 #include <utility>
 
 #include "core/fd_exchange.h"
-#include "kernels/mark.h"
 
 namespace epcomm {
 namespace {
@@ -30,7 +29,8 @@ GpuWatchdog::GpuWatchdog(Bootstrap& bootstrap, double timeout_s, std::function<v
       timeout_s_(timeout_s),
       abort_(std::move(abort)),
       failed_(std::move(failed)),
-      words_(2 * sizeof(uint64_t)) {
+      words_(2 * sizeof(uint64_t)),
+      counts_(2 * sizeof(uint64_t)) {
   if (on_one_machine(bootstrap)) window_ = make_host_window(bootstrap, 4096, timeout_s);
   thread_ = std::thread([this] { watch(); });
 }
@@ -38,15 +38,6 @@ GpuWatchdog::GpuWatchdog(Bootstrap& bootstrap, double timeout_s, std::function<v
 GpuWatchdog::~GpuWatchdog() {
   stop_ = true;
   thread_.join();
-}
-
-void GpuWatchdog::begin(Operation operation, cudaStream_t stream) {
-  check();
-  launch_mark(&words_.as<uint64_t>()[0], operation, stream);
-}
-
-void GpuWatchdog::end(Operation operation, cudaStream_t stream) {
-  launch_mark(&words_.as<uint64_t>()[1], operation, stream);
 }
 
 void GpuWatchdog::check() const {

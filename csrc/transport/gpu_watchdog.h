@@ -16,6 +16,7 @@
 #include "epcomm/bootstrap.h"
 #include "epcomm/error.h"
 #include "epcomm/window.h"
+#include "kernels/mark.h"
 #include "transport/gpu_memory.h"
 
 namespace epcomm {
@@ -34,11 +35,11 @@ class GpuWatchdog {
               std::function<bool()> failed);
   ~GpuWatchdog();
 
-  /// The words that count calls begun and ended (kernels/mark.h), for transports whose own kernels
-  /// mark them; they need neither begin() nor end().
+  /// The words that count calls begun and ended (kernels/mark.h).
   uint64_t* progress() const { return words_.as<uint64_t>(); }
-  void begin(Operation operation, cudaStream_t stream);
-  void end(Operation operation, cudaStream_t stream);
+  /// The marks of a call: before it first waits for a peer, and when nothing of it does any more.
+  Mark begin_mark(Operation operation) const { return mark(0, operation); }
+  Mark end_mark(Operation operation) const { return mark(1, operation); }
   /// This rank cannot go on: its peers raise PeerLost that names it. Aborts.
   void abandon(const std::string& why);
   /// Throws PeerLost if a peer was lost, Evicted if the peers gave this rank up.
@@ -75,7 +76,11 @@ class GpuWatchdog {
   double timeout_s_;
   std::function<void()> abort_;
   std::function<bool()> failed_;
-  PinnedMemory words_;  // [0] begun, [1] ended; written by the GPU
+  Mark mark(int which, Operation operation) const {
+    return {progress() + which, counts_.as<uint64_t>() + which, operation};
+  }
+  PinnedMemory words_;   // [0] begun, [1] ended; written by the GPU
+  DeviceMemory counts_;  // what begin_mark and end_mark have counted
   std::unique_ptr<Window>
       window_;  // one Progress per rank, in that rank's piece; null across machines
   mutable std::mutex mutex_;

@@ -12,6 +12,23 @@
 namespace epcomm {
 namespace {
 
+// An exchange takes NCCL some 20 us beyond its bytes (docs/nccl.md). Packing a chunk beside the
+// exchange of another must hide more than that, and a kernel of its own for a rank's own rows must
+// be worth its launch.
+constexpr size_t kTwoChunksBytes = size_t{48} << 20;
+constexpr size_t kAsideBytes = size_t{8} << 20;
+constexpr int kMaxCtas = 64;
+
+// Throws unless value is a number from 1 to most.
+int parse_number(const std::string& value, int most, const InvalidArgument& refusal) {
+  const bool number =
+      !value.empty() && value.size() <= 3 &&
+      std::all_of(value.begin(), value.end(), [](char c) { return c >= '0' && c <= '9'; });
+  const int n = number ? std::stoi(value) : 0;
+  if (n < 1 || n > most) throw refusal;
+  return n;
+}
+
 NcclOptions parse(const std::map<std::string, std::string>& given) {
   NcclOptions o;
   for (const auto& [name, value] : given) {
@@ -26,13 +43,20 @@ NcclOptions parse(const std::map<std::string, std::string>& given) {
       if (!known.contains(value)) throw refuse("auto, exact, static or allgather");
       o.algorithm = known.at(value);
     } else if (name == "schedule") {
-      if (value != "grouped" && value != "shifted") throw refuse("grouped or shifted");
-      o.schedule = value == "grouped" ? Schedule::kGrouped : Schedule::kShifted;
+      const std::map<std::string, Schedule> known = {{"grouped", Schedule::kGrouped},
+                                                     {"shifted", Schedule::kShifted},
+                                                     {"gathered", Schedule::kGathered}};
+      if (!known.contains(value)) throw refuse("grouped, shifted or gathered");
+      o.schedule = known.at(value);
     } else if (name == "chunks") {
-      o.chunks = value.size() == 1 ? value[0] - '0' : 0;
-      if (o.chunks < 1 || o.chunks > kMaxChunks) throw refuse("1 to 8");
+      o.chunks = value == "auto" ? 0 : parse_number(value, kMaxChunks, refuse("auto or 1 to 8"));
+    } else if (name == "ctas") {
+      o.ctas = value == "auto" ? 0 : parse_number(value, kMaxCtas, refuse("auto or 1 to 64"));
+    } else if (name == "buffers") {
+      if (value != "plain" && value != "registered") throw refuse("plain or registered");
+      o.registered = value == "registered";
     } else {
-      throw refuse("one of the options algorithm, schedule and chunks");
+      throw refuse("one of the options algorithm, schedule, chunks, ctas and buffers");
     }
   }
   return o;
@@ -51,11 +75,16 @@ NcclTransport::NcclTransport(const TransportContext& context)
       widest_row_(static_cast<size_t>(config_.hidden) *
                       static_cast<size_t>(dtype_bytes(config_.dtype)) +
                   MetaLayout(config_.topk).record_bytes + kBlockAlignment),
+      chunks_(options_.chunks),
       route_(config_, experts_, rank_, num_ranks_),
-      comm_(context.bootstrap, context.options.timeout_s),
+      comm_(context.bootstrap, context.options.timeout_s, options_.ctas),
       watchdog_(
           context.bootstrap, context.options.timeout_s, [this] { comm_.abort(); },
           [this] { return comm_.failed(); }) {
+  EPCOMM_CHECK(
+      options_.schedule != Schedule::kGathered || num_ranks_ == 2,
+      "transport_options['schedule'] is 'gathered', which is for 2 ranks; this group has " +
+          std::to_string(num_ranks_) + ": expected grouped or shifted");
   const size_t ranks = static_cast<size_t>(num_ranks_),
                tokens = static_cast<size_t>(config_.max_tokens);
   weights_ = DeviceMemory((ranks + 1) * tokens * static_cast<size_t>(config_.topk) * sizeof(float));
@@ -65,8 +94,14 @@ NcclTransport::NcclTransport(const TransportContext& context)
       gathers ? std::max(widest_row_ + (ranks + 3 * static_cast<size_t>(config_.topk)) * 4,
                          static_cast<size_t>(config_.hidden) * sizeof(float))
               : widest_row_;
-  send_ = DeviceMemory((ranks * tokens + 1) * row);
-  stage_ = DeviceMemory((ranks * tokens + 1) * row);
+  send_ = comm_.allocate((ranks * tokens + 1) * row, options_.registered);
+  stage_ = comm_.allocate((ranks * tokens + 1) * row, options_.registered);
+  // From what all ranks know alike.
+  const size_t batch_bytes = tokens * static_cast<size_t>(config_.hidden) *
+                             static_cast<size_t>(dtype_bytes(config_.dtype));
+  if (chunks_ == 0) chunks_ = (ranks - 1) * batch_bytes >= kTwoChunksBytes ? 2 : 1;
+  if (num_ranks_ == 1) chunks_ = 1;
+  aside_ = num_ranks_ > 1 && (chunks_ > 1 || batch_bytes >= kAsideBytes);
   caps_.token_layout = caps_.expert_layout = caps_.padded_layout = true;
   caps_.graph_capture = options_.algorithm != NcclAlgorithm::kExact;
   caps_.cuda = true;
@@ -103,15 +138,17 @@ RouteResult NcclTransport::route(const RouteArgs& args) {
   route_.report_bad_index();
   const auto stream = static_cast<cudaStream_t>(args.stream);
   Call call(*this, Operation::kRoute, stream);
-  const RouteKernelArgs k = route_.args(args, options_.chunks);
+  RouteKernelArgs k = route_.args(args, chunks_);
+  k.mark = call.begin_mark();
   launch_count(k, stream);
   comm_.all_gather(route_.announce(), args.plan.announced, route_.announce_bytes(), stream);
   if (args.host_sync) route_.fetch(args.plan.announced, stream);
+  k.mark = call.end_mark();
   launch_assign(k, stream);
   call.end();
   if (!args.host_sync) return {};
   watchdog_.wait(route_.fetched());
-  return route_.result(args, options_.chunks);
+  return route_.result(args, chunks_);
 }
 
 std::unique_ptr<Transport> make_nccl_transport(const TransportContext& context) {

@@ -12,8 +12,13 @@ namespace {
 constexpr int kOldestVersion = 21800;
 
 template <class F>
-void load(void* library, const char* name, F& function) {
+void load_optional(void* library, const char* name, F& function) {
   function = reinterpret_cast<F>(::dlsym(library, name));
+}
+
+template <class F>
+void load(void* library, const char* name, F& function) {
+  load_optional(library, name, function);
   if (function == nullptr)
     throw Error(std::string("libnccl has no ") + name + "; install nvidia-nccl 2.18 or later");
 }
@@ -27,7 +32,7 @@ NcclApi open_library() {
   NcclApi api{};
   load(library, "ncclGetVersion", api.GetVersion);
   load(library, "ncclGetUniqueId", api.GetUniqueId);
-  load(library, "ncclCommInitRank", api.CommInitRank);
+  load(library, "ncclCommInitRankConfig", api.CommInitRankConfig);
   load(library, "ncclCommAbort", api.CommAbort);
   load(library, "ncclCommGetAsyncError", api.CommGetAsyncError);
   load(library, "ncclGetErrorString", api.GetErrorString);
@@ -38,6 +43,9 @@ NcclApi open_library() {
   load(library, "ncclRecv", api.Recv);
   load(library, "ncclAllGather", api.AllGather);
   load(library, "ncclReduceScatter", api.ReduceScatter);
+  load_optional(library, "ncclMemAlloc", api.MemAlloc);
+  load_optional(library, "ncclMemFree", api.MemFree);
+  load_optional(library, "ncclCommRegister", api.CommRegister);
   int version = 0;
   api.GetVersion(&version);
   if (version < kOldestVersion)

@@ -5,6 +5,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <climits>
 #include <cstddef>
 
 namespace epcomm {
@@ -17,12 +18,22 @@ struct ncclUniqueId {
 enum ncclResult_t : int { ncclSuccess = 0, ncclInProgress = 7 };
 enum ncclDataType_t : int { ncclUint8 = 1, ncclFloat32 = 7 };
 enum ncclRedOp_t : int { ncclSum = 0 };
+/// ncclConfig_t of 2.18: later versions read it by its size and version, and choose the rest.
+struct ncclConfig_v21800 {
+  static constexpr int kUndefined = INT_MIN;
+  size_t size = sizeof(ncclConfig_v21800);
+  unsigned magic = 0xcafebeef, version = 21800;
+  int blocking = kUndefined, cgaClusterSize = kUndefined;
+  int minCTAs = kUndefined, maxCTAs = kUndefined;
+  const char* netName = nullptr;
+  int splitShare = kUndefined;
+};
 
 /// Functions of libnccl.
 struct NcclApi {
   ncclResult_t (*GetVersion)(int*);
   ncclResult_t (*GetUniqueId)(ncclUniqueId*);
-  ncclResult_t (*CommInitRank)(ncclComm_t*, int, ncclUniqueId, int);
+  ncclResult_t (*CommInitRankConfig)(ncclComm_t*, int, ncclUniqueId, int, ncclConfig_v21800*);
   ncclResult_t (*CommAbort)(ncclComm_t);
   ncclResult_t (*CommGetAsyncError)(ncclComm_t, ncclResult_t*);
   const char* (*GetErrorString)(ncclResult_t);
@@ -34,6 +45,10 @@ struct NcclApi {
   ncclResult_t (*AllGather)(const void*, void*, size_t, ncclDataType_t, ncclComm_t, cudaStream_t);
   ncclResult_t (*ReduceScatter)(const void*, void*, size_t, ncclDataType_t, ncclRedOp_t, ncclComm_t,
                                 cudaStream_t);
+  // Since 2.19; null in older libraries.
+  ncclResult_t (*MemAlloc)(void**, size_t);
+  ncclResult_t (*MemFree)(void*);
+  ncclResult_t (*CommRegister)(ncclComm_t, void*, size_t, void**);
 
   /// The library, opened on first use: the copy that this process has loaded already, else the one
   /// that the loader finds. Throws Error if there is none or it is older than 2.18.

@@ -6,7 +6,7 @@
 namespace epcomm {
 
 PartialArgs NcclTransport::partial_args(const Plan& plan, const CombineArgs& args,
-                                        cudaStream_t stream) {
+                                        const Call& call) {
   PartialArgs p{};
   p.dims = dims_;
   p.dims.topk = plan.topk;
@@ -16,20 +16,22 @@ PartialArgs NcclTransport::partial_args(const Plan& plan, const CombineArgs& arg
   p.chunk = 0;
   p.chunks = 1;
   p.by_token = args.by_token;
-  p.announced = plan.view.announced;
   p.x = static_cast<const char*>(args.x);
   p.plan = plan.view;
+  p.mark = call.begin_mark();
   if (args.topk_weights != nullptr) {
     // The sums are made where the rows are, so every rank needs the weights of all tokens: few
     // bytes.
+    launch_mark(p.mark, call.stream());
+    p.mark = {};
     const size_t bytes =
         static_cast<size_t>(config_.max_tokens) * static_cast<size_t>(plan.topk) * sizeof(float);
     char* mine = weights_.get() + bytes * static_cast<size_t>(num_ranks_);
     EPCOMM_CUDA_TRY(cudaMemcpyAsync(
         mine, args.topk_weights,
         static_cast<size_t>(plan.num_tokens) * static_cast<size_t>(plan.topk) * sizeof(float),
-        cudaMemcpyDeviceToDevice, stream));
-    comm_.all_gather(mine, weights_.get(), bytes, stream);
+        cudaMemcpyDeviceToDevice, call.stream()));
+    comm_.all_gather(mine, weights_.get(), bytes, call.stream());
     for (int r = 0; r < num_ranks_; ++r)
       p.topk_weights[r] =
           reinterpret_cast<const float*>(weights_.get() + bytes * static_cast<size_t>(r));
@@ -56,94 +58,129 @@ SumArgs NcclTransport::sum_args(const Plan& plan, const CombineArgs& args) const
 void NcclTransport::combine(const Plan& plan, const CombineArgs& args) {
   // A row of floats per slot is shorter than a record, for which a staged row has room too.
   if (!args.by_token) check_fits("x", int64_t{args.hidden} * dtype_bytes(args.dtype), 0);
-  const auto stream = static_cast<cudaStream_t>(args.stream);
-  Call call(*this, Operation::kCombine, stream);
+  Call call(*this, Operation::kCombine, static_cast<cudaStream_t>(args.stream));
   switch (algorithm(plan)) {
     case NcclAlgorithm::kExact:
-      combine_exact(plan, args, stream);
+      combine_exact(plan, args, call);
       break;
     case NcclAlgorithm::kAllGather:
-      combine_gathered(plan, args, stream);
+      combine_gathered(plan, args, call);
       break;
     default:
-      combine_static(plan, args, stream);
+      combine_static(plan, args, call);
   }
   call.end();
 }
 
-void NcclTransport::combine_exact(const Plan& plan, const CombineArgs& args, cudaStream_t stream) {
-  const PlanCounts counts{plan.result, num_ranks_, options_.chunks};
-  const size_t row =
-      static_cast<size_t>(args.hidden) * static_cast<size_t>(dtype_bytes(args.dtype));
-  PartialArgs partials = partial_args(plan, args, stream);
-  SumArgs sum = sum_args(plan, args);
-  // Without weights one row per token is a partial row already, and is sent from where it lies.
-  const bool in_place =
-      args.by_token || (plan.layout == Layout::kToken && args.topk_weights == nullptr);
-  char* from = in_place ? const_cast<char*>(partials.x) : send_.get();
-  auto outgoing = [&](int owner, int c) {
-    return from +
-           static_cast<size_t>(counts.recv_base(owner, rank_) + counts.before(c, owner, rank_)) *
-               row;
-  };
-  auto incoming = [&](int peer, int c) {
-    return stage_.get() +
-           static_cast<size_t>(counts.send_base(rank_, peer) + counts.before(c, rank_, peer)) * row;
-  };
-  for (int r = 0; r < num_ranks_; ++r) {
-    partials.target[r] = outgoing(r, 0);
-    sum.partial[r] = r == rank_ ? outgoing(r, 0) : incoming(r, 0);
+std::vector<Message> NcclTransport::ExactPartials::messages(int chunk) const {
+  std::vector<Message> all;
+  for (int i = 1; i < counts.num_ranks; ++i) {
+    const int peer = (rank + i) % counts.num_ranks;
+    all.push_back({peer, at(in_place ? x : staged, peer, chunk),
+                   static_cast<size_t>(counts.chunk(chunk, peer, rank)) * row,
+                   incoming(peer, chunk),
+                   static_cast<size_t>(counts.chunk(chunk, rank, peer)) * row});
   }
-  partials.chunks = sum.chunks = options_.chunks;
-  for (int c = options_.chunks - 1; c >= 0; --c) {  // the small one last: its sum overlaps nothing
-    partials.chunk = sum.chunk = c;
-    if (!in_place) launch_partials(partials, args.num_sms, stream);
-    std::vector<Message> messages;
-    for (int i = 1; i < num_ranks_; ++i) {
-      const int peer = (rank_ + i) % num_ranks_;
-      messages.push_back(
-          {peer, outgoing(peer, c), static_cast<size_t>(counts.chunk(c, peer, rank_)) * row,
-           incoming(peer, c), static_cast<size_t>(counts.chunk(c, rank_, peer)) * row});
-    }
-    comm_.exchange(messages, options_.schedule, stream);
-    if (c == 0) break;
-    order_after(side_.get(), stream, chunk_done_[c]);
-    launch_sum(sum, beside(args.num_sms), side_.get());
-  }
-  launch_sum(sum, args.num_sms, stream);
-  if (options_.chunks > 1) order_after(stream, side_.get(), join_);
+  return all;
 }
 
-void NcclTransport::combine_static(const Plan& plan, const CombineArgs& args, cudaStream_t stream) {
+NcclTransport::ExactPartials NcclTransport::exact_partials(const Plan& plan,
+                                                           const CombineArgs& args) const {
+  ExactPartials p{};
+  p.counts = {&plan.result, num_ranks_, chunks_};
+  p.rank = rank_;
+  p.row = static_cast<size_t>(args.hidden) * static_cast<size_t>(dtype_bytes(args.dtype));
+  p.whole = args.by_token || (plan.layout == Layout::kToken && args.topk_weights == nullptr);
+  p.in_place = p.whole && !options_.registered;
+  p.x = static_cast<char*>(const_cast<void*>(args.x));
+  p.staged = send_.get();
+  p.arrived = stage_.get();
+  return p;
+}
+
+// Launched after the first exchange, so that NCCL's kernel is there first and gets its SMs.
+void NcclTransport::partials_aside(const ExactPartials& rows, PartialArgs& partials, int num_sms) {
+  EPCOMM_CUDA_TRY(cudaStreamWaitEvent(side_.get(), fork_.get(), 0));
+  for (int i = 1; i < chunks_ && !rows.in_place; ++i) {
+    partials.chunk = rows.chunk(i);
+    launch_partials(partials, beside(num_sms), side_.get());
+    EPCOMM_CUDA_TRY(cudaEventRecord(chunk_done_[partials.chunk].get(), side_.get()));
+  }
+  partials.sources = own();
+  partials.chunk = 0;
+  partials.chunks = 1;
+  if (!rows.whole) launch_partials(partials, beside(num_sms), side_.get());
+  EPCOMM_CUDA_TRY(cudaEventRecord(own_done_.get(), side_.get()));
+}
+
+// On the caller's stream: the partials of the first chunk, the exchanges, the last sum. Beside
+// them, on side_: the partials of the other chunks and of own tokens, the sums of chunks that are
+// there.
+void NcclTransport::combine_exact(const Plan& plan, const CombineArgs& args, const Call& call) {
+  const cudaStream_t stream = call.stream(), side = side_.get();
+  const ExactPartials rows = exact_partials(plan, args);
+  PartialArgs partials = partial_args(plan, args, call);
+  SumArgs sum = sum_args(plan, args);
+  for (int r = 0; r < num_ranks_; ++r) {
+    partials.target[r] = rows.at(rows.staged, r, 0);
+    sum.partial[r] =
+        r != rank_ ? rows.incoming(r, 0) : rows.at(rows.whole ? rows.x : rows.staged, r, 0);
+  }
+  partials.chunks = sum.chunks = chunks_;
+  if (rows.in_place) {
+    launch_mark(partials.mark, stream);
+  } else {
+    partials.sources = aside_ || rows.whole ? all() & ~own() : all();
+    partials.chunk = rows.chunk(0);
+    launch_partials(partials, args.num_sms, stream);
+  }
+  partials.mark = {};
+  if (aside_) EPCOMM_CUDA_TRY(cudaEventRecord(fork_.get(), stream));
+  for (int i = 0; i < chunks_; ++i) {
+    sum.chunk = rows.chunk(i);
+    if (i > 0 && !rows.in_place)
+      EPCOMM_CUDA_TRY(cudaStreamWaitEvent(stream, chunk_done_[sum.chunk].get(), 0));
+    comm_.exchange(rows.messages(sum.chunk), options_.schedule, stream);
+    if (i == 0 && aside_) partials_aside(rows, partials, args.num_sms);
+    if (i == chunks_ - 1) break;
+    order_after(side, stream, chunk_done_[sum.chunk]);
+    launch_sum(sum, beside(args.num_sms), side);
+  }
+  if (aside_) EPCOMM_CUDA_TRY(cudaStreamWaitEvent(stream, own_done_.get(), 0));
+  sum.mark = call.end_mark();
+  launch_sum(sum, args.num_sms, stream);
+  if (aside_) order_after(stream, side, join_);
+}
+
+void NcclTransport::combine_static(const Plan& plan, const CombineArgs& args, const Call& call) {
+  const cudaStream_t stream = call.stream();
   const size_t row =
       static_cast<size_t>(args.hidden) * static_cast<size_t>(dtype_bytes(args.dtype));
   const size_t block = static_cast<size_t>(config_.max_tokens) * row;
-  PartialArgs partials = partial_args(plan, args, stream);
+  PartialArgs partials = partial_args(plan, args, call);
   SumArgs sum = sum_args(plan, args);
-  std::vector<Message> messages;
-  for (int i = 0; i < num_ranks_; ++i) {
-    const int peer = (rank_ + i) % num_ranks_;
-    char* out = (peer == rank_ ? stage_ : send_).get() + static_cast<size_t>(peer) * block;
-    char* in = stage_.get() + static_cast<size_t>(peer) * block;
-    partials.target[peer] = out;
-    sum.partial[peer] = in;
-    if (peer != rank_) messages.push_back({peer, out, block, in, block});
+  for (int r = 0; r < num_ranks_; ++r) {
+    const size_t at = static_cast<size_t>(r) * block;
+    partials.target[r] = send_.get() + at;
+    sum.partial[r] = (r == rank_ ? send_ : stage_).get() + at;
   }
   launch_partials(partials, args.num_sms, stream);
-  comm_.exchange(messages, options_.schedule, stream);
+  exchange_blocks(block, stream);
+  sum.mark = call.end_mark();
   launch_sum(sum, args.num_sms, stream);
 }
 
-void NcclTransport::combine_gathered(const Plan& plan, const CombineArgs& args,
-                                     cudaStream_t stream) {
+void NcclTransport::combine_gathered(const Plan& plan, const CombineArgs& args, const Call& call) {
+  const cudaStream_t stream = call.stream();
   const size_t count = static_cast<size_t>(config_.max_tokens) * static_cast<size_t>(args.hidden);
-  const PartialArgs partials = partial_args(plan, args, stream);
+  const PartialArgs partials = partial_args(plan, args, call);
   EPCOMM_CUDA_TRY(cudaMemsetAsync(send_.get(), 0,
                                   static_cast<size_t>(num_ranks_) * count * sizeof(float), stream));
   launch_dense_partials(partials, send_.as<float>(), config_.max_tokens, args.num_sms, stream);
   comm_.reduce_scatter(send_.as<float>(), stage_.as<float>(), count, stream);
   launch_finish(stage_.as<float>(), args.bias, args.out, args.dtype,
                 int64_t{plan.num_tokens} * args.hidden, stream);
+  launch_mark(call.end_mark(), stream);
 }
 
 }  // namespace epcomm

@@ -9,7 +9,6 @@
 #include <thread>
 
 #include "epcomm/error.h"
-#include "transport/gpu_memory.h"
 
 namespace epcomm {
 namespace {
@@ -60,7 +59,11 @@ class Group {
 
 }  // namespace
 
-NcclComm::NcclComm(Bootstrap& bootstrap, double timeout_s)
+NcclMemory::~NcclMemory() {
+  if (registered_ != nullptr) NcclApi::get().MemFree(registered_);
+}
+
+NcclComm::NcclComm(Bootstrap& bootstrap, double timeout_s, int ctas)
     : api_(NcclApi::get()), rank_(bootstrap.rank()), num_ranks_(bootstrap.size()) {
   Introduction mine = introduce();
   if (rank_ == 0) EPCOMM_NCCL_TRY(api_.GetUniqueId(&mine.id));
@@ -68,18 +71,20 @@ NcclComm::NcclComm(Bootstrap& bootstrap, double timeout_s)
   bootstrap.all_gather(&mine, all.data(), sizeof mine);
   check_own_gpus(all);
 
-  // Neither ncclCommInitRank nor the first use of a pair has a timeout. Both run on a thread of
-  // their own; if a peer never comes, the thread is left to NCCL's own error handling and this rank
-  // goes on.
+  // Neither making a communicator nor the first use of a pair has a timeout. Both run on a thread
+  // of their own; if a peer never comes, the thread is left to NCCL's own error handling and this
+  // rank goes on.
   EPCOMM_CUDA_TRY(cudaGetDevice(&device_));
   auto made = std::make_shared<std::promise<ncclComm_t>>();
   std::future<ncclComm_t> future = made->get_future();
   std::thread([made, &api = api_, rank = rank_, num_ranks = num_ranks_, id = all[0].id,
-               device = device_] {
+               device = device_, ctas] {
     try {
       EPCOMM_CUDA_TRY(cudaSetDevice(device));
       ncclComm_t comm = nullptr;
-      EPCOMM_NCCL_TRY(api.CommInitRank(&comm, num_ranks, id, rank));
+      ncclConfig_v21800 config;
+      if (ctas != 0) config.minCTAs = ctas;
+      EPCOMM_NCCL_TRY(api.CommInitRankConfig(&comm, num_ranks, id, rank, &config));
       NcclComm(api, comm, device, rank, num_ranks).connect();
       made->set_value(comm);
     } catch (...) {
@@ -112,6 +117,26 @@ void NcclComm::connect() {
   reduce_scatter(send.as<float>(), recv.as<float>(), bytes / sizeof(float), stream.get());
   EPCOMM_CUDA_TRY(cudaStreamSynchronize(stream.get()));
   comm_ = nullptr;  // the caller's
+}
+
+NcclMemory NcclComm::allocate(size_t bytes, bool registered) {
+  NcclMemory memory;
+  if (!registered) {
+    memory.plain_ = DeviceMemory(bytes);
+    return memory;
+  }
+  if (api_.MemAlloc == nullptr || api_.MemFree == nullptr || api_.CommRegister == nullptr)
+    throw Error(
+        "transport_options['buffers'] is 'registered', which this libnccl cannot; expected 2.19 or "
+        "later, or 'plain'");
+  void* data = nullptr;
+  EPCOMM_NCCL_TRY(api_.MemAlloc(&data, bytes));
+  memory.registered_ = static_cast<char*>(data);
+  EPCOMM_CUDA_TRY(cudaMemset(data, 0, bytes));
+  EPCOMM_CUDA_TRY(cudaStreamSynchronize(nullptr));
+  void* handle = nullptr;  // until the communicator ends
+  EPCOMM_NCCL_TRY(api_.CommRegister(comm_, data, bytes, &handle));
+  return memory;
 }
 
 bool NcclComm::failed() const {

@@ -5,9 +5,11 @@
 
 #include <atomic>
 #include <cstddef>
+#include <utility>
 #include <vector>
 
 #include "epcomm/bootstrap.h"
+#include "transport/gpu_memory.h"
 #include "transport/nccl_api.h"
 
 namespace epcomm {
@@ -16,6 +18,7 @@ namespace epcomm {
 enum class Schedule {
   kGrouped,  ///< all peers at once
   kShifted,  ///< rounds i = 1..R-1 in which rank r sends to r + i and receives from r - i only
+  kGathered  ///< of two ranks with as many bytes each: one all-gather
 };
 
 /// Bytes for, and from, one peer. Messages of 0 bytes are not sent; both sides know which those
@@ -28,16 +31,45 @@ struct Message {
   size_t recv_bytes;
 };
 
+/// Zero-filled device memory. Where NCCL allocated it, it outlives the communicator that it is
+/// registered with, whose end is also that of the registration.
+class NcclMemory {
+ public:
+  NcclMemory() = default;
+  NcclMemory(NcclMemory&& other) noexcept { *this = std::move(other); }
+  NcclMemory& operator=(NcclMemory&& other) noexcept {
+    std::swap(plain_, other.plain_);
+    std::swap(registered_, other.registered_);
+    return *this;
+  }
+  ~NcclMemory();
+  char* get() const { return registered_ != nullptr ? registered_ : plain_.get(); }
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(get());
+  }
+
+ private:
+  friend class NcclComm;
+  DeviceMemory plain_;
+  char* registered_ = nullptr;
+};
+
 class NcclComm {
  public:
-  /// Collective. Also connects all pairs, so that later calls neither allocate nor block. PeerLost
+  /// Collective. Also connects all pairs, so that later calls neither allocate nor block. ctas: the
+  /// fewest thread blocks that NCCL prepares for (ncclConfig_t::minCTAs), 0 = its choice. PeerLost
   /// after timeout_s.
-  NcclComm(Bootstrap& bootstrap, double timeout_s);
+  NcclComm(Bootstrap& bootstrap, double timeout_s, int ctas);
   ~NcclComm();
   NcclComm(const NcclComm&) = delete;
   NcclComm& operator=(const NcclComm&) = delete;
 
-  /// Messages to and from other ranks; several to one peer keep their order.
+  /// registered: NCCL moves rows from such memory straight to such memory of a peer. Throws Error
+  /// where libnccl cannot.
+  NcclMemory allocate(size_t bytes, bool registered);
+  /// Messages to and from other ranks; several to one peer keep their order. Both ends of a message
+  /// are in registered memory, or neither is.
   void exchange(const std::vector<Message>& messages, Schedule schedule, cudaStream_t stream);
   /// recv[r * bytes, ...) = rank r's send.
   void all_gather(const void* send, void* recv, size_t bytes, cudaStream_t stream);

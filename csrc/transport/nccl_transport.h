@@ -5,8 +5,9 @@
 // one of three ways (transport_options "algorithm"; nccl_dispatch.cc, nccl_combine.cc):
 //
 // exact: the host knows all counts (host_sync=True). Rows are packed by destination and sent with
-// ncclSend/ncclRecv in as many bytes as there are, in pieces, so that packing one piece overlaps
-// sending the one before. In layout "token" rows are received in their final place.
+// ncclSend/ncclRecv in as many bytes as there are, in chunks, so that packing one chunk overlaps
+// sending the one before. In layout "token" rows are received in their final place. What a rank
+// sends itself never goes through NCCL, and is copied while NCCL moves the rest.
 //
 // static: the host knows nothing; every pair exchanges max_tokens rows. Can be captured into a
 // graph.
@@ -18,10 +19,13 @@
 // auto: exact where the host knows the counts, else static. docs/nccl.md has the measurements.
 //
 // Memory, made with the Buffer: send_ and stage_ hold max_tokens rows per rank each (for allgather
-// at least fp32 rows).
+// at least fp32 rows). With transport_options "buffers" = "registered" NCCL moves rows from one's
+// send_ straight to the other's stage_; it wants that of both ends of a message or of none, so
+// nothing is sent from, or received in, tensors of the caller then.
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "core/expert_map.h"
 #include "kernels/kernels.h"
@@ -39,16 +43,18 @@ enum class NcclAlgorithm { kAuto, kExact, kStatic, kAllGather };
 struct NcclOptions {
   NcclAlgorithm algorithm = NcclAlgorithm::kAuto;
   Schedule schedule = Schedule::kGrouped;
-  int chunks = 2;
+  int chunks = 0;           // 0: from bytes
+  int ctas = 0;             // 0: NCCL's choice
+  bool registered = false;  // staging memory is registered with NCCL
 };
 
 // Host-side counts of a plan made with host_sync.
 struct PlanCounts {
-  const RouteResult& result;
+  const RouteResult* result;
   int num_ranks, chunks;
   int64_t chunk(int c, int source, int destination) const {
     return result
-        .chunk_count[static_cast<size_t>((c * num_ranks + source) * num_ranks + destination)];
+        ->chunk_count[static_cast<size_t>((c * num_ranks + source) * num_ranks + destination)];
   }
   int64_t total(int source, int destination) const { return before(chunks, source, destination); }
   // Tokens of the chunks before c.
@@ -85,22 +91,25 @@ class NcclTransport final : public Transport {
   size_t free_bytes() const override { return 0; }
 
  private:
-  // One call on the stream, from its construction to end(). A call that throws in between is
-  // half-way: it tells the peers, and nothing more can be sent.
+  // One call on the stream, from its construction to end(). In between both marks are made: that
+  // of the begin before NCCL is first called, that of the end after the last exchange. A call that
+  // throws in between is half-way: it tells the peers, and nothing more can be sent.
   class Call {
    public:
     Call(NcclTransport& transport, Operation operation, cudaStream_t stream)
         : transport_(transport), operation_(operation), stream_(stream) {
+      transport_.watchdog_.check();
       transport_.order_.begin(stream);
-      transport_.watchdog_.begin(operation, stream);
     }
     ~Call() {
       if (!ended_) transport_.watchdog_.abandon("it failed half-way through a call");
     }
     Call(const Call&) = delete;
     Call& operator=(const Call&) = delete;
+    cudaStream_t stream() const { return stream_; }
+    Mark begin_mark() const { return transport_.watchdog_.begin_mark(operation_); }
+    Mark end_mark() const { return transport_.watchdog_.end_mark(operation_); }
     void end() {
-      transport_.watchdog_.end(operation_, stream_);
       transport_.order_.end(stream_);
       ended_ = true;
     }
@@ -116,22 +125,75 @@ class NcclTransport final : public Transport {
   struct Region {
     char *x, *scales, *meta;
   };
+  // Where the rows of an exact dispatch are, on both sides of an exchange.
+  struct ExactRows {
+    PlanCounts counts;
+    int rank;
+    RowSpec spec;
+    size_t record;  // bytes
+    bool records;   // are sent
+    bool in_place;  // rows are received where the caller gets them
+    PackTarget send, recv;
+
+    // All that is placed is there before the first exchange.
+    bool places_early() const { return in_place && !records; }
+    PackTarget at(const PackTarget& region, int64_t n) const;
+    PackTarget outgoing(int peer, int chunk) const {
+      return at(send, counts.send_base(rank, peer) + counts.before(chunk, rank, peer));
+    }
+    PackTarget incoming(int peer, int chunk) const {
+      return at(recv, counts.recv_base(peer, rank) + counts.before(chunk, peer, rank));
+    }
+    // What crosses in one exchange, to and from rank + 1, rank + 2, ...
+    std::vector<Message> messages(int chunk) const;
+  };
+  ExactRows exact_rows(const Plan& plan, const DispatchArgs& args) const;
+  // As ExactRows, the other way: partial rows of an exact combine.
+  struct ExactPartials {
+    PlanCounts counts;
+    int rank;
+    size_t row;     // bytes
+    bool whole;     // rows are partials as they are: one for each token, without weights
+    bool in_place;  // partials are sent from where the caller has them
+    char *x, *staged, *arrived;
+
+    // The i-th chunk to cross. What overlaps nothing is that of the smallest: making its partials,
+    // which comes first, or where there are none to make its sum, which comes last.
+    int chunk(int i) const { return in_place ? counts.chunks - 1 - i : i; }
+    // First partial of a chunk of owner's tokens, in an array of those of all owners.
+    char* at(char* base, int owner, int chunk) const {
+      const int64_t n = counts.recv_base(owner, rank) + counts.before(chunk, owner, rank);
+      return base + static_cast<size_t>(n) * row;
+    }
+    char* incoming(int peer, int chunk) const {
+      const int64_t n = counts.send_base(rank, peer) + counts.before(chunk, rank, peer);
+      return arrived + static_cast<size_t>(n) * row;
+    }
+    std::vector<Message> messages(int chunk) const;
+  };
+  ExactPartials exact_partials(const Plan& plan, const CombineArgs& args) const;
+  void partials_aside(const ExactPartials& rows, PartialArgs& partials, int num_sms);
   static Region region(char* base, int64_t rows, const RowSpec& spec);
   size_t region_bytes(int64_t rows, const RowSpec& spec, size_t record_bytes) const;
 
   NcclAlgorithm algorithm(const Plan& plan) const;
+  // Bit r for rank r.
+  uint64_t own() const { return uint64_t{1} << rank_; }
+  uint64_t all() const { return ~uint64_t{0} >> (kMaxPackRanks - num_ranks_); }
   // SMs for a kernel that runs while NCCL's kernel does and must leave it room.
   int beside(int num_sms) const { return num_sms == 0 ? num_sms_ * 3 / 8 : num_sms; }
   void check_fits(const char* what, int64_t row_bytes, int64_t scale_bytes) const;
   PackArgs pack_args(const Plan& plan, const DispatchArgs& args) const;
-  void dispatch_exact(const Plan& plan, const DispatchArgs& args, cudaStream_t stream);
-  void dispatch_static(const Plan& plan, const DispatchArgs& args, cudaStream_t stream);
-  void dispatch_gathered(const Plan& plan, const DispatchArgs& args, cudaStream_t stream);
-  PartialArgs partial_args(const Plan& plan, const CombineArgs& args, cudaStream_t stream);
+  void dispatch_exact(const Plan& plan, const DispatchArgs& args, const Call& call);
+  void dispatch_static(const Plan& plan, const DispatchArgs& args, const Call& call);
+  void dispatch_gathered(const Plan& plan, const DispatchArgs& args, const Call& call);
+  // Block r of send_, for another rank r, to that rank's stage_; block r of stage_ is what r sent.
+  void exchange_blocks(size_t block, cudaStream_t stream);
+  PartialArgs partial_args(const Plan& plan, const CombineArgs& args, const Call& call);
   SumArgs sum_args(const Plan& plan, const CombineArgs& args) const;
-  void combine_exact(const Plan& plan, const CombineArgs& args, cudaStream_t stream);
-  void combine_static(const Plan& plan, const CombineArgs& args, cudaStream_t stream);
-  void combine_gathered(const Plan& plan, const CombineArgs& args, cudaStream_t stream);
+  void combine_exact(const Plan& plan, const CombineArgs& args, const Call& call);
+  void combine_static(const Plan& plan, const CombineArgs& args, const Call& call);
+  void combine_gathered(const Plan& plan, const CombineArgs& args, const Call& call);
 
   Config config_;
   const ExpertMap& experts_;
@@ -142,13 +204,16 @@ class NcclTransport final : public Transport {
   double timeout_s_;
   int num_sms_ = 0;
   size_t widest_row_;  // bytes of a row with its scales and record
+  int chunks_;         // of an exact exchange
+  bool aside_;         // own rows are copied beside an exact exchange
   GpuRoute route_;
+  NcclMemory send_, stage_;  // before comm_: freed when NCCL knows them no more
   NcclComm comm_;
   GpuWatchdog watchdog_;
-  DeviceMemory send_, stage_, weights_;
+  DeviceMemory weights_;
   GpuCallOrder order_;
-  Stream side_;  // packs ahead of, or sums behind, the exchanges on the caller's stream
-  Event fork_, join_, chunk_done_[kMaxChunks];
+  Stream side_;  // works beside the exchanges on the caller's stream
+  Event fork_, own_done_, join_, chunk_done_[kMaxChunks];
 };
 
 }  // namespace epcomm

@@ -161,7 +161,6 @@ void NvlinkTransport::push_partials(const Plan& plan, const CombineArgs& args,
   partials.hidden = args.hidden;
   partials.by_token = args.by_token;
   partials.chunks = 1;
-  partials.announced = plan.view.announced;
   partials.x = static_cast<const char*>(args.x);
   partials.plan = plan.view;
   for (int r = 0; r < num_ranks_; ++r) {

@@ -227,8 +227,15 @@ inline void Trial::pack() {
       }
     }
     run([&] {
-      for (int chunk = 0; chunk < c.chunks; ++chunk)
-        launch_pack(pack_args(s, chunk), c.num_sms, device.stream);
+      for (int chunk = 0; chunk < c.chunks; ++chunk) {
+        PackArgs a = pack_args(s, chunk);
+        if (chunk > 0) {  // in two parts
+          a.destinations = uint64_t{1} << s;
+          launch_pack(a, c.num_sms, device.stream);
+          a.destinations = ~a.destinations;
+        }
+        launch_pack(a, c.num_sms, device.stream);
+      }
     });
   }
 }
@@ -271,8 +278,11 @@ inline PlaceArgs Trial::place_args(int r) const {
 inline void Trial::place() {
   for (int r = 0; r < c.num_ranks; ++r)
     run([&] {
-      launch_clear_outputs(place_args(r), device.stream);
-      launch_place(place_args(r), c.num_sms, device.stream);
+      PlaceArgs a = place_args(r);
+      a.chunks = c.chunks;
+      a.clears = !c.in_place;
+      if (!a.clears) launch_clear_outputs(a, device.stream);
+      for (; a.chunk < c.chunks; ++a.chunk) launch_place(a, c.num_sms, device.stream);
     });
 }
 
@@ -313,11 +323,9 @@ inline void Trial::place_gathered() {
   for (int r = 0; r < c.num_ranks; ++r) {
     rank(r).send_x.clear();
     a.place = place_args(r);
+    a.place.clears = true;
     a.announced = rank(r).plan.announced;
-    run([&] {
-      launch_clear_outputs(a.place, device.stream);
-      launch_place_gathered(a, c.num_sms, device.stream);
-    });
+    run([&] { launch_place_gathered(a, c.num_sms, device.stream); });
   }
 }
 
@@ -345,7 +353,6 @@ inline PartialArgs Trial::partial_args(int r, int chunk) const {
   for (int s = 0; s < c.num_ranks; ++s)
     a.topk_weights[s] = c.weighted ? ranks_[static_cast<size_t>(s)].weights.data : nullptr;
   a.by_token = c.by_token;
-  a.announced = m.plan.announced;
   a.x = m.expert_out.data;
   a.plan = m.plan;
   for (size_t s = 0; s < m.partial.size(); ++s) a.target[s] = m.partial[s].data;
@@ -377,7 +384,13 @@ inline void Trial::combine() {
           make_array<char>(device, size_t(w.count(s, r)) * c.combine_bytes, kPoisonRow));
     run([&] {
       for (int chunk = 0; chunk < c.chunks; ++chunk) {
-        launch_partials(partial_args(r, chunk), c.num_sms, device.stream);
+        PartialArgs a = partial_args(r, chunk);
+        if (chunk > 0) {  // in two parts
+          a.sources = uint64_t{1} << r;
+          launch_partials(a, c.num_sms, device.stream);
+          a.sources = ~a.sources;
+        }
+        launch_partials(a, c.num_sms, device.stream);
       }
     });
   }
