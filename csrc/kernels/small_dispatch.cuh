@@ -63,10 +63,11 @@ __device__ __forceinline__ int num_pieces(const SmallDispatchArgs& args) {
 
 // ---- sending ----
 
-// By block 0: ids and weights to all ranks, then the entry.
+// By a block: ids and weights to all ranks, or, where the link does not map them, to this rank's
+// own window. first_bad: the first slot with a bad id. Ends with a barrier.
 template <class Link>
-__device__ __forceinline__ void announce(const SmallDispatchArgs& args, uint64_t epoch,
-                                         int32_t& first_bad) {
+__device__ __forceinline__ void store_ids(const SmallDispatchArgs& args, uint64_t epoch,
+                                          int32_t& first_bad) {
   const LinkArgs& link = args.link;
   const int slots = args.num_tokens * args.place.dims.topk;
   if (thread_index() == 0) first_bad = kNoBadId;
@@ -97,19 +98,31 @@ __device__ __forceinline__ void announce(const SmallDispatchArgs& args, uint64_t
       }
     }
   }
-  __syncthreads();  // the entry's signal releases what all threads have stored
+  __syncthreads();
+}
+
+__device__ __forceinline__ void report_bad_id(const SmallDispatchArgs& args, int32_t first_bad) {
+  if (thread_index() != 0 || first_bad == kNoBadId || args.bad_index == nullptr) return;
+  const int64_t bad = max(min(given_id(args, first_bad), int64_t{INT32_MAX}), int64_t{INT32_MIN});
+  args.bad_index[1] = static_cast<int32_t>(bad);
+  args.bad_index[2] = args.place.dims.topk;
+  fence_system();  // the host takes the position as the sign that the rest is there
+  args.bad_index[0] = first_bad + 1;
+}
+
+// By block 0: ids and weights to all ranks, then the entry.
+template <class Link>
+__device__ __forceinline__ void announce(const SmallDispatchArgs& args, uint64_t epoch,
+                                         int32_t& first_bad) {
+  const LinkArgs& link = args.link;
+  const int slots = args.num_tokens * args.place.dims.topk;
+  store_ids<Link>(args, epoch, first_bad);  // the entry's signal releases what all threads stored
   const size_t bytes = static_cast<size_t>(slots) * sizeof(int32_t);
   const LinkPieces pieces = {{same_place(args.small.source_ids(link.rank, epoch), bytes),
                               same_place(args.small.source_weights(link.rank, epoch), bytes)},
                              num_pieces(args)};
   link_announce<Link>(link, epoch, nullptr, 0, pieces);
-  if (thread_index() == 0 && first_bad != kNoBadId && args.bad_index != nullptr) {
-    const int64_t bad = max(min(given_id(args, first_bad), int64_t{INT32_MAX}), int64_t{INT32_MIN});
-    args.bad_index[1] = static_cast<int32_t>(bad);
-    args.bad_index[2] = args.place.dims.topk;
-    fence_system();  // the host takes the position as the sign that the rest is there
-    args.bad_index[0] = first_bad + 1;
-  }
+  report_bad_id(args, first_bad);
 }
 
 // The ranks that token t goes to, one bit each; by a warp.
@@ -439,7 +452,7 @@ __device__ __forceinline__ void receive_rows(const SmallDispatchArgs& args, cons
 // agreed: all ranks want the same and are there. Else nobody has sent anything.
 template <class Link>
 __device__ __forceinline__ void receive(const SmallDispatchArgs& args, const LinkCall& call,
-                                        bool agreed, bool signals) {
+                                        bool agreed, [[maybe_unused]] bool signals) {
   EPCOMM_SHARED(SourceRanges, ranges);
   EPCOMM_SHARED(RouteTotals, totals);
   const GroupRoute route(args);
@@ -450,7 +463,9 @@ __device__ __forceinline__ void receive(const SmallDispatchArgs& args, const Lin
   });
   auto tokens = [&](int s) { return ranges.end[s] + ranges.to_source[s]; };
   route_group(args, route, call.epoch, totals, tokens);
-  if (signals) signal_rows<Link>(args, call.epoch);
+  if constexpr (Link::kMapped) {
+    if (signals) signal_rows<Link>(args, call.epoch);
+  }
   if (args.fresh) {
     write_counts(args, route, totals);
     const RouteTile own = route.tile(route.rank);

@@ -7,6 +7,8 @@
 #include <vector>
 
 #include "core/checks.h"
+#include "kernels/small.h"
+#include "transport/gpu_link_transport.h"
 #include "transport/nccl_transport.h"
 
 namespace epcomm {
@@ -39,8 +41,9 @@ NcclOptions parse(const std::map<std::string, std::string>& given) {
       const std::map<std::string, NcclAlgorithm> known = {{"auto", NcclAlgorithm::kAuto},
                                                           {"exact", NcclAlgorithm::kExact},
                                                           {"static", NcclAlgorithm::kStatic},
+                                                          {"small", NcclAlgorithm::kSmall},
                                                           {"allgather", NcclAlgorithm::kAllGather}};
-      if (!known.contains(value)) throw refuse("auto, exact, static or allgather");
+      if (!known.contains(value)) throw refuse("auto, exact, static, small or allgather");
       o.algorithm = known.at(value);
     } else if (name == "schedule") {
       const std::map<std::string, Schedule> known = {{"grouped", Schedule::kGrouped},
@@ -62,6 +65,18 @@ NcclOptions parse(const std::map<std::string, std::string>& given) {
   return o;
 }
 
+bool takes_small(const TransportContext& context, const NcclOptions& options) {
+  if (options.algorithm != NcclAlgorithm::kAuto && options.algorithm != NcclAlgorithm::kSmall)
+    return false;
+  std::string why_not = why_not_small(context);
+  if (why_not.empty() && context.bootstrap.size() > kMaxLinkRanks)
+    why_not = "this group has " + std::to_string(context.bootstrap.size()) +
+              " ranks; expected at most " + std::to_string(kMaxLinkRanks);
+  EPCOMM_CHECK(why_not.empty() || options.algorithm == NcclAlgorithm::kAuto,
+               "transport_options['algorithm'] is 'small', but " + why_not);
+  return why_not.empty();
+}
+
 }  // namespace
 
 NcclTransport::NcclTransport(const TransportContext& context)
@@ -76,6 +91,7 @@ NcclTransport::NcclTransport(const TransportContext& context)
                       static_cast<size_t>(dtype_bytes(config_.dtype)) +
                   MetaLayout(config_.topk).record_bytes + kBlockAlignment),
       chunks_(options_.chunks),
+      small_(takes_small(context, options_)),
       route_(config_, experts_, rank_, num_ranks_),
       comm_(context.bootstrap, context.options.timeout_s, options_.ctas),
       watchdog_(
@@ -96,6 +112,10 @@ NcclTransport::NcclTransport(const TransportContext& context)
               : widest_row_;
   send_ = comm_.allocate((ranks * tokens + 1) * row, options_.registered);
   stage_ = comm_.allocate((ranks * tokens + 1) * row, options_.registered);
+  if (small_)
+    gathered_ =
+        comm_.allocate(SmallLayout(dims_, config_.max_tokens, align_up(widest_row_, 16), 0).end,
+                       options_.registered);
   // From what all ranks know alike.
   const size_t batch_bytes = tokens * static_cast<size_t>(config_.hidden) *
                              static_cast<size_t>(dtype_bytes(config_.dtype));
@@ -119,7 +139,8 @@ NcclTransport::~NcclTransport() {
 
 NcclAlgorithm NcclTransport::algorithm(const Plan& plan) const {
   if (options_.algorithm != NcclAlgorithm::kAuto) return options_.algorithm;
-  return plan.host_sync ? NcclAlgorithm::kExact : NcclAlgorithm::kStatic;
+  if (plan.host_sync) return NcclAlgorithm::kExact;
+  return small_ ? NcclAlgorithm::kSmall : NcclAlgorithm::kStatic;
 }
 
 void NcclTransport::check_fits(const char* what, int64_t row_bytes, int64_t scale_bytes) const {
@@ -133,9 +154,13 @@ void NcclTransport::check_fits(const char* what, int64_t row_bytes, int64_t scal
 RouteResult NcclTransport::route(const RouteArgs& args) {
   EPCOMM_CHECK(args.host_sync || options_.algorithm != NcclAlgorithm::kExact,
                "host_sync is False with transport_options['algorithm'] 'exact'; expected auto, "
-               "static or allgather");
+               "static, small or allgather");
   check_fits("x", args.row_bytes, args.scale_bytes);
   route_.report_bad_index();
+  if (small_ && !args.host_sync) {
+    watchdog_.check();
+    return route_small(args);
+  }
   const auto stream = static_cast<cudaStream_t>(args.stream);
   Call call(*this, Operation::kRoute, stream);
   RouteKernelArgs k = route_.args(args, chunks_);

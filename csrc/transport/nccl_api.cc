@@ -32,6 +32,7 @@ NcclApi open_library() {
   NcclApi api{};
   load(library, "ncclGetVersion", api.GetVersion);
   load(library, "ncclGetUniqueId", api.GetUniqueId);
+  load(library, "ncclCommInitRank", api.CommInitRank);
   load(library, "ncclCommInitRankConfig", api.CommInitRankConfig);
   load(library, "ncclCommAbort", api.CommAbort);
   load(library, "ncclCommGetAsyncError", api.CommGetAsyncError);

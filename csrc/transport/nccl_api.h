@@ -27,12 +27,14 @@ struct ncclConfig_v21800 {
   int minCTAs = kUndefined, maxCTAs = kUndefined;
   const char* netName = nullptr;
   int splitShare = kUndefined;
+  int padding = kUndefined;  // a later version may take it for its next field
 };
 
 /// Functions of libnccl.
 struct NcclApi {
   ncclResult_t (*GetVersion)(int*);
   ncclResult_t (*GetUniqueId)(ncclUniqueId*);
+  ncclResult_t (*CommInitRank)(ncclComm_t*, int, ncclUniqueId, int);
   ncclResult_t (*CommInitRankConfig)(ncclComm_t*, int, ncclUniqueId, int, ncclConfig_v21800*);
   ncclResult_t (*CommAbort)(ncclComm_t);
   ncclResult_t (*CommGetAsyncError)(ncclComm_t, ncclResult_t*);

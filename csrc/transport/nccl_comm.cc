@@ -83,8 +83,11 @@ NcclComm::NcclComm(Bootstrap& bootstrap, double timeout_s, int ctas)
       EPCOMM_CUDA_TRY(cudaSetDevice(device));
       ncclComm_t comm = nullptr;
       ncclConfig_v21800 config;
-      if (ctas != 0) config.minCTAs = ctas;
-      EPCOMM_NCCL_TRY(api.CommInitRankConfig(&comm, num_ranks, id, rank, &config));
+      config.minCTAs = ctas;
+      if (ctas == 0)
+        EPCOMM_NCCL_TRY(api.CommInitRank(&comm, num_ranks, id, rank));
+      else
+        EPCOMM_NCCL_TRY(api.CommInitRankConfig(&comm, num_ranks, id, rank, &config));
       NcclComm(api, comm, device, rank, num_ranks).connect();
       made->set_value(comm);
     } catch (...) {
@@ -164,6 +167,13 @@ void NcclComm::exchange(const std::vector<Message>& messages, Schedule schedule,
 
 void NcclComm::all_gather(const void* send, void* recv, size_t bytes, cudaStream_t stream) {
   EPCOMM_NCCL_TRY(api_.AllGather(send, recv, bytes, ncclUint8, comm_, stream));
+}
+
+void NcclComm::all_gather_in_place(const std::vector<Gathered>& arrays, cudaStream_t stream) {
+  Group group(api_);
+  for (const Gathered& a : arrays)
+    all_gather(a.data + static_cast<size_t>(rank_) * a.bytes, a.data, a.bytes, stream);
+  group.end();
 }
 
 void NcclComm::reduce_scatter(const float* send, float* recv, size_t count, cudaStream_t stream) {

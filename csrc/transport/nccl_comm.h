@@ -73,6 +73,13 @@ class NcclComm {
   void exchange(const std::vector<Message>& messages, Schedule schedule, cudaStream_t stream);
   /// recv[r * bytes, ...) = rank r's send.
   void all_gather(const void* send, void* recv, size_t bytes, cudaStream_t stream);
+  /// [num_ranks][bytes] at data, of which this rank has filled its own.
+  struct Gathered {
+    char* data;
+    size_t bytes;
+  };
+  /// Fills the pieces of the other ranks; all arrays in one operation.
+  void all_gather_in_place(const std::vector<Gathered>& arrays, cudaStream_t stream);
   /// recv = sum over ranks of their block for this rank, fp32. The order of the sum is NCCL's.
   void reduce_scatter(const float* send, float* recv, size_t count, cudaStream_t stream);
   /// True once NCCL has met an error that no call has reported.

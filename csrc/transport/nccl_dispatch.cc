@@ -1,4 +1,4 @@
-// The nccl transport: dispatch, in its three ways.
+// The nccl transport: dispatch, in its ways but that of small batches.
 #include <vector>
 
 #include "transport/nccl_transport.h"
@@ -45,6 +45,12 @@ void NcclTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
     case NcclAlgorithm::kAllGather:
       dispatch_gathered(plan, args, call);
       break;
+    case NcclAlgorithm::kSmall:
+      if (plan.result.deferred && !args.replay) {
+        dispatch_small(plan, args, call);
+        break;
+      }
+      [[fallthrough]];
     default:
       dispatch_static(plan, args, call);
   }

@@ -16,7 +16,12 @@
 // whose order of summation is NCCL's (results may differ in the last bit from the other ways). Can
 // be captured. Moves as many bytes as static.
 //
-// auto: exact where the host knows the counts, else static. docs/nccl.md has the measurements.
+// small: batches of up to 256 tokens a rank whose counts the host does not know, when they are
+// first dispatched: expert ids and rows go together, one all-gather, and every rank routes for all
+// (nccl_small.cc). Replays and combines as static. Can be captured.
+//
+// auto: exact where the host knows the counts, else small, or static where batches are larger.
+// docs/nccl.md has the measurements.
 //
 // Memory, made with the Buffer: send_ and stage_ hold max_tokens rows per rank each (for allgather
 // at least fp32 rows). With transport_options "buffers" = "registered" NCCL moves rows from one's
@@ -38,7 +43,7 @@
 
 namespace epcomm {
 
-enum class NcclAlgorithm { kAuto, kExact, kStatic, kAllGather };
+enum class NcclAlgorithm { kAuto, kExact, kStatic, kSmall, kAllGather };
 
 struct NcclOptions {
   NcclAlgorithm algorithm = NcclAlgorithm::kAuto;
@@ -189,6 +194,8 @@ class NcclTransport final : public Transport {
   void dispatch_gathered(const Plan& plan, const DispatchArgs& args, const Call& call);
   // Block r of send_, for another rank r, to that rank's stage_; block r of stage_ is what r sent.
   void exchange_blocks(size_t block, cudaStream_t stream);
+  RouteResult route_small(const RouteArgs& args);
+  void dispatch_small(const Plan& plan, const DispatchArgs& args, const Call& call);
   PartialArgs partial_args(const Plan& plan, const CombineArgs& args, const Call& call);
   SumArgs sum_args(const Plan& plan, const CombineArgs& args) const;
   void combine_exact(const Plan& plan, const CombineArgs& args, const Call& call);
@@ -206,8 +213,9 @@ class NcclTransport final : public Transport {
   size_t widest_row_;  // bytes of a row with its scales and record
   int chunks_;         // of an exact exchange
   bool aside_;         // own rows are copied beside an exact exchange
+  bool small_;         // see NcclAlgorithm::kSmall
   GpuRoute route_;
-  NcclMemory send_, stage_;  // before comm_: freed when NCCL knows them no more
+  NcclMemory send_, stage_, gathered_;  // before comm_: freed when NCCL knows them no more
   NcclComm comm_;
   GpuWatchdog watchdog_;
   DeviceMemory weights_;

@@ -208,10 +208,8 @@ ncclResult_t get_unique_id(ncclUniqueId* id) {
   return sized ? ncclSuccess : kSystemError;
 }
 
-ncclResult_t comm_init_rank(ncclComm** out, int num_ranks, ncclUniqueId id, int rank,
-                            ncclConfig_v21800* config) {
-  if (num_ranks > kMaxRanks || config->size != sizeof *config || config->magic != 0xcafebeef)
-    return kInvalidUsage;
+ncclResult_t comm_init_rank(ncclComm** out, int num_ranks, ncclUniqueId id, int rank) {
+  if (num_ranks > kMaxRanks) return kInvalidUsage;
   const int fd = ::shm_open(id.internal, O_RDWR, 0600);
   if (fd < 0) return kSystemError;
   void* memory = ::mmap(nullptr, sizeof(Shared), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
@@ -233,6 +231,13 @@ ncclResult_t comm_init_rank(ncclComm** out, int num_ranks, ncclUniqueId id, int 
   }
   *out = comm.release();
   return ncclSuccess;
+}
+
+ncclResult_t comm_init_rank_config(ncclComm** out, int num_ranks, ncclUniqueId id, int rank,
+                                   ncclConfig_v21800* config) {
+  if (config->size != sizeof *config || config->magic != 0xcafebeef || config->minCTAs < 1)
+    return kInvalidUsage;
+  return comm_init_rank(out, num_ranks, id, rank);
 }
 
 // What is on a stream still refers to the communicator: it is never freed.
@@ -335,6 +340,7 @@ const NcclApi& NcclApi::get() {
   static const NcclApi api = {get_version,
                               get_unique_id,
                               comm_init_rank,
+                              comm_init_rank_config,
                               comm_abort,
                               comm_get_async_error,
                               get_error_string,

@@ -222,6 +222,24 @@ TEST(Nccl, TwoRanksMayGather) {
   });
 }
 
+TEST(Nccl, OptionsAreChecked) {
+  const TransportOptions refused[] = {
+      {{"algorithm", "fast"}},  {{"schedule", ""}},         {{"chunks", "0"}}, {{"chunks", "9"}},
+      {{"chunks", "two"}},      {{"ctas", "65"}},           {{"ctas", "-1"}},  {{"buffers", "no"}},
+      {{"algorithm", "small"}}, {{"schedule", "gathered"}}, {{"chunk", "1"}}};
+  for (const TransportOptions& given : refused)
+    run_threads(1, kTimeout, [&](std::shared_ptr<Bootstrap> bootstrap) {
+      auto options = testing::options_for(kExperts, kHidden, kTopk, 300, kTimeout);
+      options.transport_options = given;
+      try {
+        Buffer buffer(bootstrap, options);
+        ADD_FAILURE() << "took " << text(given);
+      } catch (const InvalidArgument& e) {
+        EXPECT_NE(std::string(e.what()).find(given.begin()->first), std::string::npos) << e.what();
+      }
+    });
+}
+
 // Two tokens of every rank to all ranks.
 Batch batch_to_all() {
   return {2,

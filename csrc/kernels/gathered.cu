@@ -1,0 +1,82 @@
+// Stage and unstage: a small batch before and behind an all-gather of all ranks' batches.
+//
+// Does: as kernels/small_dispatch.cuh, in two kernels. stage stores ids, weights and rows at this
+// rank's own places; unstage works the routing of all ranks out from the ids, in every block, and
+// copies the rows that came for this rank to where they belong.
+// Buffers: those of small_dispatch; the window is memory of this rank alone, which somebody else
+// fills between the kernels.
+// Launch: one block of 512 threads per SM; no block waits for another.
+// Memory order: kernels of one stream in order; what was gathered is there before unstage starts.
+#include "kernels/device.cuh"
+#include "kernels/gathered.h"
+#include "kernels/launch.cuh"
+#include "kernels/mark.cuh"
+#include "kernels/small.cuh"
+#include "kernels/small_dispatch.cuh"
+
+namespace epcomm {
+
+namespace {
+
+// Reaches nobody: what a rank stores goes to its own window, and all is there when it is read.
+struct GatheredLink {
+  static constexpr bool kMapped = false;
+};
+
+}  // namespace
+
+template <>
+__device__ __forceinline__ bool rows_arrived<GatheredLink>(const LinkArgs&, const SmallLayout&,
+                                                           uint64_t, int, int) {
+  return true;
+}
+
+namespace {
+
+__global__ void __launch_bounds__(kSmallThreads, 1)
+    stage_kernel(const __grid_constant__ SmallDispatchArgs args, const Mark mark) {
+  EPCOMM_SHARED(int32_t, first_bad);
+  make_mark(mark);
+  if (blockIdx.x == 0) {
+    store_ids<GatheredLink>(args, 0, first_bad);
+    auto* ids = reinterpret_cast<int32_t*>(args.link.window[args.link.rank] +
+                                           args.small.source_ids(args.link.rank, 0));
+    const int slots = args.num_tokens * args.place.dims.topk;
+    const int all = args.small.max_tokens * args.place.dims.topk;
+    for (int i = slots + thread_index(); i < all; i += kSmallThreads) ids[i] = -1;
+    report_bad_id(args, first_bad);
+  }
+  send_rows<GatheredLink, Quant::kNone, Dtype::kBfloat16>(args, 0);
+}
+
+__global__ void __launch_bounds__(kSmallThreads, 1)
+    unstage_kernel(const __grid_constant__ SmallDispatchArgs args, const Mark mark) {
+  EPCOMM_SHARED(LinkCall, call);
+  make_mark(mark);
+  if (const int s = thread_index(); s < args.link.num_ranks) {
+    call.epoch = 0;
+    call.entry[s].num_tokens = args.small.max_tokens;
+  }
+  __syncthreads();
+  receive<GatheredLink>(args, call, true, false);
+}
+
+}  // namespace
+
+void launch_stage(const SmallDispatchArgs& args, const Mark& mark, int num_sms,
+                  cudaStream_t stream) {
+  check_aligned(args.x, "x");
+  launch("launch of stage", stage_kernel, {persistent_blocks(num_sms), kSmallThreads}, stream, args,
+         mark);
+}
+
+void launch_unstage(const SmallDispatchArgs& args, const Mark& mark, int num_sms,
+                    cudaStream_t stream) {
+  check_aligned(args.place.recv_x, "recv_x");
+  launch("launch of unstage", unstage_kernel,
+         {persistent_blocks(num_sms), kSmallThreads,
+          small_shared_bytes(args.place.dims, args.small.max_tokens)},
+         stream, args, mark);
+}
+
+}  // namespace epcomm
