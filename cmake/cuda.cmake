@@ -104,6 +104,8 @@ else()
        ${PROJECT_SOURCE_DIR}/csrc/transport/gpu_*.cc
        ${PROJECT_SOURCE_DIR}/csrc/transport/nccl*.cc
        ${PROJECT_SOURCE_DIR}/csrc/transport/nvlink*.cc)
+  # What knows NVSHMEM goes into a module of its own: cmake/nvshmem.cmake.
+  list(FILTER _cuda_sources EXCLUDE REGEX "/(link_nvshmem\\.cu|gpu_nvshmem\\.cc|gpu_symmetric_heap\\.cc)$")
   pybind11_add_module(_cuda MODULE NO_EXTRAS
     csrc/bindings/buffer_bindings.cc
     csrc/bindings/cuda_module.cc
@@ -120,7 +122,7 @@ else()
   list(JOIN CMAKE_CUDA_ARCHITECTURES " " _archs)
   target_compile_definitions(_cuda PRIVATE EPCOMM_CUDA_ARCH_LIST="${_archs}")
   install(TARGETS _cuda DESTINATION epcomm)
-  set(EPCOMM_CUDA_STATUS "built: transport nccl, CUDA ${_nvcc_version}, architectures ${_archs}")
+  set(EPCOMM_CUDA_STATUS "built: transports nccl, nvlink, CUDA ${_nvcc_version}, architectures ${_archs}")
 endif()
 
 if(EPCOMM_CUDA STREQUAL "ON" AND NOT TARGET _cuda)

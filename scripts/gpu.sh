@@ -3,6 +3,7 @@
 # scikit-build-core and pytest; uses no network. Logs and results go to OUT (default build/gpu).
 #   scripts/gpu.sh [build] [kernels] [tests] [nccl-modes] [sanitizer] [bench]      default: all of these
 #   scripts/gpu.sh soak         tests of many calls, with their full numbers
+#   scripts/gpu.sh rdma         builds softnic, then the tests of rdma over NVSHMEM's peer path and over softnic; RDMA_K selects as TEST_K
 #   scripts/gpu.sh engines      tests/engines, with EPCOMM_TEST_ENGINES naming the folder that `make engines` filled
 # TEST_K selects among the tests, as pytest -k does; EPCOMM_TEST_RANKS=5,6,7,8 the conformance tests of so many ranks.
 # BENCH_K selects among the runs of the bench by name, as grep -E does: BENCH_K='bf16|small'. SMS: the sweeps' values.
@@ -99,7 +100,7 @@ for wanted in $STEPS; do
     build) step build 300 "$PYTHON" -m pip install -q --no-build-isolation --no-deps . ;;
     kernels)
       step kernels-build 200 nvcc -std=c++20 -O3 -gencode arch=compute_90a,code=sm_90a -I. -Iinclude -Icsrc \
-        tests/cpp/kernels_gpu_test.cu csrc/kernels/*.cu csrc/core/{error,host_rows}.cc \
+        tests/cpp/kernels_gpu_test.cu $(ls csrc/kernels/*.cu | grep -v nvshmem) csrc/core/{error,host_rows}.cc \
         -Xcompiler -ffp-contract=off -o build/kernels_gpu_test
       step kernels 120 build/kernels_gpu_test
       tail -n 1 "$OUT/kernels.log"
@@ -112,7 +113,7 @@ for wanted in $STEPS; do
         "$PYTHON" -m pytest -q -m gpu tests/test_nccl.py -k 'test_way and static-grouped and token'
       tail -n 3 "$OUT/memcheck-nccl.log"
       ;;
-    tests) tests tests "${TEST_TIMEOUT:-300}" --ignore=tests/engines tests -k "${TEST_K:-test}" ;;
+    tests) tests tests "${TEST_TIMEOUT:-300}" --ignore=tests/engines tests -k "(${TEST_K:-test}) and not rdma" ;;
     soak)
       EPCOMM_TEST_CALLS=${EPCOMM_TEST_CALLS:-full} tests soak "${TEST_TIMEOUT:-550}" \
         tests/test_gpu_soak.py tests/test_gpu_lifetime.py -k "${TEST_K:-test}"
@@ -123,6 +124,19 @@ for wanted in $STEPS; do
       NCCL_P2P_DISABLE=1 tests tests-p2p-off 150 tests/test_conformance.py -k "$MODES_K"
       EPCOMM_TEST_HOSTS=2 NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1 NCCL_NET=Socket NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1 \
         tests tests-two-hosts 150 tests/test_conformance.py -k "$MODES_K"
+      ;;
+    rdma)
+      # 16-bit, fp8 and quantised rows between all ranks; everything of tests/test_rdma.py.
+      rdma_k=${RDMA_K:-"test_rdma or (rdma-$((GPUS < 4 ? GPUS : 4)) and (bf16 or fp8))"}
+      rdma_tests=("${RDMA_TIMEOUT:-200}" tests/test_conformance.py tests/test_rdma.py -k "$rdma_k")
+      step rdma-softnic 120 make -C tests/softnic PYTHON="$PYTHON"
+      EPCOMM_TEST_NVSHMEM=peer tests rdma-peer "${rdma_tests[@]}"
+      EPCOMM_TEST_NVSHMEM=card tests rdma-card "${rdma_tests[@]}"
+      # Two nodes of several GPUs each; host names of its own need root.
+      if [ "$GPUS" -ge 4 ] && [ "$(id -u)" = 0 ]; then
+        EPCOMM_TEST_NVSHMEM=nodes tests rdma-nodes "${rdma_tests[@]}"
+      fi
+      NVSHMEM_REMOTE_TRANSPORT=none bench rdma --transport rdma --adapter epcomm --tokens 1,8,32,64,128,256
       ;;
     bench) benches ;;
     *) echo "unknown step $wanted"; failed+=("$wanted") ;;

@@ -67,7 +67,11 @@ def _outcome(fn: Callable, args: tuple) -> Outcome:
 def _join(rank: int, num_ranks: int, store: str, device: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    if device == "cuda":
+    if device == "rdma":
+        import rdma_modes
+
+        rdma_modes.prepare(rank, num_ranks)
+    if device in ("cuda", "rdma"):
         torch.cuda.set_device(rank % torch.cuda.device_count())
         if hosts := int(os.environ.get("EPCOMM_TEST_HOSTS", "0")):
             # NCCL takes ranks of different ids for ranks of different machines.
@@ -83,6 +87,8 @@ def _join(rank: int, num_ranks: int, store: str, device: str) -> None:
         world_size=num_ranks,
         timeout=timedelta(seconds=GROUP_TIMEOUT_S),
     )
+    if device == "rdma":
+        rdma_modes.take_memory()
 
 
 class _Processes:

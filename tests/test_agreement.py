@@ -54,17 +54,24 @@ class Gpu:
         return SimpleNamespace(good=not self.bad, text=self.bad)
 
 
-def agree(monkeypatch: pytest.MonkeyPatch, wanted: list[str], gpus: list[Gpu | None]) -> list[str]:
-    """What each rank takes, given what it asks for and has."""
+def agree(
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: list[str],
+    gpus: list[Gpu | None],
+    max_tokens: int | None = None,
+    machines: tuple[bytes, ...] | None = None,
+) -> list[str]:
+    """What each rank takes, given what it asks for and has. machines: where it is."""
     here = threading.local()
+    monkeypatch.setattr(native, "_machine", lambda: machines[here.rank] if machines else bytes(8))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: here.gpu is not None)
     monkeypatch.setattr(native, "load_cuda", lambda: here.gpu)
     monkeypatch.setattr(native, "AUTO_TAKES_NVLINK", True)
     group = Group(len(wanted))
 
     def run(rank: int) -> str:
-        here.gpu = gpus[rank]
-        return native.agree_on_transport(group.of(rank), wanted[rank], 5.0)
+        here.gpu, here.rank = gpus[rank], rank
+        return native.agree_on_transport(group.of(rank), wanted[rank], 5.0, max_tokens)
 
     with ThreadPoolExecutor(len(wanted)) as threads:
         return list(threads.map(run, range(len(wanted))))
@@ -118,6 +125,54 @@ def test_a_gpu_that_the_build_has_no_kernels_for(monkeypatch: pytest.MonkeyPatch
     assert agree(monkeypatch, ["auto"] * 2, [Gpu(), other]) == ["nccl"] * 2
 
 
+class TestRdma:
+    """Several machines: rdma for small batches, once its flag is set."""
+
+    TWO = (b"machine0", b"machine0", b"machine1", b"machine1")
+
+    @pytest.fixture(autouse=True)
+    def built(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(native, "AUTO_TAKES_RDMA", True)
+        monkeypatch.setattr(native.nvshmem, "built_transports", lambda: ["rdma"])
+        monkeypatch.setattr(native.nvshmem, "load", lambda: None)
+
+    def test_small_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        bad = [Gpu("no peer access") for _ in range(4)]
+        assert agree(monkeypatch, ["auto"] * 4, [*bad], 256, self.TWO) == ["rdma"] * 4
+        without = [Gpu(names=("nccl",)) for _ in range(4)]
+        assert agree(monkeypatch, ["auto"] * 4, [*without], 8, self.TWO) == ["rdma"] * 4
+
+    def test_nvlink_across_machines_comes_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gpus = [Gpu() for _ in range(4)]
+        assert agree(monkeypatch, ["auto"] * 4, [*gpus], 256, self.TWO) == ["nvlink"] * 4
+
+    def test_not_for_large_batches_nor_on_one_machine(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bad = [Gpu("no peer access") for _ in range(4)]
+        assert agree(monkeypatch, ["auto"] * 4, [*bad], 257, self.TWO) == ["nccl"] * 4
+        assert agree(monkeypatch, ["auto"] * 4, [*bad], None, self.TWO) == ["nccl"] * 4
+        assert agree(monkeypatch, ["auto"] * 4, [*bad], 256, (b"machine0",) * 4) == ["nccl"] * 4
+
+    def test_on_all_ranks_or_on_none(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def load() -> None:
+            if threading.current_thread().name.endswith("_1"):
+                raise ValueError("no library here")
+
+        monkeypatch.setattr(native.nvshmem, "load", load)
+        bad = [Gpu("no peer access") for _ in range(4)]
+        with caplog.at_level(logging.INFO, "epcomm"):
+            assert agree(monkeypatch, ["auto"] * 4, [*bad], 256, self.TWO) == ["nccl"] * 4
+        assert "not rdma, because no library here" in caplog.text
+
+    def test_left_to_who_names_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.undo()
+        monkeypatch.setattr(native, "load_cuda", Gpu)
+        assert not native._has_rdma(8)
+
+
 def test_ranks_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     # Left for the Buffer to refuse: ConfigMismatch names both.
     assert agree(monkeypatch, ["auto"] * 2, [Gpu(), None]) == ["nccl", "cpu"]
@@ -138,6 +193,6 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_size_of_what_is_exchanged_never_changes() -> None:
-    position = native._Position("nccl", "cpu", True)
+    position = native._Position("nccl", "cpu", True, True, b"12345678")
     assert len(position.packed()) == 128
     assert native._Position.unpacked(position.packed()) == position

@@ -15,6 +15,7 @@ import pytest
 import launcher
 from cases import CASES, FORMATS, Case, Format
 from checks import Layout
+from epcomm import _core, nvshmem
 from launcher import WANTED_RANKS
 from trial import Trial, buffer_arguments
 
@@ -23,6 +24,7 @@ from trial import Trial, buffer_arguments
 class Transport:
     name: str
     device: str = "cpu"
+    pool: str = ""  # of launcher.pool; "" = the device
     marks: tuple[pytest.MarkDecorator, ...] = ()
     # Where making a Buffer takes long, one Buffer serves all layouts, in one test.
     slow_to_make: bool = False
@@ -54,6 +56,7 @@ TRANSPORTS = (
         slow_to_make=True,
         options=(("path", "large"),),
     ),
+    Transport("rdma", "cuda", "rdma", marks=(pytest.mark.gpu, pytest.mark.rdma), slow_to_make=True),
 )
 RANKS = (1, 2, 3, 4, 7)
 QUANT_RANKS = (1, 2, 4, 8)  # the rows are wide, and quantisation knows nothing of ranks
@@ -141,7 +144,9 @@ def test_conformance(
     layouts: Sequence[Layout],
     fmt: Format,
 ) -> None:
-    pool = launcher.pool(transport.device)
+    if transport.name == "rdma" and not nvshmem.built_transports():
+        pytest.skip(f"no rdma in this build: {_core.nvshmem_status}")
+    pool = launcher.pool(transport.pool or transport.device)
     if num_ranks > pool.size:
         pytest.skip(f"needs {num_ranks} ranks, this machine has {pool.size}")
     done = pool.run(num_ranks, run_cases, transport, ranks_per_node, layouts, fmt)

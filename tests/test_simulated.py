@@ -13,7 +13,8 @@ from test_conformance import LAYOUTS, Transport, run_cases
 pytestmark = needs_simulator
 
 
-# Every format and every number of ranks, not each with each: a simulated GPU is slow.
+# Every format and every number of ranks, not each with each: a simulated GPU is slow. "card" is
+# rdma, over a simulated network card.
 GRID = [
     ("large", 1, "bf16"),
     ("large", 2, "fp32"),
@@ -29,13 +30,20 @@ GRID = [
     ("small", 2, "quant_fp8"),
     ("small", 1, "quant_fp8_ue8m0"),
     ("small", 2, "quant_nvfp4"),
+    ("card", 2, "packed"),
+    ("card", 2, "quant_fp8"),
+    ("card", 3, "fp16"),
 ]
 
 
+def transport_of(path: str) -> Transport:
+    return Transport("rdma") if path == "card" else Transport("nvlink", options=(("path", path),))
+
+
 @pytest.mark.parametrize(("path", "num_ranks", "fmt"), GRID)
-def test_nvlink(path: str, num_ranks: int, fmt: str) -> None:
+def test_conformance(path: str, num_ranks: int, fmt: str) -> None:
     pool = launcher.pool("simulated")
-    transport = Transport("nvlink", options=(("path", path),))
+    transport = transport_of(path)
     done = pool.run(num_ranks, run_cases, transport, None, LAYOUTS, FORMATS[fmt], timeout=300.0)
     assert done == [len(CASES)] * num_ranks
 
@@ -59,13 +67,13 @@ def test_nccl(options: tuple[tuple[str, Any], ...], num_ranks: int, fmt: str) ->
     assert done == [len(CASES)] * num_ranks
 
 
-def run_halves(group: Any) -> None:
+def run_halves(group: Any, path: str) -> None:
     """Calls with return_recv_hook: in halves, completed by the hook or by the next call."""
     import epcomm
 
-    options = {"path": "small"}
     arguments: dict[str, Any] = {"num_experts": 8, "hidden": 64, "topk": 2, "max_tokens": 16}
-    with epcomm.Buffer(group, transport="nvlink", transport_options=options, **arguments) as buf:
+    arguments |= transport_of(path).buffer_arguments(None)
+    with epcomm.Buffer(group, **arguments) as buf:
         assert buf.caps.small_batches and buf.caps.two_phases
         rng = torch.Generator().manual_seed(buf.rank)
         for round in range(6):
@@ -90,14 +98,14 @@ def run_halves(group: Any) -> None:
             assert torch.equal(y.float(), x.float() * weights.sum(1, keepdim=True))
 
 
-def run_quantised_halves(group: Any) -> None:
+def run_quantised_halves(group: Any, path: str) -> None:
     """Rows that are quantised on the way, in halves: what a whole call delivers."""
     import epcomm
     from epcomm.streams import ReceiveHalf
 
-    options = {"path": "small"}
     arguments: dict[str, Any] = {"num_experts": 8, "hidden": 128, "topk": 2, "max_tokens": 16}
-    with epcomm.Buffer(group, transport="nvlink", transport_options=options, **arguments) as buf:
+    arguments |= transport_of(path).buffer_arguments(None)
+    with epcomm.Buffer(group, **arguments) as buf:
         rng = torch.Generator().manual_seed(buf.rank)
         x = torch.randn(12, 128, generator=rng).bfloat16()
         idx = torch.rand(12, 8, generator=rng).topk(2).indices
@@ -114,12 +122,14 @@ def run_quantised_halves(group: Any) -> None:
                 assert torch.equal(got.float(), wanted.float())
 
 
-def test_quantised_halves() -> None:
-    launcher.pool("simulated").run(2, run_quantised_halves)
+@pytest.mark.parametrize("path", ["small", "card"])
+def test_quantised_halves(path: str) -> None:
+    launcher.pool("simulated").run(2, run_quantised_halves, path)
 
 
-def test_halves() -> None:
-    launcher.pool("simulated").run(3, run_halves)
+@pytest.mark.parametrize("path", ["small", "card"])
+def test_halves(path: str) -> None:
+    launcher.pool("simulated").run(3, run_halves, path)
 
 
 def run_ahead(group: Any) -> None:
@@ -195,3 +205,20 @@ def run_ahead(group: Any) -> None:
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_rows_ahead_of_counts(num_ranks: int) -> None:
     launcher.pool("simulated").run(num_ranks, run_ahead)
+
+
+def run_too_large(group: Any) -> None:
+    """rdma is for small batches, and says so, on all ranks alike."""
+    import epcomm
+
+    arguments: dict[str, Any] = {"num_experts": 8, "hidden": 64, "topk": 2, "transport": "rdma"}
+    with pytest.raises(ValueError, match=r"small batches only.*257.*at most 256.*nccl"):
+        epcomm.Buffer(group, max_tokens=257, **arguments)
+    with pytest.raises(ValueError, match="rdma transport has none"):
+        epcomm.Buffer(group, max_tokens=8, transport_options={"path": "small"}, **arguments)
+    with epcomm.Buffer(group, max_tokens=256, **arguments) as buf:
+        assert buf.caps.small_batches and not buf.caps.symmetric_outputs
+
+
+def test_too_large() -> None:
+    launcher.pool("simulated").run(2, run_too_large)

@@ -40,7 +40,6 @@ class Layer:
 # that use a GPU, transport/host_* those between processes of one machine.
 LAYERS = (
     Layer("include/epcomm/*", ("epcomm/*",), RUNTIME),
-    Layer("csrc/kernels/link_nvshmem.cuh", KERNELS, (*CUDA, "nvshmem*.h")),
     Layer("csrc/kernels/*", KERNELS, CUDA),
     Layer(
         "csrc/core/*",
@@ -78,11 +77,8 @@ LAYERS = (
 # One vendor, one family of transports: no other file may include these.
 VENDOR_HEADERS = {
     "nccl*.h": ("csrc/transport/nccl*",),
-    "nvshmem*.h": (
-        "csrc/transport/rdma*",
-        "csrc/transport/hierarchical*",
-        "csrc/kernels/link_nvshmem.cuh",
-    ),
+    "nvshmem*.h": ("csrc/kernels/link_nvshmem.cuh",),
+    "host/nvshmem*.h": ("csrc/transport/gpu_nvshmem.cc", "tests/sim/nvshmem_job_test.cc"),
     "pybind11/*": ("csrc/bindings/*",),
 }
 # The core is one build for every torch.
@@ -308,6 +304,11 @@ SELF_TEST: tuple[tuple[dict[str, str], str], ...] = (
     ({"csrc/transport/nccl_api.cc": "#include <nccl.h>\n"}, ""),
     ({"csrc/transport/nvlink.cc": "#include <nccl.h>\n"}, "only csrc/transport/nccl* may"),
     ({"csrc/transport/nccl.cc": '#include "transport/gpu_memory.h"\n'}, ""),
+    ({"csrc/kernels/link_nvshmem.cuh": "#include <nvshmem.h>\n#include <nvshmemx.h>\n"}, ""),
+    ({"csrc/kernels/small.cuh": "#include <nvshmem.h>\n"}, "only csrc/kernels/link_nvshmem.cuh"),
+    ({"csrc/transport/gpu_nvshmem.cc": "#include <host/nvshmemx_api.h>\n"}, ""),
+    ({"csrc/transport/rdma.cc": "#include <nvshmem_host.h>\n"}, "includes nvshmem_host.h"),
+    ({"csrc/transport/rdma.cc": "#include <host/nvshmem_api.h>\n"}, "only csrc/transport/gpu_"),
     ({"csrc/transport/registry_core.cc": '#include "transport/cpu.h"\n'}, ""),
     ({"csrc/bindings/module.cc": '#include <pybind11/stl.h>\n#include "epcomm/plan.h"\n'}, ""),
     ({"csrc/bindings/module.cc": '#include "core/arena.h"\n'}, "includes"),

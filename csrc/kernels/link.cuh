@@ -14,13 +14,12 @@
 //   kMapped                          which of the two
 //   reached(word, epoch)             is this word of the own window at least epoch? Acquires.
 //   signal(link, peer, word, epoch)  sets the word at an offset of a peer's window
-// and where kMapped is false, by a whole warp, of whose stores a fence at system scope has made
-// sure:
-//   put(link, peer, piece)           copies from here to the peer, some time
-//   put_signal(link, peer, piece, word, epoch)    the same, then signal()
-//   fence()                          puts to a peer before it land before those after it
+// and where kMapped is false, by a whole warp, after a fence at system scope that covers what is
+// put:
+//   put_signal(link, peer, piece, word, epoch)    copies from here to the peer, then signal(), some
+//                                    time: in no order with anything else
 // and by one thread:
-//   quiet()                          until all that this rank has put and signalled has landed, so
+//   quiet(link)                      until all that this rank has put and signalled has landed, so
 //                                    that what it was put from may be used again
 #pragma once
 
@@ -333,10 +332,10 @@ __device__ __forceinline__ bool link_is_last(const LinkArgs& link, LinkCall& cal
 /// Until what all blocks have put has landed; where the link puts. By all threads of the last block
 /// of a call. Begins and ends with a barrier.
 template <class Link>
-__device__ __forceinline__ void link_quiet() {
+__device__ __forceinline__ void link_quiet([[maybe_unused]] const LinkArgs& link) {
   if constexpr (!Link::kMapped) {
     __syncthreads();
-    if (thread_index() == 0) Link::quiet();
+    if (thread_index() == 0) Link::quiet(link);
     __syncthreads();
   }
 }
@@ -356,7 +355,7 @@ __device__ __forceinline__ void link_finish(const LinkArgs& link, LinkCall& call
   if (call.bad != 0) return;  // not marked as ended: the host is to notice
   const int r = thread_index();
   bool lost = false;
-  link_quiet<Link>();
+  link_quiet<Link>(link);
   if (r < link.num_ranks) {
     link_signal<Link>(link, (link.rank + r) % link.num_ranks,
                       own_inbox(link, offsetof(LinkInbox, done)), call.epoch);
@@ -365,7 +364,7 @@ __device__ __forceinline__ void link_finish(const LinkArgs& link, LinkCall& call
   lost = __syncthreads_or(lost);
   if (r != 0) return;
   if constexpr (!Link::kMapped)
-    if (!lost) Link::quiet();
+    if (!lost) Link::quiet(link);
   if (lost)
     atomicExch(&link.state->lost, 1u);
   else
@@ -379,11 +378,11 @@ template <class Link = PeerLink>
 __device__ __forceinline__ void link_leave(const LinkArgs& link, LinkCall& call, bool agreed) {
   if (!link_is_last(link, call, !Link::kMapped || !agreed) || call.bad != 0) return;
   const int r = thread_index();
-  link_quiet<Link>();
+  link_quiet<Link>(link);
   if (!agreed) {
     if (r < link.num_ranks)
       link_signal<Link>(link, r, own_inbox(link, offsetof(LinkInbox, done)), call.epoch);
-    link_quiet<Link>();
+    link_quiet<Link>(link);
   }
   if (r == 0) link_close(link, call);
 }

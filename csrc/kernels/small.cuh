@@ -11,7 +11,7 @@
 // rows has acquired the signal itself, or is ordered by __syncwarp after a lane that has.
 //
 // A link that puts (kernels/link.cuh) has the rows stored into this rank's own window, and one warp
-// per (share, rank) puts those that the rank gets, the last of them with the signal.
+// per (share, rank) puts those that the rank gets, each with a signal.
 #pragma once
 
 #include "epcomm/types.h"
@@ -78,37 +78,20 @@ struct BlockJobs {
   }
 };
 
-/// In this rank's window.
-__device__ __forceinline__ const uint64_t* share_signal(const LinkArgs& link,
-                                                        const SmallLayout& small, int source,
-                                                        int share) {
-  return reinterpret_cast<const uint64_t*>(link.window[link.rank] + small.signal(source, share));
+/// The signal of row i of source, in this rank's window: its share's, or its own where the link
+/// puts.
+template <class Link>
+__device__ __forceinline__ const uint64_t* row_signal(const LinkArgs& link,
+                                                      const SmallLayout& small, int source, int i) {
+  static_assert(SmallLayout::kSignals >= kTileTokens);
+  const int signal = Link::kMapped ? i % SmallLayout::kShares : i;
+  return reinterpret_cast<const uint64_t*>(link.window[link.rank] + small.signal(source, signal));
 }
 
-/// Puts the rows of a share that peer gets, and signals them; nothing, if there are none. By a
-/// warp.
-template <class Link, class Piece>
-__device__ __forceinline__ void put_share(const LinkArgs& link, int peer, int share, size_t word,
-                                          uint64_t epoch, int rows, Piece piece) {
-  LinkPiece last = {};
-  bool more = false;
-  for (int i = share; i < rows; i += SmallLayout::kShares) {
-    const LinkPiece next = piece(i);
-    if (next.bytes == 0) continue;
-    if (last.bytes != 0 && peer != link.rank) {
-      Link::put(link, peer, last);
-      more = true;
-    }
-    last = next;
-  }
-  if (last.bytes == 0) return;
-  if (more) Link::fence();
-  link_put_signal<Link>(link, peer, last, word, epoch);
-}
-
-/// Says that this block's rows are stored, by all threads; where the link puts, puts them first.
-/// rows(r) gives how many rows all blocks together send to rank r, piece(r, i) where the i-th of
-/// them is (0 bytes = rank r does not get it). Begins with a barrier.
+/// Says that this block's rows are stored, by all threads; where the link puts, puts each with a
+/// signal of its own, so that none must land before another. rows(r) gives how many rows all blocks
+/// together send to rank r, piece(r, i) where the i-th of them is (0 bytes = rank r does not get
+/// it). Begins with a barrier.
 template <class Link, class Rows, class Piece>
 __device__ __forceinline__ void signal_shares(const LinkArgs& link, const SmallLayout& small,
                                               uint64_t epoch, Rows rows,
@@ -126,15 +109,17 @@ __device__ __forceinline__ void signal_shares(const LinkArgs& link, const SmallL
     for (int i = warp_index(); i < own.shares * link.num_ranks; i += kSmallWarps) {
       const int share = own.first + i / link.num_ranks * own.step;
       const int peer = (link.rank + 1 + i) % link.num_ranks;
-      put_share<Link>(link, peer, share, small.signal(link.rank, share), epoch, rows(peer),
-                      [&](int row) { return piece(peer, row); });
+      for (int row = share; row < rows(peer); row += BlockRows::kShares) {
+        const LinkPiece put = piece(peer, row);
+        if (put.bytes != 0)
+          link_put_signal<Link>(link, peer, put, small.signal(link.rank, row), epoch);
+      }
     }
   }
 }
 
-/// Waits for the share of row i of source. Every lane that asks acquires it. Lanes that need none
-/// pass i < 0. By a warp, whose lanes have one source or each its own; false in all lanes if a wait
-/// was given up.
+/// Waits for row i of source. Every lane that asks acquires it. Lanes that need none pass i < 0. By
+/// a warp, whose lanes have one source or each its own; false in all lanes if a wait was given up.
 template <class Link>
 __device__ __forceinline__ bool rows_arrived(const LinkArgs& link, const SmallLayout& small,
                                              uint64_t epoch, int source, int i) {
@@ -142,8 +127,7 @@ __device__ __forceinline__ bool rows_arrived(const LinkArgs& link, const SmallLa
   const bool notes = lane_index() == 0 || source != first;
   const bool there =
       i < 0 ||
-      wait_signal<Link>(link, source, share_signal(link, small, source, i % SmallLayout::kShares),
-                        epoch, notes);
+      wait_signal<Link>(link, source, row_signal<Link>(link, small, source, i), epoch, notes);
   __syncwarp();
   if (__all_sync(kFullWarp, there)) return true;
   if (lane_index() == 0) atomicExch(&link.state->lost, 1u);

@@ -175,8 +175,9 @@ struct ControlLayout {
 /// that say that they are there. Each part has a slot per source rank; all but the signals
 /// alternate by the parity of the epoch.
 struct SmallLayout {
-  /// Token (or row) i of a batch belongs to share i % kShares. A share has a signal of its own.
-  static constexpr int kShares = 128;
+  /// Token (or row) i of a batch belongs to share i % kShares. A share has a signal of its own, its
+  /// number; or, where the link puts, row i has signal i.
+  static constexpr int kShares = 128, kSignals = 256;
 
   size_t signals, ids, weights, rows;  ///< offsets in the window
   size_t outbox;                       ///< see outbox_row
@@ -190,16 +191,16 @@ struct SmallLayout {
       : row_bytes(widest_row), num_ranks(d.num_ranks), max_tokens(max_tokens_), topk(d.topk) {
     const size_t ranks = static_cast<size_t>(num_ranks), tokens = static_cast<size_t>(max_tokens);
     signals = align_up(begin, kBlockAlignment);
-    ids = align_up(signals + ranks * kShares * sizeof(uint64_t), kBlockAlignment);
+    ids = align_up(signals + ranks * kSignals * sizeof(uint64_t), kBlockAlignment);
     weights = ids + 2 * ranks * slots_bytes();
     rows = weights + 2 * ranks * slots_bytes();
     outbox = rows + 2 * ranks * tokens * row_bytes;
     end = outbox + (puts ? ranks * tokens * row_bytes : 0);
   }
-  /// uint64: epoch of the last call in which the rows of this share were stored by source.
-  EPCOMM_HOST_DEVICE size_t signal(int source, int share) const {
+  /// uint64: epoch of the last call in which the rows of this signal were stored by source.
+  EPCOMM_HOST_DEVICE size_t signal(int source, int i) const {
     return signals +
-           (static_cast<size_t>(source) * kShares + static_cast<size_t>(share)) * sizeof(uint64_t);
+           (static_cast<size_t>(source) * kSignals + static_cast<size_t>(i)) * sizeof(uint64_t);
   }
   /// int32 [T, K]: expert ids of source's tokens; -1 = none.
   EPCOMM_HOST_DEVICE size_t source_ids(int source, uint64_t epoch) const {

@@ -63,7 +63,10 @@ GpuLinkTransport::GpuLinkTransport(const TransportContext& context, const LinkKe
   caps_.graph_capture = true;
   caps_.received_tokens = caps_.wait_times = true;
   caps_.cuda = true;
-  if (takes_small_) caps_.combine_quants = Caps::bit(Quant::kFp8);
+  if (takes_small_) {
+    caps_.fused_quants = kAllQuants;
+    caps_.combine_quants = Caps::bit(Quant::kFp8);
+  }
 }
 
 void GpuLinkTransport::drain() {

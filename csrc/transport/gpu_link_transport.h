@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
@@ -90,6 +91,9 @@ class GpuLinkTransport : public Transport {
   void wait_entered(uint64_t token);
   void dispatch_small(const Plan& plan, const DispatchArgs& args);
   void combine_small(const Plan& plan, const CombineArgs& args);
+
+  static constexpr uint32_t kAllQuants =
+      Caps::bit(Quant::kFp8) | Caps::bit(Quant::kFp8Ue8m0) | Caps::bit(Quant::kNvfp4);
 
   const bool takes_small_;
   const LinkKernels kernels_;

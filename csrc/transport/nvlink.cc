@@ -78,9 +78,7 @@ NvlinkTransport::NvlinkTransport(const TransportContext& context, const ControlL
       window_(std::move(window)),
       arena_(*window_, layout_.arena) {
   caps_.symmetric_outputs = caps_.sends_ahead = !takes_small_;
-  if (takes_small_ || can_quantise_on_the_way())
-    caps_.fused_quants =
-        Caps::bit(Quant::kFp8) | Caps::bit(Quant::kFp8Ue8m0) | Caps::bit(Quant::kNvfp4);
+  if (can_quantise_on_the_way()) caps_.fused_quants = kAllQuants;
 }
 
 uint64_t NvlinkTransport::offset_of(const void* p) const {

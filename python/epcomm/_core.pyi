@@ -4,6 +4,7 @@ import enum
 
 version: str
 cuda_status: str
+nvshmem_status: str
 
 class Dtype(enum.Enum):
     bfloat16 = ...

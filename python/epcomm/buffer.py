@@ -46,9 +46,11 @@ class Buffer:
         topk: most experts per token, 1 to 32.
         max_tokens: most tokens that any rank dispatches in one call.
         dtype: widest element type of token rows: bfloat16, float16 or float32.
-        transport: "cpu", "hierarchical", "nccl" or "nvlink", or "auto" to choose by the machine,
-            alike on all ranks (EPCOMM_TRANSPORT overrides "auto"). "hierarchical" works on tensors
-            of the CPU. A GPU transport uses the device that is current when the Buffer is made.
+        transport: "cpu", "hierarchical", "nccl", "nvlink" or "rdma", or "auto" to choose by the
+            machine, alike on all ranks (EPCOMM_TRANSPORT overrides "auto"). "hierarchical" works on
+            tensors of the CPU. A GPU transport uses the device that is current when the Buffer is
+            made. The first Buffer with "rdma" must be over all ranks that will share one
+            (docs/rdma.md).
         expert_to_rank: owner rank of each expert; None = a contiguous split of
             ceil(num_experts / num_ranks) experts a rank, the last ranks getting the shorter rest.
             Local ids follow ascending expert ids.
@@ -58,7 +60,8 @@ class Buffer:
         timeout: seconds that a wait for a peer may take before `PeerLost` (default 30).
         window_bytes: memory for the tensors that calls return. None = from the sizes above. The cpu
             transport takes memory from the machine only where it is touched; nccl, and nvlink
-            with small batches, return memory of torch's allocator and ignore this.
+            with small batches, return memory of torch's allocator and ignore this; rdma, too, but
+            takes this much symmetric memory when it needs more than it has.
         transport_options: choices of one transport, by name; nccl: "algorithm", "schedule" and
             "chunks" (docs/nccl.md); hierarchical: "chunk_tokens" (docs/hierarchical.md); nvlink:
             "path" = "auto", "small" or "large" (docs/nvlink.md, "Small batches";

@@ -7,7 +7,7 @@ import importlib
 import importlib.metadata
 import platform
 
-from . import _core
+from . import _core, nvshmem
 
 
 def _version_of(distribution: str) -> str:
@@ -21,18 +21,20 @@ def _transports() -> list[str]:
     names: list[str] = list(_core.transports())
     with contextlib.suppress(ModuleNotFoundError):  # "cuda" says why
         names += importlib.import_module("._cuda", __package__).transports()
-    return names
+    return names + nvshmem.built_transports()
 
 
 def show_config() -> dict[str, str]:
     """Prints what this build contains and what it runs on; returns the same as a dict.
 
-    Keys: "epcomm", "transports", "cuda" (built, or why not), "python", "torch", "machine".
+    Keys: "epcomm", "transports", "cuda" and "nvshmem" (built, or why not), "python", "torch",
+    "machine".
     """
     config = {
         "epcomm": _core.version,
         "transports": ", ".join(_transports()),
         "cuda": _core.cuda_status,
+        "nvshmem": nvshmem.describe(),
         "python": platform.python_version(),
         "torch": _version_of("torch"),
         "machine": f"{platform.system()} {platform.machine()}",

@@ -48,7 +48,9 @@ def connect(
     timeout = arguments.timeout
     bootstrap = bootstrap_of(group, timeout)
     # Raises on all ranks or on none, so nobody needs to be told.
-    transport = native.agree_on_transport(bootstrap, arguments.transport, set_up_seconds(timeout))
+    transport = native.agree_on_transport(
+        bootstrap, arguments.transport, set_up_seconds(timeout), arguments.max_tokens
+    )
     try:
         module = native.module_of(transport)
         options = _native_options(module, transport, arguments)

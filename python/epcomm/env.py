@@ -3,6 +3,8 @@
 EPCOMM_TRANSPORT: the transport that `transport="auto"` takes.
 EPCOMM_TIMEOUT: seconds that a wait for a peer may take, where `timeout=` is not given.
 EPCOMM_WINDOW_BYTES: bytes of a Buffer's window, where `window_bytes=` is not given.
+EPCOMM_NVSHMEM_LIB: NVSHMEM's host library (libnvshmem_host.so.3) or its folder, where that of the
+    pip package shall not be taken.
 EPCOMM_RANKS_PER_NODE: ranks that form a node, where `ranks_per_node=` is not given.
 EPCOMM_STATISTICS: 1 = Buffers count (`Buffer.statistics`), where `statistics=` is not given.
 EPCOMM_MAX_TOKENS: tokens per rank that `epcomm.compat.deep_ep` makes room for at once, where the
@@ -22,14 +24,20 @@ _KNOWN = (
     "EPCOMM_TRANSPORT",
     "EPCOMM_TIMEOUT",
     "EPCOMM_WINDOW_BYTES",
+    "EPCOMM_NVSHMEM_LIB",
     "EPCOMM_RANKS_PER_NODE",
     "EPCOMM_STATISTICS",
     "EPCOMM_MAX_TOKENS",
     "EPCOMM_DEEP_EP",
     "EPCOMM_CUDA",
     "EPCOMM_CUDA_ARCHS",
+    "EPCOMM_NVSHMEM",
+    "EPCOMM_NVSHMEM_DIR",
     "EPCOMM_TEST_HOSTS",
     "EPCOMM_TEST_ENGINES",
+    "EPCOMM_TEST_RANKS_PER_GPU",
+    "EPCOMM_TEST_NVSHMEM",
+    "EPCOMM_TEST_CALLS",
 )
 
 

@@ -5,6 +5,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <random>
@@ -281,6 +282,12 @@ inline BufferOptions options_for(const Shape& c, const char* path, double timeou
   BufferOptions options;
   options.transport = "nvlink";
   options.transport_options["path"] = path;
+  // The transport whose small batches are tested; large ones are always nvlink's.
+  const char* tested = std::getenv("EPCOMM_TEST_TRANSPORT");
+  if (tested != nullptr && options.transport_options["path"] != "large") {
+    options.transport = tested;
+    options.transport_options.clear();
+  }
   options.config = {c.experts, c.hidden, c.topk, c.max_tokens, Dtype::kFloat32};
   options.timeout_s = timeout_s;
   return options;
