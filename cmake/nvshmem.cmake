@@ -21,7 +21,7 @@ if(EXISTS "${_version_header}")
   list(JOIN _nvshmem_version "." _nvshmem_version)
 endif()
 
-set(_none "no NVSHMEM with libnvshmem_device.a; install nvidia-nvshmem-cu12 or -cu13 beside torch and build with \
+set(_none "no NVSHMEM with libnvshmem_device.a: install nvidia-nvshmem-cu12 or -cu13 beside torch and build with \
 --no-build-isolation, or set EPCOMM_NVSHMEM_DIR")
 if(EPCOMM_NVSHMEM STREQUAL "OFF")
   set(EPCOMM_NVSHMEM_STATUS "not built: EPCOMM_NVSHMEM=OFF")
@@ -31,7 +31,7 @@ elseif(NOT EXISTS "${_nvshmem_dir}/lib/libnvshmem_device.a" OR NOT EXISTS "${_nv
   set(EPCOMM_NVSHMEM_STATUS "not built: ${_none}")
 elseif(_nvshmem_version VERSION_LESS _nvshmem_oldest OR NOT _nvshmem_version VERSION_LESS _nvshmem_too_new)
   set(EPCOMM_NVSHMEM_STATUS
-      "not built: NVSHMEM in ${_nvshmem_dir} is ${_nvshmem_version}; expected ${_nvshmem_oldest} or newer, below ${_nvshmem_too_new}")
+      "not built: NVSHMEM in ${_nvshmem_dir} is ${_nvshmem_version}, expected ${_nvshmem_oldest} or newer, below ${_nvshmem_too_new}")
 else()
   # nvcc finds libcu++ by itself; g++ does not where CUDA 13 has moved it.
   set(_nvshmem_include "${_nvshmem_dir}/include")

@@ -9,9 +9,9 @@
 namespace epcomm {
 namespace {
 
-// Few tokens should still spread over many SMs: what counts is when the last byte arrives. Not
-// measured yet.
-constexpr int kSmallSms = 32;
+// Few tokens should still spread over many SMs: what counts is when the last byte arrives
+// (docs/nvlink.md).
+constexpr int kSmallSms = 64;
 
 }  // namespace
 
