@@ -9,6 +9,8 @@ import torch.distributed as dist
 
 SOFTNIC = Path(__file__).parents[1] / "build" / "softnic" / "nvshmem_transport_ucx.so.3"
 MODE = os.environ.get("EPCOMM_TEST_NVSHMEM", "peer")
+# What a Buffer must be asked for in this mode.
+OPTIONS = () if MODE == "peer" else (("network", "unproven"),)
 
 # Multicast stays off, and so does what looks for other machines.
 _ALWAYS = {

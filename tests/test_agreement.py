@@ -66,7 +66,6 @@ def agree(
     monkeypatch.setattr(native, "_machine", lambda: machines[here.rank] if machines else bytes(8))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: here.gpu is not None)
     monkeypatch.setattr(native, "load_cuda", lambda: here.gpu)
-    monkeypatch.setattr(native, "AUTO_TAKES_NVLINK", True)
     group = Group(len(wanted))
 
     def run(rank: int) -> str:
@@ -81,11 +80,6 @@ def test_auto_takes_nvlink_where_all_pairs_have_access(monkeypatch: pytest.Monke
     gpus = [Gpu() for _ in range(3)]
     assert agree(monkeypatch, ["auto"] * 3, [*gpus]) == ["nvlink"] * 3
     assert [gpu.checks for gpu in gpus] == [1, 1, 1]
-
-
-def test_auto_leaves_nvlink_to_who_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "load_cuda", Gpu)
-    assert not native._has_nvlink()
 
 
 def test_auto_takes_nccl_on_all_ranks_and_warns_once(

@@ -13,6 +13,7 @@ from unittest import SkipTest
 import pytest
 
 import launcher
+import rdma_modes
 from cases import CASES, FORMATS, Case, Format
 from checks import Layout
 from epcomm import _core, nvshmem
@@ -56,7 +57,14 @@ TRANSPORTS = (
         slow_to_make=True,
         options=(("path", "large"),),
     ),
-    Transport("rdma", "cuda", "rdma", marks=(pytest.mark.gpu, pytest.mark.rdma), slow_to_make=True),
+    Transport(
+        "rdma",
+        "cuda",
+        "rdma",
+        marks=(pytest.mark.gpu, pytest.mark.rdma),
+        slow_to_make=True,
+        options=rdma_modes.OPTIONS,
+    ),
 )
 RANKS = (1, 2, 3, 4, 7)
 QUANT_RANKS = (1, 2, 4, 8)  # the rows are wide, and quantisation knows nothing of ranks

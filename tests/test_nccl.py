@@ -15,14 +15,12 @@ pytestmark = pytest.mark.gpu
 WAYS = (
     {"algorithm": "exact", "schedule": "grouped", "chunks": 1},
     {"algorithm": "exact", "schedule": "shifted", "chunks": 8},
-    {"algorithm": "exact", "chunks": 2, "ctas": 64},
-    {"algorithm": "exact", "chunks": 3, "buffers": "registered"},
+    {"algorithm": "exact", "chunks": 2, "ctas": 32},
+    {"algorithm": "exact", "chunks": 3},
     {"algorithm": "static", "schedule": "grouped"},
     {"algorithm": "static", "schedule": "shifted"},
     {"algorithm": "static", "schedule": "gathered"},
-    {"algorithm": "static", "buffers": "registered"},
     {"algorithm": "small"},
-    {"algorithm": "small", "buffers": "registered"},
     {"algorithm": "allgather"},
 )
 TIMEOUT_S = 20.0
@@ -68,8 +66,7 @@ CHUNKS = (
     {"chunks": 2},
     {"chunks": 3},
     {"chunks": 4, "schedule": "shifted"},
-    {"chunks": 2, "ctas": 64},
-    {"chunks": 3, "buffers": "registered"},
+    {"chunks": 2, "ctas": 32},
 )
 
 

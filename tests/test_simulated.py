@@ -52,7 +52,7 @@ def test_conformance(path: str, num_ranks: int, fmt: str) -> None:
 # tests/sim/nccl_sim_test.cc.
 NCCL_GRID = [
     ((), 2, "fp8"),
-    ((("chunks", 3), ("buffers", "registered")), 3, "fp8"),
+    ((("chunks", 3),), 3, "fp8"),
     ((("algorithm", "static"), ("schedule", "gathered")), 2, "packed"),
     ((("algorithm", "static"),), 4, "bf16"),
     ((("algorithm", "allgather"),), 3, "fp32"),

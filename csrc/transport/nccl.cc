@@ -19,7 +19,7 @@ namespace {
 // be worth its launch.
 constexpr size_t kTwoChunksBytes = size_t{48} << 20;
 constexpr size_t kAsideBytes = size_t{8} << 20;
-constexpr int kMaxCtas = 64;
+constexpr int kMaxCtas = 32;
 
 // Throws unless value is a number from 1 to most.
 int parse_number(const std::string& value, int most, const InvalidArgument& refusal) {
@@ -54,12 +54,9 @@ NcclOptions parse(const std::map<std::string, std::string>& given) {
     } else if (name == "chunks") {
       o.chunks = value == "auto" ? 0 : parse_number(value, kMaxChunks, refuse("auto or 1 to 8"));
     } else if (name == "ctas") {
-      o.ctas = value == "auto" ? 0 : parse_number(value, kMaxCtas, refuse("auto or 1 to 64"));
-    } else if (name == "buffers") {
-      if (value != "plain" && value != "registered") throw refuse("plain or registered");
-      o.registered = value == "registered";
+      o.ctas = value == "auto" ? 0 : parse_number(value, kMaxCtas, refuse("auto or 1 to 32"));
     } else {
-      throw refuse("one of the options algorithm, schedule, chunks, ctas and buffers");
+      throw refuse("one of the options algorithm, schedule, chunks and ctas");
     }
   }
   return o;
@@ -110,12 +107,11 @@ NcclTransport::NcclTransport(const TransportContext& context)
       gathers ? std::max(widest_row_ + (ranks + 3 * static_cast<size_t>(config_.topk)) * 4,
                          static_cast<size_t>(config_.hidden) * sizeof(float))
               : widest_row_;
-  send_ = comm_.allocate((ranks * tokens + 1) * row, options_.registered);
-  stage_ = comm_.allocate((ranks * tokens + 1) * row, options_.registered);
+  send_ = DeviceMemory((ranks * tokens + 1) * row);
+  stage_ = DeviceMemory((ranks * tokens + 1) * row);
   if (small_)
     gathered_ =
-        comm_.allocate(SmallLayout(dims_, config_.max_tokens, align_up(widest_row_, 16), 0).end,
-                       options_.registered);
+        DeviceMemory(SmallLayout(dims_, config_.max_tokens, align_up(widest_row_, 16), 0).end);
   // From what all ranks know alike.
   const size_t batch_bytes = tokens * static_cast<size_t>(config_.hidden) *
                              static_cast<size_t>(dtype_bytes(config_.dtype));

@@ -12,13 +12,8 @@ namespace {
 constexpr int kOldestVersion = 21800;
 
 template <class F>
-void load_optional(void* library, const char* name, F& function) {
-  function = reinterpret_cast<F>(::dlsym(library, name));
-}
-
-template <class F>
 void load(void* library, const char* name, F& function) {
-  load_optional(library, name, function);
+  function = reinterpret_cast<F>(::dlsym(library, name));
   if (function == nullptr)
     throw Error(std::string("libnccl has no ") + name + "; install nvidia-nccl 2.18 or later");
 }
@@ -44,9 +39,6 @@ NcclApi open_library() {
   load(library, "ncclRecv", api.Recv);
   load(library, "ncclAllGather", api.AllGather);
   load(library, "ncclReduceScatter", api.ReduceScatter);
-  load_optional(library, "ncclMemAlloc", api.MemAlloc);
-  load_optional(library, "ncclMemFree", api.MemFree);
-  load_optional(library, "ncclCommRegister", api.CommRegister);
   int version = 0;
   api.GetVersion(&version);
   if (version < kOldestVersion)

@@ -47,10 +47,6 @@ struct NcclApi {
   ncclResult_t (*AllGather)(const void*, void*, size_t, ncclDataType_t, ncclComm_t, cudaStream_t);
   ncclResult_t (*ReduceScatter)(const void*, void*, size_t, ncclDataType_t, ncclRedOp_t, ncclComm_t,
                                 cudaStream_t);
-  // Since 2.19; null in older libraries.
-  ncclResult_t (*MemAlloc)(void**, size_t);
-  ncclResult_t (*MemFree)(void*);
-  ncclResult_t (*CommRegister)(ncclComm_t, void*, size_t, void**);
 
   /// The library, opened on first use: the copy that this process has loaded already, else the one
   /// that the loader finds. Throws Error if there is none or it is older than 2.18.

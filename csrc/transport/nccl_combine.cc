@@ -76,7 +76,7 @@ std::vector<Message> NcclTransport::ExactPartials::messages(int chunk) const {
   std::vector<Message> all;
   for (int i = 1; i < counts.num_ranks; ++i) {
     const int peer = (rank + i) % counts.num_ranks;
-    all.push_back({peer, at(in_place ? x : staged, peer, chunk),
+    all.push_back({peer, at(whole ? x : staged, peer, chunk),
                    static_cast<size_t>(counts.chunk(chunk, peer, rank)) * row,
                    incoming(peer, chunk),
                    static_cast<size_t>(counts.chunk(chunk, rank, peer)) * row});
@@ -91,7 +91,6 @@ NcclTransport::ExactPartials NcclTransport::exact_partials(const Plan& plan,
   p.rank = rank_;
   p.row = static_cast<size_t>(args.hidden) * static_cast<size_t>(dtype_bytes(args.dtype));
   p.whole = args.by_token || (plan.layout == Layout::kToken && args.topk_weights == nullptr);
-  p.in_place = p.whole && !options_.registered;
   p.x = static_cast<char*>(const_cast<void*>(args.x));
   p.staged = send_.get();
   p.arrived = stage_.get();
@@ -101,7 +100,7 @@ NcclTransport::ExactPartials NcclTransport::exact_partials(const Plan& plan,
 // Launched after the first exchange, so that NCCL's kernel is there first and gets its SMs.
 void NcclTransport::partials_aside(const ExactPartials& rows, PartialArgs& partials, int num_sms) {
   EPCOMM_CUDA_TRY(cudaStreamWaitEvent(side_.get(), fork_.get(), 0));
-  for (int i = 1; i < chunks_ && !rows.in_place; ++i) {
+  for (int i = 1; i < chunks_ && !rows.whole; ++i) {
     partials.chunk = rows.chunk(i);
     launch_partials(partials, beside(num_sms), side_.get());
     EPCOMM_CUDA_TRY(cudaEventRecord(chunk_done_[partials.chunk].get(), side_.get()));
@@ -127,7 +126,7 @@ void NcclTransport::combine_exact(const Plan& plan, const CombineArgs& args, con
         r != rank_ ? rows.incoming(r, 0) : rows.at(rows.whole ? rows.x : rows.staged, r, 0);
   }
   partials.chunks = sum.chunks = chunks_;
-  if (rows.in_place) {
+  if (rows.whole) {
     launch_mark(partials.mark, stream);
   } else {
     partials.sources = aside_ || rows.whole ? all() & ~own() : all();
@@ -138,7 +137,7 @@ void NcclTransport::combine_exact(const Plan& plan, const CombineArgs& args, con
   if (aside_) EPCOMM_CUDA_TRY(cudaEventRecord(fork_.get(), stream));
   for (int i = 0; i < chunks_; ++i) {
     sum.chunk = rows.chunk(i);
-    if (i > 0 && !rows.in_place)
+    if (i > 0 && !rows.whole)
       EPCOMM_CUDA_TRY(cudaStreamWaitEvent(stream, chunk_done_[sum.chunk].get(), 0));
     comm_.exchange(rows.messages(sum.chunk), options_.schedule, stream);
     if (i == 0 && aside_) partials_aside(rows, partials, args.num_sms);

@@ -59,10 +59,6 @@ class Group {
 
 }  // namespace
 
-NcclMemory::~NcclMemory() {
-  if (registered_ != nullptr) NcclApi::get().MemFree(registered_);
-}
-
 NcclComm::NcclComm(Bootstrap& bootstrap, double timeout_s, int ctas)
     : api_(NcclApi::get()), rank_(bootstrap.rank()), num_ranks_(bootstrap.size()) {
   Introduction mine = introduce();
@@ -120,26 +116,6 @@ void NcclComm::connect() {
   reduce_scatter(send.as<float>(), recv.as<float>(), bytes / sizeof(float), stream.get());
   EPCOMM_CUDA_TRY(cudaStreamSynchronize(stream.get()));
   comm_ = nullptr;  // the caller's
-}
-
-NcclMemory NcclComm::allocate(size_t bytes, bool registered) {
-  NcclMemory memory;
-  if (!registered) {
-    memory.plain_ = DeviceMemory(bytes);
-    return memory;
-  }
-  if (api_.MemAlloc == nullptr || api_.MemFree == nullptr || api_.CommRegister == nullptr)
-    throw Error(
-        "transport_options['buffers'] is 'registered', which this libnccl cannot; expected 2.19 or "
-        "later, or 'plain'");
-  void* data = nullptr;
-  EPCOMM_NCCL_TRY(api_.MemAlloc(&data, bytes));
-  memory.registered_ = static_cast<char*>(data);
-  EPCOMM_CUDA_TRY(cudaMemset(data, 0, bytes));
-  EPCOMM_CUDA_TRY(cudaStreamSynchronize(nullptr));
-  void* handle = nullptr;  // until the communicator ends
-  EPCOMM_NCCL_TRY(api_.CommRegister(comm_, data, bytes, &handle));
-  return memory;
 }
 
 bool NcclComm::failed() const {

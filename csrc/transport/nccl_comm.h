@@ -31,30 +31,6 @@ struct Message {
   size_t recv_bytes;
 };
 
-/// Zero-filled device memory. Where NCCL allocated it, it outlives the communicator that it is
-/// registered with, whose end is also that of the registration.
-class NcclMemory {
- public:
-  NcclMemory() = default;
-  NcclMemory(NcclMemory&& other) noexcept { *this = std::move(other); }
-  NcclMemory& operator=(NcclMemory&& other) noexcept {
-    std::swap(plain_, other.plain_);
-    std::swap(registered_, other.registered_);
-    return *this;
-  }
-  ~NcclMemory();
-  char* get() const { return registered_ != nullptr ? registered_ : plain_.get(); }
-  template <class T>
-  T* as() const {
-    return reinterpret_cast<T*>(get());
-  }
-
- private:
-  friend class NcclComm;
-  DeviceMemory plain_;
-  char* registered_ = nullptr;
-};
-
 class NcclComm {
  public:
   /// Collective. Also connects all pairs, so that later calls neither allocate nor block. ctas: the
@@ -65,11 +41,7 @@ class NcclComm {
   NcclComm(const NcclComm&) = delete;
   NcclComm& operator=(const NcclComm&) = delete;
 
-  /// registered: NCCL moves rows from such memory straight to such memory of a peer. Throws Error
-  /// where libnccl cannot.
-  NcclMemory allocate(size_t bytes, bool registered);
-  /// Messages to and from other ranks; several to one peer keep their order. Both ends of a message
-  /// are in registered memory, or neither is.
+  /// Messages to and from other ranks; several to one peer keep their order.
   void exchange(const std::vector<Message>& messages, Schedule schedule, cudaStream_t stream);
   /// recv[r * bytes, ...) = rank r's send.
   void all_gather(const void* send, void* recv, size_t bytes, cudaStream_t stream);

@@ -91,7 +91,7 @@ NcclTransport::ExactRows NcclTransport::exact_rows(const Plan& plan,
   rows.record = MetaLayout(plan.topk).record_bytes;
   // In a replay the plan has the records already; only weights may be others.
   rows.records = !args.replay || args.topk_weights != nullptr;
-  rows.in_place = plan.layout == Layout::kToken && !options_.registered;
+  rows.in_place = plan.layout == Layout::kToken;
   const Region send = region(send_.get(), rows.counts.send_base(rank_, num_ranks_), rows.spec);
   const Region recv = region(stage_.get(), plan.result.num_recv_tokens, rows.spec);
   rows.send = {send.x, send.scales, send.meta};
@@ -100,8 +100,7 @@ NcclTransport::ExactRows NcclTransport::exact_rows(const Plan& plan,
     rows.recv.x = static_cast<char*>(args.recv_x);
     rows.recv.scales = static_cast<char*>(args.recv_scales);
   }
-  if (!options_.registered || !rows.records)
-    rows.recv.meta = static_cast<char*>(plan.view.recv_meta);
+  rows.recv.meta = static_cast<char*>(plan.view.recv_meta);
   return rows;
 }
 
@@ -160,7 +159,7 @@ void NcclTransport::dispatch_exact(const Plan& plan, const DispatchArgs& args, c
 }
 
 void NcclTransport::exchange_blocks(size_t block, cudaStream_t stream) {
-  auto at = [block](const NcclMemory& memory, int r) {
+  auto at = [block](const DeviceMemory& memory, int r) {
     return memory.get() + static_cast<size_t>(r) * block;
   };
   if (options_.schedule == Schedule::kGathered)

@@ -24,9 +24,7 @@
 // docs/nccl.md has the measurements.
 //
 // Memory, made with the Buffer: send_ and stage_ hold max_tokens rows per rank each (for allgather
-// at least fp32 rows). With transport_options "buffers" = "registered" NCCL moves rows from one's
-// send_ straight to the other's stage_; it wants that of both ends of a message or of none, so
-// nothing is sent from, or received in, tensors of the caller then.
+// at least fp32 rows).
 #pragma once
 
 #include <string>
@@ -48,9 +46,8 @@ enum class NcclAlgorithm { kAuto, kExact, kStatic, kSmall, kAllGather };
 struct NcclOptions {
   NcclAlgorithm algorithm = NcclAlgorithm::kAuto;
   Schedule schedule = Schedule::kGrouped;
-  int chunks = 0;           // 0: from bytes
-  int ctas = 0;             // 0: NCCL's choice
-  bool registered = false;  // staging memory is registered with NCCL
+  int chunks = 0;  // 0: from bytes
+  int ctas = 0;    // 0: NCCL's choice
 };
 
 // Host-side counts of a plan made with host_sync.
@@ -157,14 +154,13 @@ class NcclTransport final : public Transport {
   struct ExactPartials {
     PlanCounts counts;
     int rank;
-    size_t row;     // bytes
-    bool whole;     // rows are partials as they are: one for each token, without weights
-    bool in_place;  // partials are sent from where the caller has them
+    size_t row;  // bytes
+    bool whole;  // rows are partials as they are: one for each token, without weights
     char *x, *staged, *arrived;
 
     // The i-th chunk to cross. What overlaps nothing is that of the smallest: making its partials,
     // which comes first, or where there are none to make its sum, which comes last.
-    int chunk(int i) const { return in_place ? counts.chunks - 1 - i : i; }
+    int chunk(int i) const { return whole ? counts.chunks - 1 - i : i; }
     // First partial of a chunk of owner's tokens, in an array of those of all owners.
     char* at(char* base, int owner, int chunk) const {
       const int64_t n = counts.recv_base(owner, rank) + counts.before(chunk, owner, rank);
@@ -215,7 +211,7 @@ class NcclTransport final : public Transport {
   bool aside_;         // own rows are copied beside an exact exchange
   bool small_;         // see NcclAlgorithm::kSmall
   GpuRoute route_;
-  NcclMemory send_, stage_, gathered_;  // before comm_: freed when NCCL knows them no more
+  DeviceMemory send_, stage_, gathered_;
   NcclComm comm_;
   GpuWatchdog watchdog_;
   DeviceMemory weights_;

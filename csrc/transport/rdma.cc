@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "core/checks.h"
+#include "core/vote.h"
 #include "transport/gpu_link_transport.h"
 #include "transport/gpu_nvshmem.h"
 
@@ -52,22 +53,38 @@ class RdmaTransport final : public GpuLinkTransport {
   std::shared_ptr<NvshmemWindow> window_;
 };
 
+// Collective. docs/rdma.md, "Over a network", says what is not proven.
+void check_mapped(Bootstrap& group, const NvshmemWindow& window) {
+  const auto failures = failures_of(group, [&] {
+    for (int r = 0; r < group.size(); ++r)
+      if (!window.mapped(r)) throw Error("rank " + std::to_string(r) + " is over a network");
+  });
+  throw_failures("making an rdma Buffer", failures,
+                 "NVSHMEM's network path has failed a test of this transport (docs/rdma.md): use "
+                 "transport='nccl', or transport_options={'network': 'unproven'} to try it");
+}
+
 }  // namespace
 
 std::unique_ptr<Transport> make_rdma_transport(const TransportContext& context) {
   EPCOMM_CHECK(context.bootstrap.size() <= kMaxLinkRanks,
                "the rdma transport takes at most " + std::to_string(kMaxLinkRanks) +
                    " ranks; this group has " + std::to_string(context.bootstrap.size()));
-  for (const auto& [name, value] : context.options.transport_options)
-    throw InvalidArgument("transport_options has '" + name + "'; the rdma transport has none");
+  bool unproven = false;
+  for (const auto& [name, value] : context.options.transport_options) {
+    EPCOMM_CHECK(name == "network" && value == "unproven",
+                 "transport_options has '" + name + "': '" + value +
+                     "'; the rdma transport has one option, network, with the value unproven");
+    unproven = true;
+  }
   const std::string why_not = why_not_small(context);
   EPCOMM_CHECK(why_not.empty(), "the rdma transport moves small batches only, and " + why_not +
                                     "; dispatch in smaller batches, or use transport='nccl'");
   const ControlLayout control(gpu_dims(context));
   const SmallLayout small = small_layout(context, control.arena, nvshmem_link_kernels().puts);
-  return std::make_unique<RdmaTransport>(
-      context, control, small,
-      make_nvshmem_window(context.bootstrap, small.end, context.options.window_bytes));
+  auto window = make_nvshmem_window(context.bootstrap, small.end, context.options.window_bytes);
+  if (!unproven) check_mapped(context.bootstrap, *window);
+  return std::make_unique<RdmaTransport>(context, control, small, std::move(window));
 }
 
 }  // namespace epcomm

@@ -131,14 +131,8 @@ def _choose_alone() -> tuple[str, str]:
     return "nccl", "NCCL finds a way between any GPUs"
 
 
-# nvlink has passed its tests on simulated devices only; until it has on GPUs, it is taken by name.
-AUTO_TAKES_NVLINK = False
-
-
 def _has_nvlink() -> bool:
     """Is the nvlink transport in this build, with kernels for this GPU?"""
-    if not AUTO_TAKES_NVLINK:
-        return False
     cuda = load_cuda()
     if cuda is None or "nvlink" not in cuda.transports():
         return False
@@ -149,7 +143,8 @@ def _has_nvlink() -> bool:
     return True
 
 
-# As for nvlink.
+# rdma has not run between machines, nor passed its tests on a network path; until it has, it is
+# taken by name.
 AUTO_TAKES_RDMA = False
 # Most tokens per rank that the kernels of small batches take (kTileTokens).
 RDMA_MAX_TOKENS = 256

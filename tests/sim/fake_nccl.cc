@@ -38,7 +38,7 @@ struct Header {
   uint64_t bytes;
   uint64_t kind;  // a send meets a receive, and a collective itself
 };
-enum Kind : uint64_t { kPoint = 1, kRegisteredPoint, kAllGather, kReduceScatter };
+enum Kind : uint64_t { kPoint = 1, kAllGather, kReduceScatter };
 
 // What one rank sends another, in order.
 struct Fifo {
@@ -85,14 +85,6 @@ struct ncclComm {
   Shared* shared;
   int rank, num_ranks, device;
   std::atomic<bool> aborted{false};
-  std::vector<std::pair<const char*, size_t>> registered;
-
-  bool is_registered(const void* p) const {
-    return std::any_of(registered.begin(), registered.end(), [p](const auto& memory) {
-      return p >= memory.first && p < memory.first + memory.second;
-    });
-  }
-
   ~ncclComm() { ::munmap(shared, sizeof(Shared)); }
 
   // Moves what there is and room for. Returns the bytes moved.
@@ -256,21 +248,6 @@ const char* get_error_string(ncclResult_t code) {
 }
 const char* get_last_error(ncclComm*) { return "simulated NCCL"; }
 
-ncclResult_t mem_alloc(void** p, size_t bytes) {
-  return cudaMalloc(p, bytes) == cudaSuccess ? ncclSuccess : kSystemError;
-}
-ncclResult_t mem_free(void* p) { return cudaFree(p) == cudaSuccess ? ncclSuccess : kSystemError; }
-
-ncclResult_t comm_register(ncclComm* comm, void* p, size_t bytes, void**) {
-  comm->registered.emplace_back(static_cast<const char*>(p), bytes);
-  return ncclSuccess;
-}
-
-// Where one end of a message is registered the other must be, too: NCCL would wait for ever.
-Header point_header(ncclComm* comm, const void* data, size_t count) {
-  return {count, comm->is_registered(data) ? kRegisteredPoint : kPoint};
-}
-
 ncclResult_t group_start() {
   ++group.depth;
   return ncclSuccess;
@@ -279,13 +256,12 @@ ncclResult_t group_end() { return --group.depth == 0 ? launch() : ncclSuccess; }
 
 ncclResult_t send(const void* data, size_t count, ncclDataType_t, int peer, ncclComm* comm,
                   cudaStream_t stream) {
-  return add({true, peer, point_header(comm, data, count), writable(data)}, comm, stream);
+  return add({true, peer, {count, kPoint}, writable(data)}, comm, stream);
 }
 
 ncclResult_t recv(void* data, size_t count, ncclDataType_t, int peer, ncclComm* comm,
                   cudaStream_t stream) {
-  return add({false, peer, point_header(comm, data, count), static_cast<char*>(data)}, comm,
-             stream);
+  return add({false, peer, {count, kPoint}, static_cast<char*>(data)}, comm, stream);
 }
 
 ncclResult_t all_gather(const void* from, void* to, size_t bytes, ncclDataType_t, ncclComm* comm,
@@ -350,10 +326,7 @@ const NcclApi& NcclApi::get() {
                               send,
                               recv,
                               all_gather,
-                              reduce_scatter,
-                              mem_alloc,
-                              mem_free,
-                              comm_register};
+                              reduce_scatter};
   return api;
 }
 

@@ -181,9 +181,7 @@ TEST(Nccl, ChunksGiveTheSameBits) {
       {{"chunks", "1"}},
       {{"chunks", "2"}, {"schedule", "shifted"}},
       {{"chunks", "3"}},
-      {{"chunks", "4"}, {"ctas", "64"}},
-      {{"chunks", "1"}, {"buffers", "registered"}},
-      {{"chunks", "3"}, {"buffers", "registered"}},
+      {{"chunks", "4"}, {"ctas", "32"}},
   };
   for (const Layout layout : {Layout::kToken, Layout::kExpert}) {
     auto expect_same = [layout](const Size& size, TransportOptions options,
@@ -195,7 +193,6 @@ TEST(Nccl, ChunksGiveTheSameBits) {
     for (const TransportOptions& options : four_tiles) expect_same(kFourTiles, options, wanted);
     const auto wide = bits_of_ranks({{"algorithm", "static"}}, layout, kWide);
     expect_same(kWide, {}, wide);
-    expect_same(kWide, {{"buffers", "registered"}}, wide);
   }
 }
 
@@ -214,7 +211,6 @@ TEST(Nccl, TwoRanksMayGather) {
     return all;
   };
   EXPECT_EQ(run({}), run({{"schedule", "gathered"}}));
-  EXPECT_EQ(run({}), run({{"schedule", "gathered"}, {"buffers", "registered"}}));
   auto options = testing::options_for(kExperts, kHidden, kTopk, 40, kTimeout);
   options.transport_options = {{"schedule", "gathered"}};
   run_threads(3, kTimeout, [&](std::shared_ptr<Bootstrap> bootstrap) {

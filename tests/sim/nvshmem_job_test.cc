@@ -41,6 +41,7 @@ using epcomm::fake;
 
 int nvshmem_my_pe() { return fake.attributes.rank; }
 int nvshmem_n_pes() { return fake.attributes.size; }
+void* nvshmem_ptr(const void*, int) { return nullptr; }
 void* nvshmem_align(size_t, size_t bytes) {
   void* memory = nullptr;
   if (fake.full || cudaMalloc(&memory, bytes) != cudaSuccess) return nullptr;

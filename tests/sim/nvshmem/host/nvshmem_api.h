@@ -8,4 +8,5 @@ extern "C" {
 int nvshmem_my_pe();
 int nvshmem_n_pes();
 void* nvshmem_align(size_t alignment, size_t bytes);
+void* nvshmem_ptr(const void* address, int pe);
 }
