@@ -92,7 +92,7 @@ def test_no_other_rail_fits_the_low_latency_table_much_better() -> None:
     assert worst(rail.alpha_us, rail.share) <= 0.06
 
 
-RESULTS = Path(__file__).parents[1] / "bench" / "results" / "nccl-2xh200.jsonl"
+RESULTS = Path(__file__).parents[1] / "bench" / "results" / "nccl-2xh200-sizes.jsonl"
 
 
 def test_nccl_on_one_node_is_our_own_run() -> None:

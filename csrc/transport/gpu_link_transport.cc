@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <mutex>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -99,7 +100,7 @@ LinkArgs GpuLinkTransport::link(Operation operation) const {
 
 void GpuLinkTransport::check() {
   watchdog_.check();
-  if (!settling_) raise_all_refusals();
+  raise_all_refusals();
 }
 
 // Calls that are not ahead of their counts have room, unless ranks take different ways.
@@ -112,7 +113,10 @@ void GpuLinkTransport::raise_all_refusals() {
 
 // What the kernels of an earlier call found when they compared the ranks' entries. True: it was
 // refused for want of room that is to be made by dispatching again.
-bool GpuLinkTransport::raise_refusal() {
+bool GpuLinkTransport::raise_refusal(bool settles) {
+  // Another thread may wait for an event of an earlier call meanwhile.
+  std::lock_guard lock(refusals_);
+  if (settling_ && !settles) return false;
   auto& report = *report_.as<LinkReport>();
   if (std::atomic_ref(report.refused).load(std::memory_order_acquire) == 0) return false;
   const std::vector<LinkEntry> entries(report.entry, report.entry + num_ranks_);
@@ -148,6 +152,7 @@ void GpuLinkTransport::wait_entered(uint64_t token) {
 }
 
 RouteResult GpuLinkTransport::route(const RouteArgs& args) {
+  expect_settle(false);  // of a call that failed half-way
   check();
   route_.report_bad_index();
   if (takes_small_) {
@@ -165,6 +170,7 @@ RouteResult GpuLinkTransport::route(const RouteArgs& args) {
                                  CallField::kWeighted, CallField::kHostSync};
   for (int f = 0; f < AnnounceLayout::kSignatureWords; ++f)
     link.entry.signature[static_cast<int>(announced[f])] = k.signature[f];
+  expect_settle(args.ahead);
   launch_count(k, stream);
   kernels_.exchange(link, route_.announce(), args.plan.announced, route_.layout().words(), stream);
   if (args.host_sync) route_.fetch(args.plan.announced, stream);
@@ -174,7 +180,6 @@ RouteResult GpuLinkTransport::route(const RouteArgs& args) {
   RouteResult result;
   if (args.ahead) {
     unsettled_ = args;
-    settling_ = true;
     result.unsettled = true;
   } else if (args.host_sync) {
     watchdog_.wait(route_.fetched());
@@ -188,8 +193,14 @@ RouteResult GpuLinkTransport::route(const RouteArgs& args) {
 bool GpuLinkTransport::settle(Plan& plan) {
   watchdog_.wait(route_.fetched());
   await_entered(tokens_);
-  settling_ = false;
-  const bool refused = raise_refusal();
+  bool refused = false;
+  try {
+    refused = raise_refusal(true);
+  } catch (...) {
+    expect_settle(false);
+    throw;
+  }
+  expect_settle(false);
   const uint64_t epoch = plan.result.epoch;
   plan.result = route_.result(unsettled_, 1);
   plan.result.epoch = epoch;

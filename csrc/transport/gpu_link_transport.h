@@ -4,10 +4,10 @@
 // they lie where the caller wants.
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 
@@ -116,7 +116,11 @@ class GpuLinkTransport : public Transport {
   /// What else helps where a row does not fit into staging, beginning with " or"; "" = nothing.
   virtual std::string too_wide_advice() const { return ""; }
   void await_entered(uint64_t token) const;
-  bool raise_refusal();
+  bool raise_refusal(bool settles = false);
+  void expect_settle(bool expected) {
+    std::lock_guard lock(refusals_);
+    settling_ = expected;
+  }
   void raise_all_refusals();
   void check_phase(Phase phase, Operation operation);
   void check_fits_slot(int64_t row_bytes, int64_t scale_bytes) const;
@@ -125,7 +129,8 @@ class GpuLinkTransport : public Transport {
   uint64_t routes_ = 0;  // calls of route
   RouteArgs unsettled_;  // of the last that was made ahead
   // It is not settled yet: refusals are for settle to see.
-  std::atomic<bool> settling_ = false;
+  bool settling_ = false;
+  std::mutex refusals_;            // of settling_, and of what kernels report
   std::optional<Operation> half_;  // of which only the send half was called
 };
 

@@ -155,6 +155,7 @@ def _send(end: Endpoint, plan: Plan, moved: Moved, args: Any) -> Recv:
     args.recv_capacity = plan.recv_capacity
     args.row_capacity = plan.num_recv_rows
     received = _receive_tensors(end, plan, moved, args)
+    meta = None
     if plan.recv_block is None:
         meta = received.get("meta")
         attached = plan.native.with_recv_block(0 if meta is None else meta.data_ptr())
@@ -166,7 +167,11 @@ def _send(end: Endpoint, plan: Plan, moved: Moved, args: Any) -> Recv:
     if plan.native.unsettled:
         plan, sent = settle(end, plan)
         if not sent:
-            return _send(end, dataclasses.replace(plan, recv_block=None), moved, args)
+            # Nothing of the first attempt is kept: the second may need its room.
+            plan = dataclasses.replace(plan, recv_block=None)
+            received.clear()
+            del meta
+            return _send(end, plan, moved, args)
         received = _received_part(end, plan, received)
         plan = dataclasses.replace(plan, recv_block=received["meta"])
     x = received["x"]
