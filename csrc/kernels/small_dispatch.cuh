@@ -5,8 +5,8 @@
 //   1. Block 0 sends the ids and weights of all tokens to all ranks, with the entry of the call.
 //   2. Rows: those of the block's shares, each once per destination rank, quantised in registers if
 //      asked.
-//   3. Waits for the entries of all ranks, and has their ids. From them: bit masks of all ranks'
-//      tokens (kernels/route_tile.cuh), counts, the rows of every layout. Then signals the rows of
+//   3. Waits for the entries of all ranks, and has their ids. From them (kernels/small_route.cuh):
+//      bit masks of all ranks' tokens, counts, the rows of every layout. Then signals the rows of
 //      2 (a send half, or a link that puts, has done so at once), fills the plan, and clears what
 //      no token will write.
 //   4. Each received token, when it has arrived, goes to the rows that carry it.
@@ -29,21 +29,16 @@
 #include "kernels/launch.cuh"
 #include "kernels/link.cuh"
 #include "kernels/place.cuh"
-#include "kernels/route_tile.cuh"
 #include "kernels/small.cuh"
 #include "kernels/small.h"
 #include "kernels/small_quant.cuh"
+#include "kernels/small_route.cuh"
 
 namespace epcomm {
 namespace {
 
 static_assert(sizeof(SmallDispatchArgs) <= kMaxKernelArgs);
 constexpr int32_t kNoBadId = 0x7fffffff;
-
-__device__ __forceinline__ int grid_thread() {
-  return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-}
-__device__ __forceinline__ int grid_threads() { return static_cast<int>(gridDim.x * blockDim.x); }
 
 // The expert id of slot i of this rank's batch as it was given.
 __device__ __forceinline__ int64_t given_id(const SmallDispatchArgs& args, int i) {
@@ -222,135 +217,6 @@ __device__ __forceinline__ void signal_rows(const SmallDispatchArgs& args, uint6
   signal_shares<Link>(
       args.link, args.small, epoch, [&](int) { return args.num_tokens; },
       [&](int peer, int t) { return staged_row(args, epoch, peer, t); });
-}
-
-// ---- routing ----
-
-// The routing of all ranks' tokens, in the shared memory of every block.
-struct GroupRoute {
-  int num_ranks, topk, rank, words;
-  RouteTile shape;
-  RouteExperts experts;
-  bool by_token;
-
-  __device__ explicit GroupRoute(const SmallDispatchArgs& args)
-      : num_ranks(args.place.dims.num_ranks),
-        topk(args.place.dims.topk),
-        rank(args.place.rank),
-        words(mask_words(args.small.max_tokens)),
-        shape(args.place.dims, words),
-        experts(args.place.dims),
-        by_token(args.place.layout == Layout::kToken) {
-    experts.memory = dynamic_shared() + static_cast<size_t>(num_ranks) * shape.bytes;
-  }
-  __device__ __forceinline__ RouteTile tile(int source) const {
-    return shape.at(dynamic_shared(), source);
-  }
-  // Row (or slot) of a column of the destination's layout for source's token t.
-  __device__ __forceinline__ int32_t place(const RouteTile& of, int column, int t) const {
-    const int32_t start = column >= num_ranks ? experts.start(column - num_ranks) : 0;
-    return start + of.place(column, t);
-  }
-  // Row of this rank that carries source's token t for one of this rank's experts.
-  __device__ __forceinline__ int32_t row(const RouteTile& of, int expert, int t) const {
-    return place(of, by_token ? rank : num_ranks + expert, t);
-  }
-  // Tokens of source in a column.
-  __device__ __forceinline__ int32_t count(int source, int column, int32_t total) const {
-    const int32_t end = source + 1 < num_ranks ? tile(source + 1).base(column) : total;
-    return end - tile(source).base(column);
-  }
-};
-
-// Totals that do not belong to an expert, in shared memory.
-struct RouteTotals {
-  int32_t rank[kMaxLinkRanks];  // tokens that go to a rank
-  int32_t rows;                 // of layout kExpert: end of the last group of this rank
-};
-
-__device__ __forceinline__ const int32_t* ids_of(const SmallDispatchArgs& args, uint64_t epoch,
-                                                 int source) {
-  return reinterpret_cast<const int32_t*>(args.link.window[args.link.rank] +
-                                          args.small.source_ids(source, epoch));
-}
-
-// Masks, bases and starts, by the whole block; tokens(s) of each source. Ends with a barrier.
-template <class Tokens>
-__device__ __forceinline__ void route_group(const SmallDispatchArgs& args, const GroupRoute& route,
-                                            uint64_t epoch, RouteTotals& totals, Tokens tokens) {
-  const int num_ranks = route.num_ranks, columns = route.shape.columns;
-  for (int s = 0; s < num_ranks; ++s)
-    for (int i = thread_index(); i < route.words * columns; i += kSmallThreads)
-      route.tile(s).mask(0, i) = 0;
-  route.experts.load_owners(args.place.experts);
-  __syncthreads();
-  for (int i = warp_index(); i < num_ranks * route.words; i += kSmallWarps) {
-    const int s = i / route.words, word = i - s * route.words;
-    const int t = word * kWarpSize + lane_index();
-    const int32_t* ids = ids_of(args, epoch, s) + int64_t{t} * route.topk;
-    const bool there = t < tokens(s);
-    mark_word(route.tile(s), route.experts, word, 0, 1, route.topk,
-              [&](int k) { return there ? valid_expert(args.place, ids[k]) : -1; });
-  }
-  __syncthreads();
-  const bool padded = args.place.layout == Layout::kPadded;
-  for (int column = thread_index(); column < columns; column += kSmallThreads) {
-    int32_t total = 0;
-    for (int s = 0; s < num_ranks; ++s) {
-      const RouteTile tile = route.tile(s);
-      tile.base(column) = total;
-      total += tile.fill_prefixes(column);
-    }
-    if (column < num_ranks) {
-      totals.rank[column] = total;
-      continue;
-    }
-    const int e = column - num_ranks;
-    route.experts.total(e) = total;
-    route.experts.start(e) =
-        padded ? args.place.experts.local[e] * num_ranks * args.small.max_tokens : 0;
-  }
-  __syncthreads();
-  if (padded) return;
-  for (int r = warp_index(); r < num_ranks; r += kSmallWarps) {
-    const bool reports = args.fresh && blockIdx.x == 0 && r == route.rank;
-    if (route.by_token && !reports) continue;
-    const int32_t end =
-        line_up_groups(route.experts, r, args.expert_alignment, [&](int e, int32_t start) {
-          if (!route.by_token) route.experts.start(e) = start;
-          if (reports) args.place.plan.expert_offset[args.place.experts.local[e]] = start;
-        });
-    if (lane_index() != 0) continue;
-    if (r == route.rank) totals.rows = end;
-    if (reports) args.place.plan.expert_offset[args.place.dims.local_experts] = end;
-  }
-  __syncthreads();
-}
-
-// The plan's counts, by the whole grid.
-__device__ __forceinline__ void write_counts(const SmallDispatchArgs& args, const GroupRoute& route,
-                                             const RouteTotals& totals) {
-  const PlanView& plan = args.place.plan;
-  const int num_ranks = route.num_ranks, num_experts = args.place.dims.num_experts;
-  for (int i = grid_thread(); i < num_ranks * num_ranks; i += grid_threads()) {
-    const int s = i / num_ranks, r = i - s * num_ranks;
-    plan.rank_count[i] = route.count(s, r, totals.rank[r]);
-  }
-  for (int i = grid_thread(); i < num_ranks * num_experts; i += grid_threads()) {
-    const int s = i / num_experts, e = i - s * num_experts;
-    plan.expert_count[i] = route.count(s, num_ranks + e, route.experts.total(e));
-  }
-  const bool padded = args.place.layout == Layout::kPadded;
-  for (int e = grid_thread(); e < num_experts; e += grid_threads()) {
-    if (route.experts.owner(e) != route.rank) continue;
-    const int local = args.place.experts.local[e];
-    plan.tokens_per_expert[local] = route.experts.total(e);
-    if (padded) plan.expert_offset[local] = route.experts.start(e);
-  }
-  if (grid_thread() != 0) return;
-  *plan.num_recv = totals.rank[route.rank];
-  const int local_experts = args.place.dims.local_experts;
-  if (padded) plan.expert_offset[local_experts] = local_experts * num_ranks * args.small.max_tokens;
 }
 
 // ---- receiving ----

@@ -129,7 +129,7 @@ void NcclTransport::combine_exact(const Plan& plan, const CombineArgs& args, con
   if (rows.whole) {
     launch_mark(partials.mark, stream);
   } else {
-    partials.sources = aside_ || rows.whole ? all() & ~own() : all();
+    partials.sources = aside_ ? all() & ~own() : all();
     partials.chunk = rows.chunk(0);
     launch_partials(partials, args.num_sms, stream);
   }

@@ -18,9 +18,12 @@ from .utils.event import EventOverlap, result_event
 
 
 def refuse_stats(name: str, value: torch.Tensor | None) -> None:
-    """epcomm's transports do not measure how long a call waited for each source."""
+    """deep_ep adds up the cycles that a call waited for each source; epcomm keeps the longest."""
     if value is not None:
-        raise NotImplementedError(f"{name} is not offered: epcomm does not measure waits by source")
+        raise NotImplementedError(
+            f"{name} is not offered: epcomm measures the longest wait for each source, not a sum "
+            "of cycles (epcomm.Buffer.statistics)"
+        )
 
 
 class LowLatencyCalls:
