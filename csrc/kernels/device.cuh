@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "epcomm/types.h"
+#include "kernels/token_layout.h"
 
 namespace epcomm {
 
@@ -22,9 +23,9 @@ __device__ __forceinline__ uint32_t lanes_below(int lane) { return (1u << lane) 
 /// content at first. Of every block its own, also where one thread runs many of them.
 #define EPCOMM_SHARED(T, name) __shared__ std::type_identity_t<T> name
 
-/// The dynamic shared memory of the block.
+/// The dynamic shared memory of the block. Begins at a multiple of kBulkLine, whatever precedes it.
 __device__ __forceinline__ char* dynamic_shared() {
-  extern __shared__ uint4 epcomm_dynamic_shared[];
+  extern __shared__ __align__(kBulkLine) uint4 epcomm_dynamic_shared[];
   return reinterpret_cast<char*>(epcomm_dynamic_shared);
 }
 

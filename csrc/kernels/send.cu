@@ -321,7 +321,7 @@ template <bool kQuantised>
 SendShape shape_of(const SendArgs& args) {
   const int row_bytes = kQuantised ? args.hidden * dtype_bytes(args.x_dtype) : args.rows.row_bytes;
   const size_t unit =
-      static_cast<size_t>(kQuantised ? kQuantPiece * dtype_bytes(args.x_dtype) : kRowAlignment);
+      static_cast<size_t>(kQuantised ? kQuantPiece * dtype_bytes(args.x_dtype) : kBulkLine);
   SendShape shape;
   shape.pieces = (row_bytes + kMaxPieceBytes<kQuantised> - 1) / kMaxPieceBytes<kQuantised>;
   shape.piece_bytes = static_cast<int32_t>(

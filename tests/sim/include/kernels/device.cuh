@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "epcomm/types.h"
+#include "kernels/token_layout.h"
 #include "tests/sim/bulk_copies.h"
 
 #define EPCOMM_SHARED(T, name)     \
