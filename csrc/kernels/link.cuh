@@ -322,6 +322,7 @@ __device__ __forceinline__ bool link_is_last(const LinkArgs& link, LinkCall& cal
     if (releases) fence_system();  // and acquires those of the blocks that came before
     if (call.last != 0) {
       link.state->arrived = 0;
+      link.state->pieces = 0;
       call.bad = atomicAdd(&link.state->lost, 0u) != 0;
     }
   }

@@ -56,6 +56,7 @@ static_assert(sizeof(LinkInbox) <= ControlLayout::kSignalBytes);
 struct LinkState {
   uint64_t epoch;          ///< of the last call that ended
   uint32_t arrived;        ///< blocks of the running kernel that have no more to do
+  uint32_t pieces;         ///< of the running kernel, that its warps have come for
   uint32_t lost;           ///< not 0: a wait was given up; nothing is sent or waited for any more
   uint32_t route_refused;  ///< not 0: the last exchange was refused, or given up
   uint64_t marks[2];       ///< how often LinkArgs::progress was told of calls begun, calls ended

@@ -10,6 +10,7 @@ namespace {
 
 // Blocks that bring the link to its limit (docs/nvlink.md); more would only take SMs from others.
 constexpr int kDispatchSms = 16;
+constexpr int kQuantisingSms = 20;  // where the link waits for arithmetic
 constexpr int kCombineSms = 24;
 
 }  // namespace
@@ -81,7 +82,8 @@ void NvlinkTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
     send.row_capacity = args.row_capacity;
   }
   send.first_row = plan.layout == Layout::kToken ? plan.view.slot : plan.view.first_row;
-  const int num_sms = args.num_sms > 0 ? args.num_sms : kDispatchSms;
+  const int usual_sms = args.quant == Quant::kNone ? kDispatchSms : kQuantisingSms;
+  const int num_sms = args.num_sms > 0 ? args.num_sms : usual_sms;
   const PlaceArgs place = route_.place_args(plan, args);
   // With counts on the host every entry of layout kToken that the caller gets has a token. Cleared
   // before the peers are let in.
