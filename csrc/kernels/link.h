@@ -27,8 +27,8 @@ constexpr int kMaxLinkRanks = 32;  ///< one lane of a warp per rank
 struct alignas(16) LinkEntry {
   static constexpr int kSignatureWords = 12;
   int32_t signature[kSignatureWords];  ///< what all ranks must do alike; by CallField
-  int32_t pushed;                      ///< combine: not 0 = this rank stores partial rows into the
-                                       ///< owners' staging; 0 = they load its rows
+  int32_t pushed;                      ///< combine: not 0 = this rank stores its rows into the
+                                       ///< owners' staging; 0 = they load them
   int32_t index_bytes;                 ///< dispatch: of an id in recv_topk_idx, 4 or 8
   int32_t num_tokens;                  ///< dispatch of a small batch: tokens of this rank
   int32_t short_rows;                  ///< dispatch: received rows that the memory does not hold
@@ -45,7 +45,7 @@ static_assert(sizeof(LinkEntry) % 16 == 0 && sizeof(LinkEntry) <= ControlLayout:
 /// Written by one source rank only; lies in the window of the rank that reads it.
 struct LinkInbox {
   uint64_t entered;  ///< epoch of the newest entry
-  uint64_t pushed;   ///< epoch of the last combine of which all partial rows are stored here
+  uint64_t pushed;   ///< epoch of the last combine of which all pushed rows are stored here
   uint64_t done;     ///< epoch of the last call in which the source has left this rank's memory
   /// Links that put: epoch of the newest piece that came with an entry, by its number.
   uint64_t piece[2];
@@ -121,10 +121,21 @@ bool can_quantise_on_the_way();
 /// Uses exactly num_sms SMs.
 void launch_send(const SendArgs& args, int num_sms, cudaStream_t stream);
 
-/// The owner's side of a combine, with its end, and its beginning unless partial rows were pushed
-/// between. The owner of a token loads its rows from the windows of the ranks that have them (one
-/// row per received token), or from its own staging rows where a rank has pushed its partial rows,
-/// and sums.
+/// The beginning of a combine, and what it sends where x holds one row per received token, outside
+/// the window: the rows of other ranks' tokens, as they are, into the staging of those ranks.
+struct PushArgs {
+  LinkArgs link;
+  PlanView plan;
+  const char* x;
+  int64_t row_bytes;
+  size_t staging;  ///< offset in every window of this rank's first staging row
+};
+/// Uses exactly num_sms SMs. launch_pull follows.
+void launch_push(const PushArgs& args, int num_sms, cudaStream_t stream);
+
+/// The owner's side of a combine, with its end, and its beginning unless rows were pushed between.
+/// The owner of a token loads its rows from the windows of the ranks that have them (one row per
+/// received token), or from its own staging rows where a rank has pushed, and sums.
 struct PullArgs {
   LinkArgs link;
   Dims dims;
@@ -132,8 +143,10 @@ struct PullArgs {
   int32_t hidden;
   int32_t num_tokens;
   int32_t max_tokens;
-  bool pushed;          ///< this rank has entered already, and pushed
-  const char* staging;  ///< row i of rank r's at r * max_tokens + i
+  bool pushed;           ///< this rank has entered already, and pushed
+  bool weighted;         ///< what was pushed is partial rows, with the weights in them
+  const char* own_rows;  ///< this rank's rows, one per received token; null: as other ranks'
+  const char* staging;   ///< row i of rank r's at r * max_tokens + i
   PlanView plan;
   const float* topk_weights;  ///< [T, K], or null
   DeviceExperts experts;

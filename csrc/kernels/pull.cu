@@ -1,15 +1,15 @@
 // Pull: the owner's side of a combine. The owner of a token loads its rows from the windows of the
-// ranks that have them, or the partial rows that a rank has pushed from its own staging, and sums.
+// ranks that have them, or what a rank has pushed from its own staging, and sums.
 //
 // Buffers: rank r's rows lie in its window at the offset that it announced, row slot[t, r] for
-// token t; partial rows of rank r at staging row r * max_tokens + (index of t among the tokens that
+// token t; what rank r has pushed at staging row r * max_tokens + (index of t among the tokens that
 // go to r). topk_weights, plan.topk_idx [T, K] and bias [T, hidden] are this rank's own; out is
 // written.
 // Launch: num_sms blocks, one per SM. A warp takes whole tokens, or runs of pieces of them: it
 // loads a piece of every rank's row into shared memory (lane r that of rank r), kStages pieces
 // ahead, and sums what has come. Without bulk copies (before sm_90) it loads through registers.
-// Memory order: kernels/link.cuh. The rows are acquired with the entries of their ranks, partial
-// rows with `pushed`; `done` says that they were read.
+// Memory order: kernels/link.cuh. The rows are acquired with the entries of their ranks, pushed
+// ones with `pushed`; `done` says that they were read.
 #include <algorithm>
 
 #include "kernels/device.cuh"
@@ -115,14 +115,16 @@ class PieceSequence {
 // Where a block finds the rows, in shared memory: row slot[t, r] of rank r at rows[r] + slot * row.
 struct RowSources {
   const char* rows[kMaxLinkRanks];
-  uint32_t pushed;  // bit r: partial rows of rank r, weights already applied
+  uint32_t weighted;  // bit r: partial rows of rank r, weights already applied
 
   // By the first warp.
   __device__ __forceinline__ void fill(const PullArgs& pull, const LinkCall& call,
                                        int64_t row_bytes) {
     const int r = lane_index(), num_ranks = pull.link.num_ranks;
     const bool there = r < num_ranks && call.entry[r].pushed != 0;
-    if (there) {
+    if (r == pull.link.rank && pull.own_rows != nullptr) {
+      rows[r] = pull.own_rows;
+    } else if (there) {
       int64_t before = 0;  // slots at rank r of the tokens of lower ranks
       for (int s = 0; s < pull.link.rank; ++s)
         before += pull.plan.rank_count[int64_t{s} * num_ranks + r];
@@ -130,8 +132,8 @@ struct RowSources {
     } else if (r < num_ranks) {
       rows[r] = call.at(pull.link, r, call.entry[r].rows);
     }
-    const uint32_t set = __ballot_sync(kFullWarp, there);
-    if (r == 0) pushed = set;
+    const uint32_t set = __ballot_sync(kFullWarp, there && pull.weighted);
+    if (r == 0) weighted = set;
   }
 };
 
@@ -177,8 +179,8 @@ __device__ __forceinline__ void weigh(const Piece& piece, int r, uint4 (&vectors
 
 // Sums one piece and stores it. rows(r) gives the address of the piece of rank r.
 template <Dtype kDtype, class Rows>
-__device__ __forceinline__ void sum_piece(const PullArgs& pull, const Piece& piece, uint32_t pushed,
-                                          Rows rows) {
+__device__ __forceinline__ void sum_piece(const PullArgs& pull, const Piece& piece,
+                                          uint32_t weighted, Rows rows) {
   const int64_t row_bytes = int64_t{pull.hidden} * kElementBytes<kDtype>;
   const int64_t place = piece.token * row_bytes + piece.offset;
   const uint32_t ranks = __ballot_sync(kFullWarp, piece.row >= 0);
@@ -196,7 +198,8 @@ __device__ __forceinline__ void sum_piece(const PullArgs& pull, const Piece& pie
       const char* row = rows(r);
       uint4 vectors[kSteps] = {};
       each([&](int u, int at) { vectors[u] = *reinterpret_cast<const uint4*>(row + at); });
-      if (pull.topk_weights != nullptr && (pushed >> r & 1) == 0) weigh<kDtype>(piece, r, vectors);
+      if (pull.topk_weights != nullptr && (weighted >> r & 1) == 0)
+        weigh<kDtype>(piece, r, vectors);
       sum.add(vectors);
     }
     if (pull.bias != nullptr) {
@@ -250,7 +253,7 @@ __device__ __forceinline__ void pull_rows(const PullKernelArgs& args, const RowS
       // The stage of the piece before, which all lanes have summed.
       load((s + kBefore) % kStages, ahead[(s + kBefore) % kStages]);
       barrier_wait(loaded + s, static_cast<uint32_t>(first / kStages) & 1);
-      sum_piece<kDtype>(pull, ahead[s], sources.pushed, [&](int r) { return stage(s, r); });
+      sum_piece<kDtype>(pull, ahead[s], sources.weighted, [&](int r) { return stage(s, r); });
       __syncwarp();
     }
   }
@@ -266,7 +269,7 @@ __device__ __forceinline__ void pull_through_registers(const PullKernelArgs& arg
   PieceSequence pieces(args, static_cast<int>(row_bytes), w, warps);
   while (!pieces.empty()) {
     const Piece piece = pieces.take();
-    sum_piece<kDtype>(pull, piece, sources.pushed, [&](int r) {
+    sum_piece<kDtype>(pull, piece, sources.weighted, [&](int r) {
       return sources.rows[r] + __shfl_sync(kFullWarp, piece.row, r) * row_bytes + piece.offset;
     });
   }

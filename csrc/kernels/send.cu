@@ -13,12 +13,12 @@
 // Memory order: kernels/link.cuh. Each thread waits until its bulk stores are written before its
 // block arrives at the end.
 #include <algorithm>
-#include <climits>
 
 #include "kernels/device.cuh"
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
 #include "kernels/link.cuh"
+#include "kernels/piece_numbers.cuh"
 #include "kernels/quant.cuh"
 #include "kernels/rows.cuh"
 
@@ -111,34 +111,6 @@ __device__ __forceinline__ QuantPiece quantize_piece(const SendArgs& args, char*
   __syncwarp();
   return out;
 }
-
-// Hands out the numbers of pieces: to each warp, number w of `warps`, kBeforehand at once, and
-// every further one to the warp that comes for it first. With equal shares the SMs that get least
-// of the link end last: 16 SMs took 531 us where they take 462 so, and neither 12 nor 24 were as
-// fast.
-template <int kBeforehand>
-class PieceNumbers {
- public:
-  __device__ __forceinline__ PieceNumbers(uint32_t* taken, int w, int warps, int count)
-      : taken_(taken), shared_(warps * kBeforehand), count_(count) {
-    if (w + shared_ - warps < count) reserve();
-  }
-  // Numbers from `count` on are no pieces, and nothing follows them. By all lanes.
-  __device__ __forceinline__ int take() {
-    const int number = __shfl_sync(kFullWarp, reserved_, 0);
-    if (number < count_) reserve();
-    return number;
-  }
-
- private:
-  // One ahead of its use, which hides the way to memory.
-  __device__ __forceinline__ void reserve() {
-    if (lane_index() == 0) reserved_ = shared_ + static_cast<int>(atomicAdd(taken_, 1u));
-  }
-  uint32_t* taken_;
-  int shared_, count_;
-  int reserved_ = INT_MAX;
-};
 
 // One warp's share of the pieces, number w of `warps`.
 template <Quant kQuant, Dtype kDtype>

@@ -125,17 +125,26 @@ void NvlinkTransport::combine(const Plan& plan, const CombineArgs& args) {
   entry_field(entry, CallField::kWeighted) = args.topk_weights != nullptr ? 1 : 0;
   entry_field(entry, CallField::kRows) = args.by_token ? 1 : 0;
   // Where a token has one row and that lies in the window, the owners of the tokens load the rows
-  // from where they are. Others are summed here first, and stored to the owners.
+  // from where they are. Others are stored to the owners: single rows as they are, several of a
+  // token summed here first.
   const bool one_row = args.by_token || plan.layout == Layout::kToken;
+  const int num_sms = args.num_sms > 0 ? args.num_sms : kCombineSms;
   pull.pushed = !one_row || !arena_.contains(args.x, 1);
+  pull.weighted = !one_row;
   if (!pull.pushed) entry.rows = offset_of(args.x);
   entry.pushed = pull.pushed ? 1 : 0;
-  if (args.topk_weights != nullptr)
-    EPCOMM_CUDA_TRY(cudaMemcpyAsync(
-        window_->peer(rank_) + layout_.weights, args.topk_weights,
-        static_cast<size_t>(plan.num_tokens) * static_cast<size_t>(plan.topk) * sizeof(float),
-        cudaMemcpyDeviceToDevice, stream));
-  if (pull.pushed) push_partials(plan, args, pull.link);
+  if (!one_row) {
+    push_partials(plan, args, pull.link, num_sms);
+  } else if (pull.pushed) {
+    pull.own_rows = static_cast<const char*>(args.x);
+    PushArgs push{};
+    push.link = pull.link;
+    push.plan = plan.view;
+    push.x = pull.own_rows;
+    push.row_bytes = row_bytes;
+    push.staging = staging_of(row_bytes);
+    launch_push(push, num_sms, stream);
+  }
   pull.dims = dims(plan.topk);
   pull.dtype = args.dtype;
   pull.hidden = args.hidden;
@@ -147,32 +156,41 @@ void NvlinkTransport::combine(const Plan& plan, const CombineArgs& args) {
   pull.experts = route_.experts();
   pull.bias = args.bias;
   pull.out = args.out;
-  launch_pull(pull, args.num_sms > 0 ? args.num_sms : kCombineSms, stream);
+  launch_pull(pull, num_sms, stream);
   call.end();
 }
 
-void NvlinkTransport::push_partials(const Plan& plan, const CombineArgs& args,
-                                    const LinkArgs& link) {
+size_t NvlinkTransport::staging_of(int64_t row_bytes) const {
+  return layout_.staging + static_cast<size_t>(rank_) * static_cast<size_t>(config_.max_tokens) *
+                               static_cast<size_t>(row_bytes);
+}
+
+void NvlinkTransport::push_partials(const Plan& plan, const CombineArgs& args, const LinkArgs& link,
+                                    int num_sms) {
   const auto stream = static_cast<cudaStream_t>(args.stream);
-  const size_t row =
-      static_cast<size_t>(args.hidden) * static_cast<size_t>(dtype_bytes(args.dtype));
+  // Before the call is entered: the peers read them.
+  if (args.topk_weights != nullptr)
+    EPCOMM_CUDA_TRY(cudaMemcpyAsync(
+        window_->peer(rank_) + layout_.weights, args.topk_weights,
+        static_cast<size_t>(plan.num_tokens) * static_cast<size_t>(plan.topk) * sizeof(float),
+        cudaMemcpyDeviceToDevice, stream));
   PartialArgs partials{};
   partials.dims = dims(plan.topk);
   partials.rank = rank_;
   partials.dtype = args.dtype;
   partials.hidden = args.hidden;
-  partials.by_token = args.by_token;
+  partials.by_token = false;
   partials.chunks = 1;
   partials.x = static_cast<const char*>(args.x);
   partials.plan = plan.view;
+  const size_t staging = staging_of(int64_t{args.hidden} * dtype_bytes(args.dtype));
   for (int r = 0; r < num_ranks_; ++r) {
-    partials.target[r] = window_->peer(r) + layout_.staging +
-                         static_cast<size_t>(rank_) * static_cast<size_t>(config_.max_tokens) * row;
+    partials.target[r] = window_->peer(r) + staging;
     if (args.topk_weights != nullptr)
       partials.topk_weights[r] = reinterpret_cast<const float*>(window_->peer(r) + layout_.weights);
   }
   launch_enter(link, stream);
-  launch_partials(partials, args.num_sms > 0 ? args.num_sms : kCombineSms, stream);
+  launch_partials(partials, num_sms, stream);
 }
 
 }  // namespace epcomm
