@@ -117,7 +117,14 @@ class Bench:
     def _options(self, num_sms: int | None) -> Options:
         args = self.args
         chosen = dict(option.split("=", 1) for option in args.transport_option)
-        return Options(args.transport, num_sms, tuple(args.launch), args.timeout, chosen)
+        return Options(
+            transport=args.transport,
+            num_sms=num_sms,
+            launches=tuple(args.launch),
+            timeout=args.timeout,
+            transport_options=chosen,
+            like_deep_ep=args.like_deep_ep,
+        )
 
     def _run_adapter(self, name: str, workload: Workload) -> None:
         adapter_class = ADAPTERS[name]
@@ -167,6 +174,21 @@ class Bench:
             )
         row = self._row(name, adapter, workload, operation.operation, times)
         self._add(dataclasses.replace(row, mode=mode), wrong)
+        if name == "compat" and self.args.like_deep_ep:
+            self._print_beside(self.rows[-1])
+
+    def _print_beside(self, shim: output.Row) -> None:
+        """What a call costs more than epcomm's own that does the same work."""
+        native = {
+            row.mode: row
+            for row in self.rows
+            if (row.adapter, row.operation, row.tokens) == ("epcomm", shim.operation, shim.tokens)
+        }
+        # On the CPU there is no no-sync: nothing is waited for anyway.
+        for mode in (shim.mode, shim.mode.replace("no-sync", "fresh")):
+            if mode in native:
+                self._print(output.beside_line(shim, native[mode]))
+                break
 
     def _measure_overlap(self, name: str, adapter: EpcommAdapter, workload: Workload) -> None:
         gemm = overlap.GroupedGemm(workload, self.args.overlap_width)
@@ -214,6 +236,7 @@ class Bench:
             dtype=workload.combine_dtype_name if is_combine else self.args.dtype,
             quant=None if is_combine else self.args.quant,
             layout=adapter.layout,
+            like_deep_ep=self.args.like_deep_ep and name == "epcomm",
             sms=adapter.num_sms,
             routing=workload.routing.name,
             bytes=round(link_bytes),

@@ -57,6 +57,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--quant", choices=QUANTS, help="what dispatch makes of the rows on the way")
     add("--layout", choices=("token", "expert", "padded"), default="token")
     add("--expert-alignment", type=int, default=1, help="rows, for --layout expert")
+    add(
+        "--like-deep-ep",
+        action="store_true",
+        help="epcomm gets what DeepEP V1 would: combines from memory of torch's allocator; with "
+        "--layout padded topk_weights go to combine, not to dispatch",
+    )
     add("--num-sms", type=integers, help="most SMs a call may use; several values are a sweep")
     add("--routing", default="uniform", help="uniform, zipf:S, one-expert, or a file of expert ids")
     known = tuple(ADAPTERS)

@@ -13,7 +13,7 @@ from typing import IO
 
 import torch
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Row:
     dtype: str
     quant: str | None
     layout: str
+    like_deep_ep: bool
     sms: int | None
     routing: str
     bytes: int
@@ -88,6 +89,15 @@ def overlap_line(row: Row) -> str:
     return (
         f"# {row.operation} beside a GEMM: alone {row.alone_us:.1f} us, GEMM {row.gemm_us:.1f} us, "
         f"together {row.p50_us:.1f} us: {100 * hidden:.0f} % of the communication hidden"
+    )
+
+
+def beside_line(shim: Row, native: Row) -> str:
+    """What a call through deep_ep's interface costs more than the same work without it."""
+    more = shim.p50_us - native.p50_us
+    return (
+        f"# {shim.operation} {shim.mode} by deep_ep's interface: {shim.p50_us:.1f} us, without it "
+        f"{native.p50_us:.1f} us: {more:+.1f} us, {100 * more / native.p50_us:+.1f} %"
     )
 
 

@@ -18,8 +18,14 @@ import pathlib
 import re
 import sys
 
-SUPPORTED_SCHEMAS = (1, 2)
-ADDED = {"quant": None, "floor_us": None, "alone_us": None, "gemm_us": None}  # since schema 1
+SUPPORTED_SCHEMAS = (1, 2, 3)
+ADDED = {  # since schema 1
+    "quant": None,
+    "floor_us": None,
+    "alone_us": None,
+    "gemm_us": None,
+    "like_deep_ep": False,
+}
 # One table per combination of these.
 CONFIGURATION = ("device", "driver", "torch", "ranks", "hidden", "topk", "experts", "routing")
 # What another library's calls are called, where it has no mode of this name.
@@ -103,7 +109,8 @@ def time_text(row: dict | None) -> str:
 def rows_text(row: dict) -> str:
     quant = f" to {row['quant']}" if row["quant"] else ""
     sms = f", {row['sms']} SMs" if row["sms"] is not None else ""
-    return f"{row['dtype']}{quant}, {row['layout']}{sms}"
+    called = ", called as deep_ep" if row["like_deep_ep"] else ""
+    return f"{row['dtype']}{quant}, {row['layout']}{sms}{called}"
 
 
 def operation_text(row: dict) -> str:

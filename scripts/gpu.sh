@@ -78,6 +78,10 @@ benches() {
   bench large-quant-fp8 "${large[@]}" --quant fp8 --adapter epcomm --operations dispatch
   EPCOMM_WINDOW_BYTES=$window bench large-expert-fp8 "${large[@]}" --dtype fp8 --layout expert --expert-alignment 128 --adapter epcomm
   EPCOMM_WINDOW_BYTES=$window bench large-expert-bf16 "${large[@]}" --layout expert --expert-alignment 128 --adapter epcomm
+  # What deep_ep's interface costs beside epcomm's calls that do the same work.
+  bench compat-large "${large[@]}" --num-sms 24 --like-deep-ep --adapter epcomm,compat --cadence separate
+  bench compat-small "${small[@]}" --tokens 128 --layout padded --quant fp8 --like-deep-ep --adapter epcomm,compat --cadence separate \
+    --modes replay,no-sync,graph
   bench sms-bf16 "${large[@]}" --num-sms "$SMS" --adapter epcomm,deep_ep --operations dispatch,combine --modes fresh,replay
   bench sms-fp8 "${large[@]}" --dtype fp8 --num-sms "$SMS" --adapter epcomm --operations dispatch --modes fresh,replay
   EPCOMM_WINDOW_BYTES=$window bench sms-expert-bf16 "${large[@]}" --layout expert --expert-alignment 128 --num-sms "$SMS" --adapter epcomm \

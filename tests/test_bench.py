@@ -99,6 +99,30 @@ def test_quantised(pool: launcher.Pool, quant: str, layout: str) -> None:
     assert dispatch.bytes * 1024 == combine.bytes * ROW_BYTES[quant]
 
 
+@pytest.mark.parametrize("case", [[], ["--quant", "fp8", "--layout", "padded"]])
+def test_deep_ep_interface(pool: launcher.Pool, case: list[str]) -> None:
+    """Its rows do what those of epcomm with --like-deep-ep do, and are named alike."""
+    rows = rows_of(pool, *case, "--adapter", "epcomm,compat", "--like-deep-ep")
+    work: dict[str, list[tuple[str, str]]] = {"raw": [], "epcomm": [], "compat": []}
+    for row in rows:
+        work[row.adapter].append((row.operation, row.mode.replace("no-sync", "fresh")))
+        assert row.like_deep_ep == (row.adapter == "epcomm")
+    if case:  # no plans in deep_ep's low-latency calls
+        work["epcomm"] = [w for w in work["epcomm"] if w[0] == "combine" or "replay" not in w[1]]
+    assert work["epcomm"] == work["compat"] != []
+
+
+def test_cost_of_an_interface_as_text() -> None:
+    import output
+
+    values = dict.fromkeys(field.name for field in dataclasses.fields(output.Row))
+    native = output.Row(**values | {"operation": "pair", "mode": "graph/separate", "p50_us": 50.0})
+    shim = dataclasses.replace(native, p50_us=51.5)
+    assert output.beside_line(shim, native) == (
+        "# pair graph/separate by deep_ep's interface: 51.5 us, without it 50.0 us: +1.5 us, +3.0 %"
+    )
+
+
 def workload_of(quant: str) -> Any:
     from routing import RoutingSpec
     from workload import CaseConfig, Workload

@@ -16,7 +16,7 @@ import report  # noqa: E402
 
 def row(adapter: str, operation: str, mode: str, p50: float, **changes: Any) -> dict[str, Any]:
     made = {
-        "schema_version": 2,
+        "schema_version": 3,
         "adapter": adapter,
         "transport": {"raw": "copy-engine", "deep_ep": "nvlink", "torch": "nccl"}.get(
             adapter, "nvlink"
@@ -31,6 +31,7 @@ def row(adapter: str, operation: str, mode: str, p50: float, **changes: Any) -> 
         "dtype": "bf16",
         "quant": None,
         "layout": "token",
+        "like_deep_ep": False,
         "sms": None,
         "routing": "uniform",
         "bytes": 150_000_000,
@@ -136,8 +137,8 @@ def test_schemas(tmp_path: Path) -> None:
     file = tmp_path / "old.jsonl"
     file.write_text(json.dumps(old) + "\n")
     assert "above floor" not in report.report(report.read_rows(file), {})
-    file.write_text(json.dumps(old | {"schema_version": 3}) + "\n")
-    with pytest.raises(SystemExit, match="schema_version 3"):
+    file.write_text(json.dumps(old | {"schema_version": 4}) + "\n")
+    with pytest.raises(SystemExit, match="schema_version 4"):
         report.read_rows(file)
 
 

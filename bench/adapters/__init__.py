@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from adapters.base import Adapter, Operation, Options, Unavailable
+from adapters.compat_adapter import CompatAdapter
 from adapters.deep_ep_adapter import DeepEpAdapter
 from adapters.epcomm_adapter import EpcommAdapter
 from adapters.torch_adapter import TorchAdapter
@@ -11,6 +12,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "epcomm": EpcommAdapter,
     "torch": TorchAdapter,
     "deep_ep": DeepEpAdapter,
+    "compat": CompatAdapter,
 }
 
 __all__ = ["ADAPTERS", "Adapter", "Operation", "Options", "Unavailable"]

@@ -25,6 +25,7 @@ class Options:
     launches: tuple[str, ...]  # "eager", "graph"
     timeout: float
     transport_options: dict[str, str]
+    like_deep_ep: bool  # epcomm is called as DeepEP V1 would be
 
 
 @dataclasses.dataclass(frozen=True)

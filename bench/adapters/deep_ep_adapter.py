@@ -5,6 +5,8 @@ Its normal kernels serve the token layout, its low-latency kernels the padded on
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -36,13 +38,7 @@ class DeepEpAdapter(Adapter):
 
     def _refuse_unless_able(self, options: Options) -> None:
         config, routing = self._workload.config, self._workload.routing
-        if config.device.type != "cuda":
-            raise Unavailable("DeepEP needs a GPU")
-        try:
-            import deep_ep
-        except ImportError as error:
-            raise Unavailable(f"import deep_ep failed: {error}") from error
-        self._deep_ep = deep_ep
+        self._deep_ep = self._library(options)
         if self.layout == "expert":
             raise Unavailable("DeepEP V1 has no expert layout")
         if config.dtype not in ("bf16", "fp8"):
@@ -57,6 +53,16 @@ class DeepEpAdapter(Adapter):
             raise Unavailable("DeepEP V1's low-latency kernels take bf16; ask for --quant fp8")
         if options.launches == ("graph",) and self.layout != "padded":
             raise Unavailable("of DeepEP V1 only the low-latency kernels (padded) are captured")
+
+    def _library(self, options: Options) -> ModuleType:
+        """The module with DeepEP's interface. Raises Unavailable if it cannot run here."""
+        if self._workload.config.device.type != "cuda":
+            raise Unavailable("DeepEP needs a GPU")
+        try:
+            import deep_ep
+        except ImportError as error:
+            raise Unavailable(f"import deep_ep failed: {error}") from error
+        return deep_ep
 
     def _make_normal_buffer(self) -> None:
         buffer_class, num_ranks = self._deep_ep.Buffer, self._workload.routing.num_ranks
@@ -87,12 +93,12 @@ class DeepEpAdapter(Adapter):
         dist.barrier()  # a rank that unmaps early would fault a peer
         self._buffer.destroy()
 
-    def operations(self) -> list[Operation]:
-        return self._low_latency() if self.layout == "padded" else self._normal()
+    def operations(self) -> Iterator[Operation]:
+        yield from self._low_latency() if self.layout == "padded" else self._normal()
 
     # Normal kernels: rows by source rank, then token, as in epcomm's token layout.
 
-    def _normal(self) -> list[Operation]:
+    def _normal(self) -> Iterator[Operation]:
         workload, buffer = self._workload, self._buffer
         payload = workload.x if workload.scales is None else (workload.x, workload.scales)
 
@@ -117,10 +123,14 @@ class DeepEpAdapter(Adapter):
 
         def wrong_dispatch(result: tuple) -> int:
             x, scales = result[0] if workload.num_scales else (result[0], None)
-            return workload.wrong_received(x, scales, workload.received)
+            wrong = workload.wrong_received(x, scales, workload.received)
+            _spoil(x, scales)
+            return wrong
 
         def wrong_combine(result: tuple) -> int:
-            return workload.wrong_elements(result[0], workload.combined())
+            wrong = workload.wrong_elements(result[0], workload.combined())
+            _spoil(result[0])
+            return wrong
 
         def replay() -> tuple:
             return buffer.dispatch(payload, handle=handle)
@@ -135,17 +145,15 @@ class DeepEpAdapter(Adapter):
             replay()
             return combine()
 
-        return [
-            Operation("dispatch", "fresh", fresh, wrong_dispatch),
-            Operation("dispatch", "replay", replay, wrong_dispatch),
-            Operation("combine", "replay", combine, wrong_combine),
-            Operation("pair", "fresh", pair, wrong_combine),
-            Operation("pair", "replay", pair_again, wrong_combine),
-        ]
+        yield Operation("dispatch", "fresh", fresh, wrong_dispatch)
+        yield Operation("dispatch", "replay", replay, wrong_dispatch)
+        yield Operation("combine", "replay", combine, wrong_combine)
+        yield Operation("pair", "fresh", pair, wrong_combine)
+        yield Operation("pair", "replay", pair_again, wrong_combine)
 
     # Low-latency kernels: rows of one expert lie in the order in which sources arrived.
 
-    def _low_latency(self) -> list[Operation]:
+    def _low_latency(self) -> Iterator[Operation]:
         workload, buffer = self._workload, self._buffer
         # Power-of-two scales where ue8m0 is asked for; they are not packed here.
         quant = workload.config.quant
@@ -186,32 +194,32 @@ class DeepEpAdapter(Adapter):
             if quant:
                 # Scales lie column-major: [experts, rows, groups] by their strides.
                 wrong = workload.wrong_quantised(*result[0], None, at)
+                _spoil(*result[0])
             else:
                 got = result[0].reshape(-1, shape[-1])[at.positions]
                 wrong = workload.wrong_elements(got, workload.rows(at.ids, torch.bfloat16))
+                _spoil(result[0])
             return wrong + self._wrong_ids(at)
 
         def wrong_combine(result: tuple) -> int:
-            return workload.wrong_elements(result[0], workload.combined())
+            wrong = workload.wrong_elements(result[0], workload.combined())
+            _spoil(result[0])
+            return wrong
 
         def wrong_pair(result: tuple) -> int:
             experts = (workload.topk_idx >= 0).sum(1, keepdim=True).to(torch.bfloat16)
-            return workload.wrong_elements(result[0], experts.expand_as(result[0]))
+            wrong = workload.wrong_elements(result[0], experts.expand_as(result[0]))
+            _spoil(result[0])
+            return wrong
 
-        timed = []
         if "eager" in self._launches:
-            timed += [
-                Operation("dispatch", "fresh", dispatch, wrong_dispatch),
-                Operation("combine", "replay", combine, wrong_combine),
-                Operation("pair", "fresh", pair, wrong_pair),
-            ]
-        if "graph" in self._launches:
-            timed += [
-                Operation("dispatch", "graph", captured(dispatch), wrong_dispatch),
-                Operation("combine", "graph", captured(combine), wrong_combine),
-                Operation("pair", "graph", captured(pair), wrong_pair),
-            ]
-        return timed
+            yield Operation("dispatch", "fresh", dispatch, wrong_dispatch)
+            yield Operation("combine", "replay", combine, wrong_combine)
+            yield Operation("pair", "fresh", pair, wrong_pair)
+        if "graph" in self._launches:  # one at a time: each keeps memory for its results
+            yield Operation("dispatch", "graph", captured(dispatch), wrong_dispatch)
+            yield Operation("combine", "graph", captured(combine), wrong_combine)
+            yield Operation("pair", "graph", captured(pair), wrong_pair)
 
     def _arrived(self, handle: tuple) -> Placement:
         """Where rows lie, by what DeepEP says of them in its handle."""
@@ -240,3 +248,10 @@ class DeepEpAdapter(Adapter):
             for p in (at, expected)
         )
         return len(got ^ want)
+
+
+def _spoil(*tensors: torch.Tensor | None) -> None:
+    """Overwrites what was compared: the next call may get this memory, and must write it again."""
+    for tensor in tensors:
+        if tensor is not None:  # 0xff: NaN in every float format
+            tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).fill_(0xFF)

@@ -74,7 +74,7 @@ class EpcommAdapter(Adapter):
             yield Operation("combine", "replay", calls.combine, self._wrong_combine)
             yield Operation("pair", "fresh", calls.pair, self._wrong_combine)
             yield Operation("pair", "replay", calls.pair_again, self._wrong_combine)
-            if caps.cuda and caps.symmetric_outputs:
+            if caps.cuda and caps.symmetric_outputs and not self._options.like_deep_ep:
                 elsewhere = calls.combine_elsewhere
                 yield Operation("combine", "elsewhere", elsewhere, self._wrong_combine)
             del calls
@@ -115,7 +115,7 @@ class EpcommAdapter(Adapter):
         ]
 
     def _calls(self, host_sync: bool) -> _Calls:
-        return _Calls(self._workload, self._buffer, self.num_sms, host_sync)
+        return _Calls(self._workload, self._buffer, self._options, host_sync)
 
     def _wrong_rows(self, recv: Any) -> int:
         x, scales = recv.x if isinstance(recv.x, tuple) else (recv.x, None)
@@ -148,9 +148,13 @@ class EpcommAdapter(Adapter):
 class _Calls:
     """The calls that are timed, on one plan."""
 
-    def __init__(self, workload: Workload, buffer: Any, num_sms: int | None, host_sync: bool):
-        self._workload, self._buffer, self._num_sms = workload, buffer, num_sms
+    def __init__(self, workload: Workload, buffer: Any, options: Options, host_sync: bool):
+        self._workload, self._buffer, self._num_sms = workload, buffer, options.num_sms
         self._host_sync = host_sync
+        self._sent_weights: torch.Tensor | None = workload.topk_weights
+        self._sum_weights: torch.Tensor | None = None
+        if options.like_deep_ep and workload.config.layout == "padded":
+            self._sent_weights, self._sum_weights = None, torch.ones_like(workload.topk_weights)
         x = workload.x
         self.payload = x if workload.scales is None else (x, workload.scales)
         self.quant = {"quant": workload.config.quant}
@@ -160,15 +164,17 @@ class _Calls:
         rows = first.x[0] if isinstance(first.x, tuple) else first.x
         shape = (*rows.shape[:-1], workload.config.hidden)
         self._elsewhere = workload.expert_output(torch.Size(shape))
-        self.expert_output = buffer.combine_input(self.plan, self._elsewhere.dtype)
-        self.expert_output.copy_(self._elsewhere)
+        self.expert_output = self._elsewhere
+        if not options.like_deep_ep:
+            self.expert_output = buffer.combine_input(self.plan, self._elsewhere.dtype)
+            self.expert_output.copy_(self._elsewhere)
         self.out = torch.full_like(workload.combined(), float("nan"))
 
     def fresh(self) -> Any:
         return self._buffer.dispatch(
             self.payload,
             self._workload.topk_idx,
-            self._workload.topk_weights,
+            self._sent_weights,
             layout=self._workload.config.layout,
             expert_alignment=self._workload.config.expert_alignment,
             host_sync=self._host_sync,
@@ -197,4 +203,6 @@ class _Calls:
         return self.combine()
 
     def _combine(self, x: torch.Tensor, plan: Any) -> torch.Tensor:
-        return self._buffer.combine(x, plan, out=self.out, num_sms=self._num_sms)
+        return self._buffer.combine(
+            x, plan, topk_weights=self._sum_weights, out=self.out, num_sms=self._num_sms
+        )
