@@ -226,11 +226,6 @@ DISPATCH_MISTAKES: list[Mistake] = [
         lambda s: s.dispatch(scale_layout="column"),
         ("scale_layout", "no scales"),
     ),
-    (
-        "column_major_scales_of_padded",
-        lambda s: s.dispatch(quant="nvfp4", layout="padded", scale_layout="column"),
-        ("scale_layout", "padded", "expert"),
-    ),
 ]
 COMBINE_MISTAKES: list[Mistake] = [
     ("quant", lambda s: s.combine(quant="nvfp4"), ("quant", "cpu", "nvfp4", "fp8")),

@@ -72,32 +72,6 @@ def test_the_bits_are_those_of_quantising_before(kind: str, layout: str) -> None
     launcher.pool().run(2, run_bits, kind, layout)
 
 
-def run_columns(group: Any, kind: str, layout: str) -> None:
-    from epcomm import quant
-
-    setup, x, idx = setup_of(group)
-    for host_sync in (True, False):
-        call = {"layout": layout, "host_sync": host_sync}
-        row = setup.buf.dispatch(x, idx, quant=kind, **call)
-        column = setup.buf.dispatch(x, idx, quant=kind, scale_layout="column", **call)
-        again = setup.buf.dispatch(x, plan=row.plan, quant=kind, scale_layout="column")
-        pair = quant.quantize(x, kind)[:2]
-        passed = setup.buf.dispatch(pair, idx, scale_layout="column", **call)
-        n = int(row.num_tokens) if layout == "token" else int(row.plan.expert_offsets[-1])
-        for recv in (column, again, passed):
-            scales = recv.x[1]
-            assert same(scales[:n], row.x[1][:n]) and same(recv.x[0][:n], row.x[0][:n])
-            assert scales.stride(0) == 1 and scales.stride(1) >= len(scales)
-            assert scales.stride(1) * scales.element_size() % 16 == 0
-    setup.buf.destroy()
-
-
-@pytest.mark.parametrize("layout", ["token", "expert"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_column_major_scales(kind: str, layout: str) -> None:
-    launcher.pool().run(2, run_columns, kind, layout)
-
-
 def run_packed_pairs(group: Any) -> None:
     """What others have packed passes through, any bytes, with scales of any type and size."""
     setup, _, idx = setup_of(group)

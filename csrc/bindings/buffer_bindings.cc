@@ -89,7 +89,8 @@ void bind_types(py::module_& m) {
       .def_readonly("sends_ahead", &Caps::sends_ahead)
       .def_readonly("forwards", &Caps::forwards)
       .def_readonly("received_tokens", &Caps::received_tokens)
-      .def_readonly("wait_times", &Caps::wait_times);
+      .def_readonly("wait_times", &Caps::wait_times)
+      .def_readonly("column_scales", &Caps::column_scales);
   py::class_<LinkTraffic>(m, "LinkTraffic", py::module_local())
       .def_readonly("rows", &LinkTraffic::rows)
       .def_readonly("bytes", &LinkTraffic::bytes)
@@ -138,6 +139,7 @@ void bind_args(py::module_& m) {
       .def_readwrite("replay", &DispatchArgs::replay)
       .def_readwrite("recv_capacity", &DispatchArgs::recv_capacity)
       .def_readwrite("row_capacity", &DispatchArgs::row_capacity)
+      .def_readwrite("scale_column_bytes", &DispatchArgs::scale_column_bytes)
       .def_readwrite("needed_bytes", &DispatchArgs::needed_bytes)
       .def_readwrite("free_bytes", &DispatchArgs::free_bytes)
       .def_readwrite("phase", &DispatchArgs::phase)

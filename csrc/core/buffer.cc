@@ -374,6 +374,17 @@ void check_quant(uint32_t offered, Quant quant, const char* step) {
                    " is not offered by this transport");
 }
 
+// rows: of one matrix of received scales.
+void check_scale_columns(const Caps& caps, int64_t rows, const DispatchArgs& args) {
+  if (args.scale_column_bytes == 0) return;
+  EPCOMM_CHECK(caps.column_scales, "column-major scales are not offered by this transport");
+  EPCOMM_CHECK(args.scale_bytes % 4 == 0,
+               value("scale_bytes", args.scale_bytes, "with scale_column_bytes a multiple of ", 4));
+  EPCOMM_CHECK(args.scale_column_bytes % 4 == 0 && args.scale_column_bytes >= 4 * rows,
+               value("scale_column_bytes", args.scale_column_bytes, "a multiple of 4 of at least ",
+                     4 * rows));
+}
+
 }  // namespace
 
 void Buffer::dispatch(const Plan& plan, const DispatchArgs& args) {
@@ -397,6 +408,10 @@ void Buffer::dispatch(const Plan& plan, const DispatchArgs& args) {
     EPCOMM_CHECK((args.scale_bytes > 0) == (args.scales != nullptr) || plan.num_tokens == 0,
                  "scales and scale_bytes must be given together");
   }
+  check_scale_columns(state_->caps,
+                      plan.layout == Layout::kPadded ? int64_t{num_ranks()} * config().max_tokens
+                                                     : int64_t{args.row_capacity},
+                      args);
   EPCOMM_CHECK(args.needed_bytes != 0 || plan.attached, "plan has no receive block attached");
   state_->check_phase(args.phase);
   transport.dispatch(plan, args);

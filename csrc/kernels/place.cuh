@@ -41,11 +41,27 @@ __device__ __forceinline__ void copy_payload(const PlaceArgs& args, const RowJob
   }
 }
 
+/// The scales of a row, which is to be `to`, as columns.
+__device__ __forceinline__ void place_scale_columns(const PlaceArgs& args, const char* from,
+                                                    int32_t to) {
+  const int units = args.rows.scale_bytes / 4;
+  const int32_t group = to / args.group_rows;
+  char* column = args.recv_scales + group * units * args.scale_column_bytes +
+                 int64_t{to - group * args.group_rows} * 4;
+  for (int u = lane_index(); u < units; u += kWarpSize)
+    *reinterpret_cast<uint32_t*>(column + u * args.scale_column_bytes) =
+        reinterpret_cast<const uint32_t*>(from)[u];
+}
+
 __device__ __forceinline__ void place_scales(const PlaceArgs& args, const char* from, int32_t row,
                                              uint32_t firsts) {
   while (firsts != 0) {
-    const int64_t to = __shfl_sync(kFullWarp, row, take_lowest(firsts));
-    copy_bytes(args.recv_scales + to * args.rows.scale_bytes, from, args.rows.scale_bytes);
+    const int32_t to = __shfl_sync(kFullWarp, row, take_lowest(firsts));
+    if (args.scale_column_bytes != 0)
+      place_scale_columns(args, from, to);
+    else
+      copy_bytes(args.recv_scales + int64_t{to} * args.rows.scale_bytes, from,
+                 args.rows.scale_bytes);
   }
 }
 

@@ -65,6 +65,7 @@ GpuLinkTransport::GpuLinkTransport(const TransportContext& context, const LinkKe
   caps_.received_tokens = caps_.wait_times = true;
   caps_.cuda = true;
   if (takes_small_) {
+    caps_.column_scales = true;
     caps_.fused_quants = kAllQuants;
     caps_.combine_quants = Caps::bit(Quant::kFp8);
   }

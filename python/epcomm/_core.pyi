@@ -58,6 +58,8 @@ class Caps:
     @property
     def sends_ahead(self) -> bool: ...
     @property
+    def column_scales(self) -> bool: ...
+    @property
     def forwards(self) -> bool: ...
     @property
     def received_tokens(self) -> bool: ...
@@ -133,6 +135,7 @@ class DispatchArgs:
     index_type: IndexType
     recv_capacity: int
     row_capacity: int
+    scale_column_bytes: int
     needed_bytes: int
     free_bytes: int
     replay: bool

@@ -256,7 +256,8 @@ class Buffer:
             quant_scale: for "nvfp4", this rank's global scale: a number or float32 tensor of one
                 element; None = from this rank's x. Delivered per row as `recv.global_scale`.
             scale_layout: of received scales: "row", or "column": [rows, n] with stride 1 over rows
-                and columns that start on 16 bytes, as DeepGEMM reads them; not in layout "padded".
+                and columns that start on 16 bytes, as DeepGEMM reads them; in layout "padded" each
+                expert's part of [L, rows, n].
             host_sync: False: never waits for counts on the host; worst-case shapes, counts in
                 tensors.
             async_op: returns at once; `recv.event` marks completion. Complete already on the CPU.

@@ -154,14 +154,12 @@ class Limits:
         if quant_scale is not None:
             check_global_scale("quant_scale", quant_scale, self.device)
 
-    def scale_layout(self, scale_layout: str, scaled: bool, layout: str) -> None:
+    def scale_layout(self, scale_layout: str, scaled: bool) -> None:
         """Checks where the scales that a dispatch returns shall be."""
         choice("scale_layout", scale_layout, SCALE_LAYOUTS)
-        if scale_layout == "column" and (not scaled or layout == "padded"):
+        if scale_layout == "column" and not scaled:
             raise ValueError(
-                f"scale_layout is 'column' with layout {layout!r} and "
-                + ("scales" if scaled else "no scales")
-                + "; it is offered for scales in layouts 'token' and 'expert'"
+                "scale_layout is 'column' with no scales; expected quant, or x as a pair"
             )
 
     def routing(self, topk_idx: Any, num_tokens: int, layout: str, expert_alignment: int) -> None:

@@ -19,8 +19,17 @@ from .results import Plan, Recv, Rows
 from .streams import Call, CallOptions
 from .tracing import profiled
 
-Moved = Sequence[tuple[torch.dtype, int]]
-"""Element type and elements per row of the rows that cross, and of their scales if there are."""
+
+class Moved(NamedTuple):
+    """What crosses, and how it is received.
+
+    Attributes:
+        parts: element type and elements per row of the rows, and of their scales if there are.
+        columns: scales are received column-major, not rearranged once they are there.
+    """
+
+    parts: Sequence[tuple[torch.dtype, int]]
+    columns: bool
 
 
 class Payload(NamedTuple):
@@ -42,9 +51,7 @@ def dispatch_rows(end: Endpoint, payload: Payload, routing: Routing, options: Ca
         scale if isinstance(scale, torch.Tensor) else None,
     )
     call = end.order.begin(options, inputs)
-    moved: Moved = [(part.dtype, part.shape[1]) for part in (rows, scales) if part is not None]
-    if payload.quant is not None:
-        moved = quantisation.FORMATS[payload.quant].moved(end.hidden)
+    moved = _moved(end, payload, rows, scales)
     args = _arguments(end, payload, moved, options, call)
     try:
         with call.allocating(), profiled("dispatch", rows, scales):
@@ -52,7 +59,7 @@ def dispatch_rows(end: Endpoint, payload: Payload, routing: Routing, options: Ca
             sent = _set_rows(end, args, rows, scales, payload)
             recv = _send(end, plan, moved, args)
             del sent  # args pointed to it until here
-            recv = _arrange_scales(end, recv, payload)
+            recv = _arrange_scales(end, recv, payload, moved)
     except (Error, ValueError):
         raise  # the same on all ranks that are in this call
     except BaseException:
@@ -100,11 +107,21 @@ def _check(
             raise ValueError(
                 f"x has {num_tokens} tokens; expected the plan's num_tokens = {plan.num_tokens}"
             )
-        topk, layout = plan.topk, plan.layout
-    limits.scale_layout(scale_layout, quant is not None or scales is not None, layout)
+        topk = plan.topk
+    limits.scale_layout(scale_layout, quant is not None or scales is not None)
     if topk_weights is not None:
         limits.tensor("topk_weights", topk_weights, (torch.float32,), (num_tokens, topk))
     return rows, scales
+
+
+def _moved(
+    end: Endpoint, payload: Payload, rows: torch.Tensor, scales: torch.Tensor | None
+) -> Moved:
+    parts = [(part.dtype, part.shape[1]) for part in (rows, scales) if part is not None]
+    if payload.quant is not None:
+        parts = list(quantisation.FORMATS[payload.quant].moved(end.hidden))
+    columns = payload.scale_layout == "column" and end.caps.column_scales
+    return Moved(parts, columns and parts[1][0].itemsize == 4)
 
 
 def _arguments(
@@ -112,13 +129,13 @@ def _arguments(
 ) -> Any:
     """DispatchArgs with what route needs to know; rows, plan and results are filled in later."""
     args = end.module.DispatchArgs()
-    args.dtype = end.native_dtypes[moved[0][0]]
-    args.row_bytes, args.scale_bytes = [w * d.itemsize for d, w in (*moved, _NOTHING)][:2]
+    args.dtype = end.native_dtypes[moved.parts[0][0]]
+    args.row_bytes, args.scale_bytes = [w * d.itemsize for d, w in (*moved.parts, _NOTHING)][:2]
     args.topk_weights = address(payload.topk_weights)
     args.num_sms = options.num_sms or 0
     args.stream = call.stream
     # Scales that are rearranged must be there: such a call is not made in halves.
-    if options.return_recv_hook and payload.scale_layout == "row":
+    if options.return_recv_hook and (moved.columns or payload.scale_layout == "row"):
         end.send_half_only(args)
     return args
 
@@ -174,9 +191,11 @@ def _send(end: Endpoint, plan: Plan, moved: Moved, args: Any) -> Recv:
             return _send(end, plan, moved, args)
         received = _received_part(end, plan, received)
         plan = dataclasses.replace(plan, recv_block=received["meta"])
-    x = received["x"]
+    x, scales = received["x"], received.get("scales")
+    if moved.columns and scales is not None:
+        scales = quantisation.columns_of(scales, x.shape[-2])
     return Recv(
-        x=(x, received["scales"]) if len(moved) > 1 else x,
+        x=x if scales is None else (x, scales),
         topk_idx=received.get("topk_idx"),
         topk_weights=received.get("topk_weights"),
         tokens_per_expert=plan.tokens_per_expert,
@@ -188,7 +207,11 @@ def _send(end: Endpoint, plan: Plan, moved: Moved, args: Any) -> Recv:
 
 def _receive_tensors(end: Endpoint, plan: Plan, moved: Moved, args: Any) -> dict[str, torch.Tensor]:
     """What this rank receives into. WindowFull, on all ranks, if one has no room."""
-    shapes = [(dtype, end.row_shape(plan, width)) for dtype, width in moved]
+    shapes = [(dtype, end.row_shape(plan, width)) for dtype, width in moved.parts]
+    if moved.columns:
+        dtype, shape = shapes[1]
+        shapes[1] = dtype, quantisation.column_shape(dtype, shape)
+        args.scale_column_bytes = shapes[1][1][-1] * dtype.itemsize
     wanted = dict(zip(("x", "scales"), shapes, strict=False))
     if plan.recv_block is None:
         meta_bytes = end.native.recv_block_bytes(plan.native, plan.recv_capacity)
@@ -229,14 +252,14 @@ def _received_part(
     return {name: tensor[: lengths[name]] for name, tensor in received.items()}
 
 
-def _arrange_scales(end: Endpoint, recv: Recv, payload: Payload) -> Recv:
+def _arrange_scales(end: Endpoint, recv: Recv, payload: Payload, moved: Moved) -> Recv:
     """Received scales as the caller wants them."""
     if not isinstance(recv.x, tuple):
         return recv
     (q, scales), global_scale = recv.x, None
     if _has_global_scale(payload.quant):
         scales, global_scale = quantisation.split_moved(scales, end.hidden)
-    if payload.scale_layout == "column":
+    if payload.scale_layout == "column" and not moved.columns:
         scales = quantisation.column_major(scales)
     return dataclasses.replace(recv, x=(q, scales), global_scale=global_scale)
 

@@ -11,6 +11,7 @@ values become. T = rows, H = hidden.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,11 +193,11 @@ def dequantize_fp8(q: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 def column_major(scales: torch.Tensor) -> torch.Tensor:
-    """A copy of scales [T, n] with stride 1 over rows and columns that start on 16 bytes.
+    """A copy of scales [..., T, n] with stride 1 over rows and columns that start on 16 bytes.
 
     The layout of scales that DeepGEMM's kernels read (its `get_mn_major_tma_aligned_tensor`).
     """
-    out = _empty_columns(scales.dtype, scales.shape[0], scales.shape[1], scales.device)
+    out = empty_columns(scales.dtype, scales.shape, scales.device)
     # Bytes, because torch cannot copy every float8 type.
     size = scales.element_size()
     same = {1: torch.uint8, 4: torch.int32}[size]
@@ -205,6 +206,27 @@ def column_major(scales: torch.Tensor) -> torch.Tensor:
 
 
 # What Buffer needs.
+
+
+def column_shape(dtype: torch.dtype, shape: Sequence[int]) -> tuple[int, ...]:
+    """Shape of the memory of column-major scales [..., T, n]: [..., n, T and what aligns it]."""
+    *groups, tokens, width = shape
+    per_column = _COLUMN_ALIGNMENT // dtype.itemsize
+    return (*groups, width, max(1, -(-tokens // per_column)) * per_column)
+
+
+def columns_of(raw: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Scales [..., T, n] in memory of `column_shape`."""
+    return raw.transpose(-1, -2)[..., :tokens, :]
+
+
+def empty_columns(dtype: torch.dtype, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Column-major scales [..., T, n] to be written; what no row owns is 0."""
+    raw = torch.empty(column_shape(dtype, shape), dtype=dtype, device=device)
+    tokens = shape[-2]
+    if raw.shape[-1] > tokens:
+        raw.view(torch.uint8)[..., tokens * dtype.itemsize :].zero_()
+    return columns_of(raw, tokens)
 
 
 def make_global_scale(x: torch.Tensor, given: torch.Tensor | float | None) -> torch.Tensor:
@@ -328,22 +350,13 @@ def _as_tensor(value: Any, device: torch.device) -> torch.Tensor:
     return torch.full((1,), float(value), dtype=torch.float32, device=device)
 
 
-def _empty_columns(
-    dtype: torch.dtype, tokens: int, width: int, device: torch.device
-) -> torch.Tensor:
-    per_column = _COLUMN_ALIGNMENT // dtype.itemsize
-    column = max(1, -(-tokens // per_column)) * per_column
-    raw = torch.zeros(width * column * dtype.itemsize, dtype=torch.uint8, device=device)
-    return raw.view(dtype).view(width, column).t()[:tokens]
-
-
 def _empty_scales(
     fmt: Format, tokens: int, hidden: int, scale_layout: str, device: torch.device
 ) -> torch.Tensor:
     """Scales to be written; what no row owns is 0."""
     width = fmt.num_scales(hidden)
     if scale_layout == "column":
-        return _empty_columns(fmt.scale_dtype, tokens, width, device)
+        return empty_columns(fmt.scale_dtype, (tokens, width), device)
     if scale_layout == "swizzled":
         size = -(-tokens // 128) * -(-width // 4) * 512
         return torch.zeros(size, dtype=torch.uint8, device=device).view(fmt.scale_dtype)
