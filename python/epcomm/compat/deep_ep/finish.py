@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ...events import Event
+from ...quant import column_shape, columns_of
 from ...results import Recv, Rows
 from .utils.event import EventOverlap, result_event
 
@@ -35,24 +36,15 @@ class Finish:
         return to
 
     def column_major(self, scales: torch.Tensor, unpacked: int | None = None) -> torch.Tensor:
-        """The scales [L, rows, S] with stride 1 over rows.
+        """The scales [..., rows, S] with stride 1 over rows and columns on multiples of 16 bytes.
 
         unpacked: int32 of four exponents each become so many float32 powers of two.
         """
-        groups, rows, width = scales.shape
-        shape = (groups, unpacked or width, rows)
+        *rows, width = scales.shape
         dtype = torch.float32 if unpacked else scales.dtype
-        to = torch.empty(shape, dtype=dtype, device=scales.device).transpose(1, 2)
+        shape = column_shape(dtype, (*rows, unpacked or width))
+        to = columns_of(torch.empty(shape, dtype=dtype, device=scales.device), rows[-1])
         self._steps.append(lambda: to.copy_(_powers(scales, unpacked) if unpacked else scales))
-        self._tensors += [scales, to]
-        return to
-
-    def tma_aligned(self, scales: torch.Tensor) -> torch.Tensor:
-        """The scales [rows, S] with stride 1 over rows and columns on multiples of 16 bytes."""
-        rows, width = scales.shape
-        stride = -(-rows // 4) * 4
-        to = torch.empty((width, stride), dtype=scales.dtype, device=scales.device).t()[:rows]
-        self._steps.append(lambda: to.copy_(scales))
         self._tensors += [scales, to]
         return to
 

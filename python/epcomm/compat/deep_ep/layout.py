@@ -20,10 +20,9 @@ def dispatch_layout(
             f"num_experts is {num_experts}; expected a positive multiple of the {num_ranks} ranks"
         )
     num_tokens = topk_idx.shape[0]
-    # The last column takes what names no expert. An id out of range is dispatch's to refuse: here
-    # it would end the CUDA context.
-    valid = (topk_idx >= 0) & (topk_idx < num_experts)
-    columns = torch.where(valid, topk_idx, num_experts).long()
+    # The last column takes -1, which the remainder turns into it. An id out of range is dispatch's
+    # to refuse: here, where it only must not end the CUDA context, it counts for any expert.
+    columns = topk_idx.remainder(num_experts + 1).long()
     chosen = torch.zeros(num_tokens, num_experts + 1, dtype=torch.bool, device=topk_idx.device)
     chosen = chosen.scatter_(1, columns, True)[:, :num_experts]
     is_token_in_rank = chosen.view(num_tokens, num_ranks, num_experts // num_ranks).any(2)

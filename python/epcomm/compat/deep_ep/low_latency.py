@@ -113,12 +113,17 @@ class LowLatencyCalls:
             members=members,
         )
         buffer = self._pool.get(shape, x.shape[0])
+        # Powers of two as floats, and the rows of a full group where some ranks are masked, are
+        # made here from what arrives.
+        powers = hidden // 128 if use_fp8 and round_scale and not use_ue8m0 else None
+        arrives_whole = powers is None and not members
         try:
             recv = buffer.dispatch(
                 x,
                 sent_idx,
                 layout="padded",
                 quant=quant,
+                scale_layout="column" if quant and arrives_whole else "row",
                 host_sync=False,
                 async_op=async_finish,
                 return_recv_hook=return_recv_hook,
@@ -128,10 +133,11 @@ class LowLatencyCalls:
             raise
 
         finish = Finish()
-        recv_x = finish.first_rows(recv.x, self.group_size * most)
-        if isinstance(recv_x, tuple):
-            powers = hidden // 128 if round_scale and not use_ue8m0 else None
-            recv_x = recv_x[0], finish.column_major(recv_x[1], powers)
+        recv_x = recv.x
+        if not arrives_whole:
+            recv_x = finish.first_rows(recv_x, self.group_size * most)
+            if isinstance(recv_x, tuple):
+                recv_x = recv_x[0], finish.column_major(recv_x[1], powers)
         if cumulative_local_expert_recv_stats is not None:
             finish.add(cumulative_local_expert_recv_stats, recv.tokens_per_expert)
         rows = self.group_size * most
@@ -259,7 +265,7 @@ def _weights_of(
     sent = routing.topk_idx
     if sent is None:
         raise ValueError("handle is of a normal dispatch; expected that of low_latency_dispatch")
-    if topk_idx is sent:
+    if topk_idx is sent or _same_memory(topk_idx, sent):
         return topk_weights
     if topk_idx.shape != sent.shape:
         raise ValueError(
@@ -272,6 +278,12 @@ def _weights_of(
             "topk_idx names other experts than in the dispatch; expected the same, or -1"
         )
     return torch.where(topk_idx >= 0, topk_weights, 0.0)
+
+
+def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Are these views of the same elements? Callers pass a reshaped topk_idx now and then."""
+    kinds = ((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in (one, other))
+    return next(kinds) == next(kinds)
 
 
 def _source_info(routing: Routing) -> tuple[torch.Tensor, ...]:

@@ -289,7 +289,7 @@ class ElasticBuffer:
         if do_zero_padding and handle.do_expand and recv.topk_idx is not None:
             finish.clear_padding(recv_x, recv.topk_idx)
         if isinstance(recv_x, tuple) and use_tma_aligned_col_major_sf:
-            recv_x = recv_x[0], finish.tma_aligned(recv_x[1])
+            recv_x = recv_x[0], finish.column_major(recv_x[1])
         if cumulative_local_expert_recv_stats is not None:
             finish.add(cumulative_local_expert_recv_stats, recv.tokens_per_expert)
         event, _ = finish.after(recv, async_with_compute_stream)
