@@ -19,7 +19,7 @@ FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 ENGINES ?= $(patsubst tests/engines/%.txt,%,$(wildcard tests/engines/*.txt))
 NOT_ENGINES = $(if $(ENGINES),,--ignore=tests/engines)
 
-.PHONY: help demo test test-cpp test-python test-engines test-gpu bench engines lint format clean FORCE
+.PHONY: help demo test test-cpp test-python test-engines test-gpu bench engines engines-bundle lint format clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -99,6 +99,14 @@ $(VENV)/.installed: $(VENV)/.build_tools pyproject.toml $(SOURCES)
 	@touch $@
 
 engines: $(ENGINES:%=$(VENV)/engines/.%)
+
+# The engines in one file of 50 MB, for a machine with the same Python and no package index:
+# scripts/gpu.sh engines. For another Python: make PYTHON=python3.12 VENV=build/venv-3.12 engines-bundle
+engines-bundle: engines
+	@mkdir -p build
+	XZ_OPT=-T0 tar -C $(VENV)/engines --exclude=__pycache__ -cJf build/engines.tar.xz.new $(ENGINES)
+	@mv build/engines.tar.xz.new build/engines.tar.xz
+	@ls -l build/engines.tar.xz
 
 # Newer than the Python that may run it: tests/engines/megatron-core-0.19.2.txt says why that works.
 $(VENV)/engines/.megatron-core-0.19.2: ENGINE_OPTIONS = --only-binary=:all: --ignore-requires-python \

@@ -4,7 +4,8 @@
 #   scripts/gpu.sh [build] [kernels] [tests] [nccl-modes] [sanitizer] [bench]      default: all of these
 #   scripts/gpu.sh soak         tests of many calls, with their full numbers
 #   scripts/gpu.sh rdma         builds softnic, then the tests of rdma over NVSHMEM's peer path and over softnic; RDMA_K selects as TEST_K
-#   scripts/gpu.sh engines      tests/engines, with EPCOMM_TEST_ENGINES naming the folder that `make engines` filled
+#   scripts/gpu.sh engines      tests/engines over nvlink, with build/engines.tar.xz of `make engines-bundle`, or with EPCOMM_TEST_ENGINES naming
+#                               the folder that `make engines` filled; TEST_K selects
 # TEST_K selects among the tests, as pytest -k does; EPCOMM_TEST_RANKS=5,6,7,8 the conformance tests of so many ranks.
 # BENCH_K selects among the runs of the bench by name, as grep -E does: BENCH_K='bf16|small'. SMS: the sweeps' values.
 # LIMIT: seconds for everything; what does not fit is cut short or left out, and counts as failed.
@@ -122,7 +123,13 @@ for wanted in $STEPS; do
       EPCOMM_TEST_CALLS=${EPCOMM_TEST_CALLS:-full} tests soak "${TEST_TIMEOUT:-550}" \
         tests/test_gpu_soak.py tests/test_gpu_lifetime.py -k "${TEST_K:-test}"
       ;;
-    engines) tests engines 300 tests/engines ;;
+    engines)
+      if [ -z "${EPCOMM_TEST_ENGINES:-}" ] && [ -e build/engines.tar.xz ]; then
+        EPCOMM_TEST_ENGINES=$(mktemp -d) && export EPCOMM_TEST_ENGINES
+        step engines-unpack 60 "$PYTHON" -W ignore -m tarfile -e build/engines.tar.xz "$EPCOMM_TEST_ENGINES"
+      fi
+      EPCOMM_TRANSPORT=${EPCOMM_TRANSPORT:-nvlink} tests engines "${TEST_TIMEOUT:-300}" tests/engines -k "${TEST_K:-test}"
+      ;;
     nccl-modes)
       # Without peer access, and as two hosts that talk over sockets.
       NCCL_P2P_DISABLE=1 tests tests-p2p-off 150 tests/test_conformance.py -k "$MODES_K"
