@@ -8,7 +8,7 @@ import torch
 import launcher
 from simulated import needs_simulator
 
-HIDDEN, EXPERTS, MAX_TOKENS = 640, 6, 9
+HIDDEN, EXPERTS, MAX_TOKENS = 640, 6, 45  # more rows than one tile of a kernel
 LAYOUTS = ("token", "expert", "padded")
 KINDS = ("fp8", "fp8_ue8m0", "nvfp4")
 # Device, and arguments of the Buffer.
@@ -67,15 +67,20 @@ def run_columns(group: Any, arguments: dict[str, Any], device: str, layout: str)
             x = torch.randn(MAX_TOKENS, HIDDEN, generator=rng).bfloat16().to(device)
             idx = torch.rand(MAX_TOKENS, EXPERTS, generator=rng).topk(3).indices
             idx[torch.rand(MAX_TOKENS, 3, generator=rng) < 0.2] = -1
-            tokens = (MAX_TOKENS, 0, 3, 5)[(round + group.rank()) % 4]
+            tokens = (MAX_TOKENS, 0, 30, 5)[(round + group.rank()) % 4]
             x, idx = x[:tokens], idx[:tokens].to(device)
             call: dict[str, Any] = {"layout": layout, "host_sync": round % 2 == 0}
             if layout == "expert":
                 call["expert_alignment"] = (1, 4, 2, 8)[round]
             column: dict[str, Any] = {"scale_layout": "column"}
+            # Of others, with more scales than a warp has lanes.
+            wide = torch.arange(37 * tokens, dtype=torch.int32, device=device).view(tokens, 37)
             for kind in KINDS:
                 pair = quant.quantize(x, kind)[:2]
-                for moved, how in ((x, {"quant": kind}), (pair, {})):
+                sent: list[Any] = [(x, {"quant": kind}), (pair, {})]
+                if kind == "fp8":
+                    sent.append(((pair[0], wide + 10000 * group.rank()), {}))
+                for moved, how in sent:
                     row = buf.dispatch(moved, idx, **call, **how)
                     fill(*buf.dispatch(moved, idx, **call, **column, **how).x)
                     check_columns(buf.dispatch(moved, idx, **call, **column, **how), row)

@@ -150,6 +150,7 @@ void bind_args(py::module_& m) {
   def_pointer(dispatch, "topk_weights", &DispatchArgs::topk_weights);
   def_pointer(dispatch, "recv_x", &DispatchArgs::recv_x);
   def_pointer(dispatch, "recv_scales", &DispatchArgs::recv_scales);
+  def_pointer(dispatch, "recv_scale_columns", &DispatchArgs::recv_scale_columns);
   def_pointer(dispatch, "recv_topk_idx", &DispatchArgs::recv_topk_idx);
   def_pointer(dispatch, "recv_topk_weights", &DispatchArgs::recv_topk_weights);
   def_pointer(dispatch, "stream", &DispatchArgs::stream);

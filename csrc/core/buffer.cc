@@ -376,12 +376,12 @@ void check_quant(uint32_t offered, Quant quant, const char* step) {
 
 // rows: of one matrix of received scales.
 void check_scale_columns(const Caps& caps, int64_t rows, const DispatchArgs& args) {
-  if (args.scale_column_bytes == 0) return;
+  if (args.recv_scale_columns == nullptr) return;
   EPCOMM_CHECK(caps.column_scales, "column-major scales are not offered by this transport");
   EPCOMM_CHECK(args.scale_bytes % 4 == 0,
-               value("scale_bytes", args.scale_bytes, "with scale_column_bytes a multiple of ", 4));
-  EPCOMM_CHECK(args.scale_column_bytes % 4 == 0 && args.scale_column_bytes >= 4 * rows,
-               value("scale_column_bytes", args.scale_column_bytes, "a multiple of 4 of at least ",
+               value("scale_bytes", args.scale_bytes, "with recv_scale_columns a multiple of ", 4));
+  EPCOMM_CHECK(args.scale_column_bytes % 16 == 0 && args.scale_column_bytes >= 4 * rows,
+               value("scale_column_bytes", args.scale_column_bytes, "a multiple of 16, at least ",
                      4 * rows));
 }
 

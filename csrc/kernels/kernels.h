@@ -135,10 +135,10 @@ struct PlaceArgs {
   PackTarget source[kMaxPackRanks];
   char* recv_x;
   char* recv_scales;
-  int64_t scale_column_bytes;  ///< as in DispatchArgs
-  int32_t group_rows;          ///< rows of a column-major matrix of scales
-  void* recv_topk_idx;         ///< may be null
-  float* recv_topk_weights;    ///< may be null
+  int64_t scale_column_bytes = 0;  ///< not 0: recv_scales is as DispatchArgs::recv_scale_columns
+  int32_t group_rows = 0;          ///< of each of its matrices
+  void* recv_topk_idx;             ///< may be null
+  float* recv_topk_weights;        ///< may be null
   /// Entries of recv_topk_idx and recv_topk_weights that no token has become "none", to the end of
   /// their capacity; with chunk 0.
   bool clears = false;

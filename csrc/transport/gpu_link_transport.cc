@@ -61,11 +61,10 @@ GpuLinkTransport::GpuLinkTransport(const TransportContext& context, const LinkKe
           [] { return false; }) {
   caps_.token_layout = caps_.expert_layout = caps_.padded_layout = true;
   caps_.two_phases = caps_.small_batches = takes_small_;
-  caps_.graph_capture = true;
+  caps_.graph_capture = caps_.column_scales = true;
   caps_.received_tokens = caps_.wait_times = true;
   caps_.cuda = true;
   if (takes_small_) {
-    caps_.column_scales = true;
     caps_.fused_quants = kAllQuants;
     caps_.combine_quants = Caps::bit(Quant::kFp8);
   }

@@ -87,8 +87,6 @@ PlaceArgs GpuRoute::place_args(const Plan& plan, const DispatchArgs& args) const
   p.plan = plan.view;
   p.recv_x = static_cast<char*>(args.recv_x);
   p.recv_scales = static_cast<char*>(args.recv_scales);
-  p.scale_column_bytes = args.scale_column_bytes;
-  p.group_rows = plan.layout == Layout::kPadded ? num_ranks_ * config_.max_tokens : INT32_MAX;
   p.recv_topk_idx = args.recv_topk_idx;
   p.recv_topk_weights = args.recv_topk_weights;
   return p;

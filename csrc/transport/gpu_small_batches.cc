@@ -79,6 +79,12 @@ void GpuLinkTransport::dispatch_small(const Plan& plan, const DispatchArgs& args
   small.link = link(Operation::kDispatch);
   small.small = small_;
   small.place = route_.place_args(plan, args);
+  if (args.recv_scale_columns != nullptr) {
+    small.place.recv_scales = static_cast<char*>(args.recv_scale_columns);
+    small.place.scale_column_bytes = args.scale_column_bytes;
+    small.place.group_rows =
+        plan.layout == Layout::kPadded ? num_ranks_ * config_.max_tokens : INT32_MAX;
+  }
   if (waits) small.link.token = ++tokens_;
   LinkEntry& entry = small.link.entry;
   describe_plan(entry, plan);

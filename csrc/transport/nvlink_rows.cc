@@ -3,6 +3,7 @@
 
 #include "core/call_fields.h"
 #include "core/checks.h"
+#include "kernels/columns.h"
 #include "transport/nvlink_transport.h"
 
 namespace epcomm {
@@ -101,10 +102,31 @@ void NvlinkTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
                           (args.recv_topk_weights != nullptr && entry.topk_weights == 0);
   if (has_room && (plan.layout != Layout::kToken || slots_left))
     launch_place(place, num_sms, stream);
+  if (has_room && args.recv_scale_columns != nullptr) make_columns(plan, args, num_sms);
   call.end();
   // The host has waited in this dispatch already, so that it may as well learn of a full window or
   // a mismatch here; the rows are on their way meanwhile.
   if (plan.host_sync && !args.replay && !plan.result.unsettled) wait_entered(send.link.token);
+}
+
+// Peers have written rows of scales, and place has copied them to further rows.
+void NvlinkTransport::make_columns(const Plan& plan, const DispatchArgs& args, int num_sms) const {
+  const int32_t local_experts = experts_.local_experts(rank_);
+  ScaleColumnsArgs columns{};
+  columns.rows = static_cast<const char*>(args.recv_scales);
+  columns.columns = static_cast<char*>(args.recv_scale_columns);
+  columns.column_bytes = args.scale_column_bytes;
+  columns.units = args.scale_bytes / 4;
+  columns.groups = 1;
+  columns.group_rows = args.row_capacity;
+  columns.counts = plan.view.num_recv;
+  if (plan.layout == Layout::kExpert) columns.counts = plan.view.expert_offset + local_experts;
+  if (plan.layout == Layout::kPadded) {
+    columns.groups = local_experts;
+    columns.group_rows = num_ranks_ * config_.max_tokens;
+    columns.counts = plan.view.tokens_per_expert;
+  }
+  launch_scale_columns(columns, num_sms, static_cast<cudaStream_t>(args.stream));
 }
 
 void NvlinkTransport::combine(const Plan& plan, const CombineArgs& args) {

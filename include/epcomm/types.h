@@ -145,7 +145,7 @@ struct Caps {
   bool forwards = false;           ///< rows reach a node once and are forwarded inside it
   bool received_tokens = false;    ///< Statistics::received_tokens is offered
   bool wait_times = false;         ///< Statistics::max_wait_ns is offered
-  bool column_scales = false;      ///< DispatchArgs::scale_column_bytes is offered
+  bool column_scales = false;      ///< DispatchArgs::recv_scale_columns is offered
 
   static constexpr uint32_t bit(Quant quant) { return 1u << static_cast<int32_t>(quant); }
 
@@ -263,9 +263,12 @@ struct DispatchArgs {
   // Where it lands on this rank. Null recv_x with needed_bytes set = the window was full.
   void* recv_x = nullptr;       ///< [rows of the layout, row_bytes]
   void* recv_scales = nullptr;  ///< [rows of the layout, scale_bytes]
-  /// Not 0, where caps().column_scales: received scales are column-major. Bytes between columns of
-  /// 4-byte units: unit u of row i is at recv_scales + u * scale_column_bytes + 4 * i. In kPadded
-  /// every expert has such a matrix of its own, of num_ranks * max_tokens rows, one after another.
+  /// Not null, where caps().column_scales: where scales are delivered column-major. Columns of
+  /// 4-byte units are scale_column_bytes (a multiple of 16) apart: unit u of row i is at u *
+  /// scale_column_bytes + 4 * i. In kPadded every expert has such a matrix of its own, of num_ranks
+  /// * max_tokens rows, one after another. recv_scales is then memory that peers write before
+  /// (where caps().symmetric_outputs), or unused.
+  void* recv_scale_columns = nullptr;
   int64_t scale_column_bytes = 0;
   void* recv_topk_idx = nullptr;  ///< kToken: [N, K] local ids; kExpert: [rows] local id; -1 = none
   float* recv_topk_weights = nullptr;  ///< kToken: [N, K]; kExpert, kPadded: [rows]; 0 = none

@@ -130,6 +130,7 @@ class DispatchArgs:
     scale_bytes: int
     recv_x: int
     recv_scales: int
+    recv_scale_columns: int
     recv_topk_idx: int
     recv_topk_weights: int
     index_type: IndexType

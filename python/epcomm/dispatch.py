@@ -177,7 +177,10 @@ def _send(end: Endpoint, plan: Plan, moved: Moved, args: Any) -> Recv:
         meta = received.get("meta")
         attached = plan.native.with_recv_block(0 if meta is None else meta.data_ptr())
         plan = dataclasses.replace(plan, native=attached, recv_block=meta)
-    for name in ("x", "scales", "topk_idx", "topk_weights"):
+    if "scale_columns" in received:
+        columns = received["scale_columns"]
+        args.scale_column_bytes = columns.shape[-1] * columns.element_size()
+    for name in ("x", "scales", "scale_columns", "topk_idx", "topk_weights"):
         if name in received:
             setattr(args, f"recv_{name}", received[name].data_ptr())
     end.native.dispatch(plan.native, args)
@@ -192,8 +195,8 @@ def _send(end: Endpoint, plan: Plan, moved: Moved, args: Any) -> Recv:
         received = _received_part(end, plan, received)
         plan = dataclasses.replace(plan, recv_block=received["meta"])
     x, scales = received["x"], received.get("scales")
-    if moved.columns and scales is not None:
-        scales = quantisation.columns_of(scales, x.shape[-2])
+    if "scale_columns" in received:
+        scales = quantisation.columns_of(received["scale_columns"], x.shape[-2])
     return Recv(
         x=x if scales is None else (x, scales),
         topk_idx=received.get("topk_idx"),
@@ -208,11 +211,13 @@ def _send(end: Endpoint, plan: Plan, moved: Moved, args: Any) -> Recv:
 def _receive_tensors(end: Endpoint, plan: Plan, moved: Moved, args: Any) -> dict[str, torch.Tensor]:
     """What this rank receives into. WindowFull, on all ranks, if one has no room."""
     shapes = [(dtype, end.row_shape(plan, width)) for dtype, width in moved.parts]
-    if moved.columns:
-        dtype, shape = shapes[1]
-        shapes[1] = dtype, quantisation.column_shape(dtype, shape)
-        args.scale_column_bytes = shapes[1][1][-1] * dtype.itemsize
     wanted = dict(zip(("x", "scales"), shapes, strict=False))
+    columns: dict[str, Any] = {}
+    if moved.columns:
+        dtype, shape = wanted["scales"]
+        columns["scale_columns"] = dtype, quantisation.column_shape(dtype, shape)
+        if not end.caps.symmetric_outputs:  # there peers write rows of scales first
+            del wanted["scales"]
     if plan.recv_block is None:
         meta_bytes = end.native.recv_block_bytes(plan.native, plan.recv_capacity)
         wanted["meta"] = (torch.uint8, (meta_bytes,))
@@ -236,9 +241,9 @@ def _receive_tensors(end: Endpoint, plan: Plan, moved: Moved, args: Any) -> dict
         end.native.dispatch(plan.native, args)
         raise AssertionError("dispatch with a full window must raise")
     received = dict(zip(wanted, made, strict=True))
-    if not peers_write_slots:
-        for name, (dtype, shape) in slots.items():
-            received[name] = torch.empty(shape, dtype=dtype, device=end.device)
+    own = columns if peers_write_slots else columns | slots
+    for name, (dtype, shape) in own.items():
+        received[name] = torch.empty(shape, dtype=dtype, device=end.device)
     return received
 
 
@@ -247,8 +252,10 @@ def _received_part(
 ) -> dict[str, torch.Tensor]:
     """Of tensors that were made with room for more, what the plan receives."""
     rows, entries = end.row_shape(plan, 0)[0], end.slot_shape(plan)[0]
-    lengths = {"x": rows, "scales": rows, "topk_idx": entries, "topk_weights": entries}
+    lengths: dict[str, int | None] = {"x": rows, "scales": rows}
+    lengths |= {"topk_idx": entries, "topk_weights": entries}
     lengths["meta"] = end.native.recv_block_bytes(plan.native, plan.recv_capacity)
+    lengths["scale_columns"] = None  # the columns stay as far apart as they are
     return {name: tensor[: lengths[name]] for name, tensor in received.items()}
 
 
