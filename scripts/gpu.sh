@@ -80,7 +80,7 @@ benches() {
   EPCOMM_WINDOW_BYTES=$window bench large-expert-fp8 "${large[@]}" --dtype fp8 --layout expert --expert-alignment 128 --adapter epcomm
   EPCOMM_WINDOW_BYTES=$window bench large-expert-bf16 "${large[@]}" --layout expert --expert-alignment 128 --adapter epcomm
   # What deep_ep's interface costs beside epcomm's calls that do the same work.
-  bench compat-large "${large[@]}" --num-sms 24 --like-deep-ep --adapter epcomm,compat --cadence separate
+  bench compat-large "${large[@]}" --num-sms 24 --like-deep-ep --adapter epcomm,compat --cadence separate --modes fresh,replay
   bench compat-small "${small[@]}" --tokens 128 --layout padded --quant fp8 --like-deep-ep --adapter epcomm,compat --cadence separate \
     --modes replay,no-sync,graph
   bench sms-bf16 "${large[@]}" --num-sms "$SMS" --adapter epcomm,deep_ep --operations dispatch,combine --modes fresh,replay
