@@ -62,6 +62,16 @@ __device__ __forceinline__ uint64_t load_relaxed_system(const uint64_t* p) {
   return value;
 }
 __device__ __forceinline__ void fence_system() { __threadfence_system(); }
+
+// The same between threads of a block, for words in its shared memory.
+__device__ __forceinline__ void store_release_block(int32_t* p, int32_t value) {
+  asm volatile("st.release.cta.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+}
+__device__ __forceinline__ int32_t load_acquire_block(const int32_t* p) {
+  int32_t value;
+  asm volatile("ld.acquire.cta.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
 /// Nanoseconds; advances in steps of up to a microsecond.
 __device__ __forceinline__ uint64_t global_time_ns() {
   uint64_t ns;
@@ -133,9 +143,11 @@ template <int kPending>
 __device__ __forceinline__ void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
-/// Until all stores of this thread are written: a release by this thread covers them.
+/// Until the stores of this thread are written, but for at most kPending of its newest groups: a
+/// release by this thread covers them.
+template <int kPending = 0>
 __device__ __forceinline__ void bulk_wait_written() {
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 /// Between plain stores to shared memory and a bulk store that reads them (by any thread that a
 /// barrier orders after this fence).

@@ -38,6 +38,7 @@ constexpr int kSpinsPerLook = 256;  ///< polls of a signal between looks at the 
 /// What a block knows of the call, in shared memory.
 struct LinkCall {
   uint64_t epoch;
+  int32_t block;  ///< number of this block
   LinkEntry entry[kMaxLinkRanks];
   int32_t bad;   ///< not 0: no rows may be moved
   int32_t last;  ///< of link_finish: this block is the last of the grid
@@ -195,10 +196,19 @@ __device__ __forceinline__ void report_refusal(const LinkArgs& link, const LinkC
   *static_cast<volatile uint64_t*>(&link.report->refused) = call.epoch;
 }
 
+/// How the blocks of a kernel are numbered.
+enum class BlockOrder {
+  kIndex,    ///< blockIdx
+  kStarted,  ///< as they start: those with lower numbers run already, or have ended
+};
+
 /// Begins a call, or a phase of one: by every block, all threads. False: the link is lost. Ends
 /// with a barrier.
-__device__ __forceinline__ bool link_begin(const LinkArgs& link, LinkCall& call) {
+__device__ __forceinline__ bool link_begin(const LinkArgs& link, LinkCall& call,
+                                           BlockOrder order = BlockOrder::kIndex) {
   if (thread_index() == 0) {
+    call.block = static_cast<int32_t>(
+        order == BlockOrder::kIndex ? blockIdx.x : atomicAdd(&link.state->started, 1u));
     call.epoch = link.state->epoch + 1;
     call.bad = link.state->lost != 0;
     call.last = 0;
@@ -242,7 +252,7 @@ __device__ __forceinline__ bool link_agree(const LinkArgs& link, LinkCall& call,
     refused = __syncthreads_or(refused);
     if (r == 0) {
       call.bad = refused;
-      tells &= blockIdx.x == 0;
+      tells &= call.block == 0;
       if (refused && tells) report_refusal(link, call);
       if (link.token != 0 && tells) store_release_system(&link.report->entered, link.token);
     }
@@ -257,13 +267,14 @@ __device__ __forceinline__ bool link_agree(const LinkArgs& link, LinkCall& call,
 template <class Link = PeerLink>
 __device__ __forceinline__ bool link_enter(const LinkArgs& link, LinkCall& call,
                                            const int32_t* announce = nullptr, int words = 0,
-                                           int32_t short_rows = 0) {
-  if (!link_begin(link, call)) return false;
+                                           int32_t short_rows = 0,
+                                           BlockOrder order = BlockOrder::kIndex) {
+  if (!link_begin(link, call, order)) return false;
   LinkPieces pieces;
   if (words != 0)
     pieces.piece[pieces.count++] =
         same_place(link.control.counts(link.rank, call.epoch), static_cast<size_t>(words) * 4);
-  if (blockIdx.x == 0) {
+  if (call.block == 0) {
     if (thread_index() == 0) link_mark_begun(link);
     link_announce<Link>(link, call.epoch, announce, words, pieces, short_rows);
   }
@@ -321,8 +332,7 @@ __device__ __forceinline__ bool link_is_last(const LinkArgs& link, LinkCall& cal
     call.last = atomicAdd(&link.state->arrived, 1u) + 1 == gridDim.x;
     if (releases) fence_system();  // and acquires those of the blocks that came before
     if (call.last != 0) {
-      link.state->arrived = 0;
-      link.state->pieces = 0;
+      link.state->arrived = link.state->started = link.state->pieces = 0;
       call.bad = atomicAdd(&link.state->lost, 0u) != 0;
     }
   }
@@ -353,8 +363,9 @@ __device__ __forceinline__ void link_close(const LinkArgs& link, const LinkCall&
 template <class Link = PeerLink>
 __device__ __forceinline__ void link_finish(const LinkArgs& link, LinkCall& call) {
   if (!link_is_last(link, call)) return;
-  if (call.bad != 0) return;  // not marked as ended: the host is to notice
   const int r = thread_index();
+  if (r < link.num_ranks) link.state->taken[r] = 0;
+  if (call.bad != 0) return;  // not marked as ended: the host is to notice
   bool lost = false;
   link_quiet<Link>(link);
   if (r < link.num_ranks) {

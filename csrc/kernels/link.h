@@ -32,6 +32,7 @@ struct alignas(16) LinkEntry {
   int32_t index_bytes;                 ///< dispatch: of an id in recv_topk_idx, 4 or 8
   int32_t num_tokens;                  ///< dispatch of a small batch: tokens of this rank
   int32_t short_rows;                  ///< dispatch: received rows that the memory does not hold
+  int32_t senders;                     ///< dispatch: blocks that say how far their rows have come
   uint64_t rows;                       ///< dispatch: recv_x; combine: x
   uint64_t scales;                     ///< dispatch: recv_scales
   uint64_t meta;                       ///< dispatch: recv_meta
@@ -54,9 +55,11 @@ static_assert(sizeof(LinkInbox) <= ControlLayout::kSignalBytes);
 
 /// Of one rank, in its device memory. Kernels of one call run one after another.
 struct LinkState {
-  uint64_t epoch;          ///< of the last call that ended
-  uint32_t arrived;        ///< blocks of the running kernel that have no more to do
-  uint32_t pieces;         ///< of the running kernel, that its warps have come for
+  uint64_t epoch;    ///< of the last call that ended
+  uint32_t arrived;  ///< blocks of the running kernel that have no more to do
+  uint32_t started;  ///< blocks of the running kernel that have a number (LinkCall::block)
+  uint32_t pieces;   ///< of the running kernel, that its warps have come for
+  uint32_t taken[kMaxLinkRanks];  ///< received tokens of each source, likewise
   uint32_t lost;           ///< not 0: a wait was given up; nothing is sent or waited for any more
   uint32_t route_refused;  ///< not 0: the last exchange was refused, or given up
   uint64_t marks[2];       ///< how often LinkArgs::progress was told of calls begun, calls ended
@@ -92,7 +95,8 @@ void launch_enter(const LinkArgs& link, cudaStream_t stream);
 
 /// The data phase of a dispatch, with its beginning and end. Each row is read once and written
 /// once per destination rank, into the first of its rows there, with its record and, where the
-/// receiver has announced them, its entries of recv_topk_idx and recv_topk_weights.
+/// receiver has announced them, its entries of recv_topk_idx and recv_topk_weights. Layouts in
+/// which a token may have several rows: copied to the others as they arrive.
 struct SendArgs {
   LinkArgs link;
   Dims dims;
@@ -115,10 +119,17 @@ struct SendArgs {
   /// of layout kExpert (else null), against what the memory that was announced holds.
   const int32_t *tokens, *rows_end;
   int32_t token_capacity, row_capacity;
+  /// What arrives goes from the first row of its token to the others, and ids and weights to the
+  /// outputs; source[] of place is unused. The same on all ranks.
+  bool places;
+  int32_t most_senders;  ///< with `places`: blocks that send, at most ArrivalLayout::kMaxSenders
+  PlaceArgs place;
+  ArrivalLayout arrivals = ArrivalLayout(0, 0);  ///< in all ranks' windows
 };
 /// Whether this GPU can run launch_send with quant.
 bool can_quantise_on_the_way();
-/// Uses exactly num_sms SMs.
+/// Uses exactly num_sms SMs. With `places` half of them send, at most most_senders; the others copy
+/// what arrives, and the first, too, when they have sent all.
 void launch_send(const SendArgs& args, int num_sms, cudaStream_t stream);
 
 /// The beginning of a combine, and what it sends where x holds one row per received token, outside

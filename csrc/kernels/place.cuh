@@ -78,9 +78,15 @@ __device__ __forceinline__ uint32_t place_payload(const PlaceArgs& args, const R
   return firsts;
 }
 
-/// Local expert ids and weights: per slot in layout kToken, else per row.
+/// The expert of a lane's slot, if this rank has it, else -1.
+__device__ __forceinline__ int32_t local_expert(const PlaceArgs& args, const TokenSlots& slots) {
+  return slots.row >= 0 && slots.expert >= 0 ? args.experts.local[slots.expert] : -1;
+}
+
+/// Local expert ids and weights: per slot in layout kToken, else per row. local: of local_expert.
 __device__ __forceinline__ void place_outputs(const PlaceArgs& args, int64_t n,
-                                              const TokenSlots& slots, bool is_first) {
+                                              const TokenSlots& slots, int32_t local,
+                                              bool is_first) {
   const int lane = lane_index(), topk = args.dims.topk;
   const bool here = slots.row >= 0 && slots.expert >= 0;
   float weight = here ? __fadd_rn(0.0f, slots.weight) : 0.0f;
@@ -98,10 +104,12 @@ __device__ __forceinline__ void place_outputs(const PlaceArgs& args, int64_t n,
     }
   }
   if (!writes) return;
-  if (args.recv_topk_idx != nullptr)
-    store_index(args.recv_topk_idx, args.index_type, entry,
-                here ? args.experts.local[slots.expert] : -1);
+  if (args.recv_topk_idx != nullptr) store_index(args.recv_topk_idx, args.index_type, entry, local);
   if (args.recv_topk_weights != nullptr) args.recv_topk_weights[entry] = weight;
+}
+__device__ __forceinline__ void place_outputs(const PlaceArgs& args, int64_t n,
+                                              const TokenSlots& slots, bool is_first) {
+  place_outputs(args, n, slots, local_expert(args, slots), is_first);
 }
 
 /// Sets 4-byte words to value; by threads first, first + step, ...

@@ -64,11 +64,15 @@ __global__ void __launch_bounds__(kRowThreads, 1)
 
   const MetaLayout meta(topk);
   const int row_bytes = args.hidden * kElementBytes<kDtype>;
-  const RowJobs jobs(ranges.end[num_ranks - 1], row_bytes);
+  // A row of each source in turn, those of the next rank first: no owner is written to by all ranks
+  // at once.
+  const RowJobs jobs(num_ranks * ranges.longest(num_ranks), row_bytes);
   for (int j = jobs.first; j < jobs.count; j += jobs.step) {
     const RowJob job = jobs.at(j);
-    const int s = ranges.source(job.row, num_ranks);
-    const int32_t n = job.row + ranges.to_recv[s];
+    const int i = job.row / num_ranks, s = (args.rank + 1 + job.row - i * num_ranks) % num_ranks;
+    const int position = ranges.begin(s) + i;
+    if (position >= ranges.end[s]) continue;
+    const int32_t n = position + ranges.to_recv[s];
     void* record = meta.row(args.plan.recv_meta, n);
     const int64_t t = *meta.token(record, 0);
     const float* weights = args.topk_weights[s];
@@ -76,13 +80,13 @@ __global__ void __launch_bounds__(kRowThreads, 1)
                              args.by_token ? n : -1);
     for (int at = job.begin; at < job.end; at += Batch::kStep) {
       const int v = at + lane;
-      Batch batch;
+      Batch batch = {};
       sum_rows<kDtype>(args.x, row_bytes, token, v, job.end, batch);
       if constexpr (kDense)
         store_dense<kDtype>(batch, dense.rows + (int64_t{s} * dense.capacity + t) * args.hidden, v,
                             job.end);
       else
-        batch.store(args.target[s] + (int64_t{job.row} + ranges.to_source[s]) * row_bytes, v,
+        batch.store(args.target[s] + (int64_t{position} + ranges.to_source[s]) * row_bytes, v,
                     job.end);
     }
   }

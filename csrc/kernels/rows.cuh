@@ -28,14 +28,18 @@ struct RowJob {
 /// Cuts rows into jobs, enough of them to keep every warp of the grid busy, and deals them out so
 /// that few jobs spread over all SMs.
 struct RowJobs {
-  int parts, units, vectors;
   int first, step, count;
+  int parts, units, vectors;
 
-  __device__ RowJobs(int rows, int row_bytes) {
+  /// By all warps of the grid.
+  __device__ RowJobs(int rows, int row_bytes)
+      : RowJobs(rows, row_bytes,
+                warp_index() * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x),
+                static_cast<int>(gridDim.x * blockDim.x) / kWarpSize) {}
+  /// By warp number w of `warps`.
+  __device__ RowJobs(int rows, int row_bytes, int w, int warps) : first(w), step(warps) {
     vectors = row_bytes / kVectorBytes;
     units = (vectors + kWarpSize - 1) / kWarpSize;
-    step = static_cast<int>(gridDim.x * blockDim.x) / kWarpSize;
-    first = warp_index() * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
     const int wanted = rows > 0 ? (2 * step + rows - 1) / rows : 1;
     parts = max(min(wanted, units / kUnroll), 1);
     count = rows * parts;
@@ -240,6 +244,13 @@ struct SourceRanges {
       to_recv[s] = total_before + own.skipped - taken_before;
     }
     __syncthreads();
+  }
+  __device__ __forceinline__ int begin(int s) const { return s == 0 ? 0 : end[s - 1]; }
+  /// Most tokens taken of one source.
+  __device__ __forceinline__ int longest(int num_ranks) const {
+    int most = 0;
+    for (int s = 0; s < num_ranks; ++s) most = max(most, end[s] - begin(s));
+    return most;
   }
   /// The source of the token at a position, for a warp.
   __device__ __forceinline__ int source(int position, int num_ranks) const {

@@ -1,6 +1,7 @@
 // Send: the data phase of a dispatch between GPUs that store into each other's memory. A row is
 // read once, quantised in shared memory if asked, and written once per destination rank, straight
-// into its place in the tensor that the receiver's caller gets.
+// into its place in the tensor that the receiver's caller gets. Where a token may have several rows
+// there, the receiver copies it to the others as it arrives (kernels/place_arrived.cuh).
 //
 // Buffers: x, scales [T, bytes], first_row [T, R], plan.topk_idx, row [T, K] and slot [T, R],
 // topk_weights [T, K] are read. In rank r's window, at the offsets that r announced: row
@@ -10,15 +11,20 @@
 // rank (this rank + 1 + i): no receiver is hit by all senders at once. Pieces go to whoever comes
 // for them. The other warps write records and scales. Without bulk copies (before sm_90) all warps
 // copy through registers.
-// Memory order: kernels/link.cuh. Each thread waits until its bulk stores are written before its
-// block arrives at the end.
+// Placing: the blocks that start first send, so that a block which waits for rows never keeps one
+// from its SM that sends; the others place from the start, senders when they are done. Their last
+// warp writes no records, but tells how far the block has come, then follows what arrives.
+// Memory order: kernels/link.cuh, kernels/arrivals.cuh. Each thread waits until its bulk stores are
+// written before its block arrives at the end.
 #include <algorithm>
 
+#include "kernels/arrivals.cuh"
 #include "kernels/device.cuh"
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
 #include "kernels/link.cuh"
 #include "kernels/piece_numbers.cuh"
+#include "kernels/place_arrived.cuh"
 #include "kernels/quant.cuh"
 #include "kernels/rows.cuh"
 
@@ -42,6 +48,7 @@ constexpr int kMaxPieceBytes = kQuantised ? 4 << 10 : 16 << 10;
 
 // How a block is divided; the host and the kernel agree on it.
 struct SendShape {
+  int32_t senders;  // blocks that send
   int32_t row_warps, record_warps;
   int32_t pieces;       // of a row of x
   int32_t piece_bytes;  // the last may be shorter
@@ -50,6 +57,7 @@ struct SendShape {
 struct SendKernelArgs {
   SendArgs send;
   SendShape shape;
+  PlaceShape place;
 };
 static_assert(sizeof(SendKernelArgs) <= kMaxKernelArgs);
 
@@ -115,7 +123,8 @@ __device__ __forceinline__ QuantPiece quantize_piece(const SendArgs& args, char*
 // One warp's share of the pieces, number w of `warps`.
 template <Quant kQuant, Dtype kDtype>
 __device__ __forceinline__ void send_rows(const SendKernelArgs& args, const LinkCall& call, int w,
-                                          int warps, BulkBarrier* loaded, char* stages) {
+                                          int warps, SentByWarp sent, BulkBarrier* loaded,
+                                          char* stages) {
   const SendArgs& send = args.send;
   const SendShape& shape = args.shape;
   const int lane = lane_index();
@@ -132,8 +141,11 @@ __device__ __forceinline__ void send_rows(const SendKernelArgs& args, const Link
   fence_barrier_init();
   __syncwarp();
 
-  // Of the piece in each stage: row there, offset in its row (-1: no piece).
-  int32_t to[kStages], from[kStages];
+  // Of the piece in each stage: its token (those of a warp ascend), row there, offset in its row
+  // (-1: no piece).
+  int32_t of[kStages], to[kStages], from[kStages];
+  constexpr int kUnwritten = 2;        // pieces that may be on their way when the warp tells
+  int32_t unwritten[kUnwritten] = {};  // tokens of the pieces that were stored last
   auto bytes_at = [&](int offset) {
     return static_cast<uint32_t>(min(shape.piece_bytes, x_bytes - offset));
   };
@@ -141,7 +153,7 @@ __device__ __forceinline__ void send_rows(const SendKernelArgs& args, const Link
   auto load = [&](int s, int number) {
     from[s] = -1;
     if (number >= count) return;
-    const int token = number / shape.pieces;
+    const int token = of[s] = number / shape.pieces;
     from[s] = (number - token * shape.pieces) * shape.piece_bytes;
     if (lane == 0) {
       barrier_expect(loaded + s, bytes_at(from[s]));
@@ -159,6 +171,7 @@ __device__ __forceinline__ void send_rows(const SendKernelArgs& args, const Link
       if (from[s] < 0) {
         bulk_wait_written();
         fence_global_for_bulk();
+        sent.tell(send.num_tokens);
         return;
       }
       barrier_wait(loaded + s, parity);
@@ -183,6 +196,12 @@ __device__ __forceinline__ void send_rows(const SendKernelArgs& args, const Link
       }
       if (to[s] >= 0) bulk_store(rows + to[s] * row_bytes + offset, stage, bytes);
       bulk_commit();
+      unwritten[s % kUnwritten] = of[s];
+      if (const int oldest = unwritten[(s + 1) % kUnwritten]; sent.due(oldest)) {
+        bulk_wait_written<kUnwritten>();
+        fence_global_for_bulk();
+        sent.tell(oldest);
+      }
       // The stage to load into is that of the piece before, which may still be read.
       bulk_wait_read<1>();
       __syncwarp();
@@ -191,10 +210,11 @@ __device__ __forceinline__ void send_rows(const SendKernelArgs& args, const Link
   }
 }
 
-// The same through registers, by all warps of the block.
-__device__ __forceinline__ void copy_rows(const SendArgs& args, const LinkCall& call) {
+// The same through registers, by all warps that send.
+__device__ __forceinline__ void copy_rows(const SendArgs& args, const LinkCall& call, int w,
+                                          int warps) {
   const int64_t row_bytes = args.rows.row_bytes;
-  const RowJobs jobs(args.num_tokens, args.rows.row_bytes);
+  const RowJobs jobs(args.num_tokens, args.rows.row_bytes, w, warps);
   for (int j = jobs.first; j < jobs.count; j += jobs.step) {
     const RowJob job = jobs.at(j);
     const int32_t row = destination(args, job.row);
@@ -228,11 +248,12 @@ __device__ __forceinline__ void write_slots(const SendArgs& args, const LinkCall
 
 // What goes beside the rows of the tokens w, w + warps, ...: records, slots and scales.
 __device__ __forceinline__ void send_records(const SendArgs& args, const LinkCall& call, int w,
-                                             int warps) {
+                                             int warps, SentByWarp sent) {
   const MetaLayout meta(args.dims.topk);
   const int lane = lane_index(), topk = args.dims.topk, num_ranks = args.link.num_ranks;
   const bool weighted = args.topk_weights != nullptr;
   for (int t = w; t < args.num_tokens; t += warps) {
+    if (sent.due(t)) sent.tell(t);
     const int32_t first = destination(args, t);
     const int32_t slot =
         lane < num_ranks ? args.plan.slot[int64_t{t} * num_ranks + rank_of_lane(args.link)] : -1;
@@ -260,6 +281,7 @@ __device__ __forceinline__ void send_records(const SendArgs& args, const LinkCal
                    args.scales + int64_t{t} * args.rows.scale_bytes, args.rows.scale_bytes);
     }
   }
+  sent.tell(args.num_tokens);
 }
 
 // Tokens or rows that this rank receives and has no room for.
@@ -279,33 +301,69 @@ __device__ __forceinline__ bool has_no_routing(const SendArgs& args) {
   return true;
 }
 
+// A block's share of what this rank sends; sent null: nobody wants to know how far it has come.
+template <Quant kQuant, Dtype kDtype>
+__device__ __forceinline__ void send_share(const SendKernelArgs& args, const LinkCall& call,
+                                           SentTokens* sent, BulkBarrier* loaded) {
+  const SendArgs& send = args.send;
+  const SendShape& shape = args.shape;
+  const int warp = warp_index(), row_warps = shape.row_warps, record_warps = shape.record_warps;
+  if (warp >= row_warps + record_warps)
+    return publish_sent(send, call, *sent, row_warps + record_warps);
+  const SentByWarp told(sent, signal_step(send.num_tokens));
+  // Warps of one block have pieces far apart, so that few pieces, too, spread over all SMs.
+  if constexpr (kHasBulkCopies) {
+    if (warp < row_warps)
+      send_rows<kQuant, kDtype>(args, call, warp * shape.senders + call.block,
+                                row_warps * shape.senders, told, loaded + warp * kStages,
+                                dynamic_shared() + warp * kStages * shape.stage_bytes);
+  } else {
+    copy_rows(send, call, warp * shape.senders + call.block,
+              (row_warps + record_warps) * shape.senders);
+    if (warp < row_warps) SentByWarp(told).tell(send.num_tokens);
+  }
+  if (warp >= row_warps)
+    send_records(send, call, (warp - row_warps) * shape.senders + call.block,
+                 record_warps * shape.senders, told);
+}
+
+// A block's share of what this rank receives.
+__device__ __forceinline__ void place_share(const SendKernelArgs& args, const LinkCall& call,
+                                            Arrivals& here, BulkBarrier* loaded) {
+  // What this block has sent does not use its shared memory any more, which bulk loads fill now.
+  if constexpr (kHasBulkCopies) fence_shared_for_bulk();
+  __syncthreads();
+  here.fill(args.send, args.shape.senders);
+  const int warp = warp_index();
+  if (here.may_wait == 0) return;  // blocks that start later do it
+  if (warp == args.shape.row_warps + args.shape.record_warps)
+    watch_arrivals(args.send, call, here);
+  else if (warp < args.place.warps)
+    place_arrived(args.send, args.place, here,
+                  {dynamic_shared() + warp * kPlaceGroup * args.place.stage_bytes,
+                   loaded + warp * kPlaceGroup});
+}
+
 template <Quant kQuant, Dtype kDtype>
 __global__ void __launch_bounds__((kMaxRowWarps<kQuant != Quant::kNone> +
                                    kRecordWarps<kQuant != Quant::kNone>)*kWarpSize,
                                   1) send_kernel(const __grid_constant__ SendKernelArgs args) {
   EPCOMM_SHARED(LinkCall, call);
   EPCOMM_SHARED(BulkBarrier[kMaxRowWarps<kQuant != Quant::kNone> * kStages], loaded);
+  EPCOMM_SHARED(BulkBarrier[kMaxPlaceWarps * kPlaceGroup], place_loaded);
+  EPCOMM_SHARED(SentTokens, sent);
+  EPCOMM_SHARED(Arrivals, here);
   const SendArgs& send = args.send;
-  const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
   if (has_no_routing(send)) return;
-  const int32_t missing = blockIdx.x == 0 ? missing_room(send) : 0;
-  if (link_enter(send.link, call, nullptr, 0, missing)) {
-    if (block == 0 && send.link.statistics.received_tokens != nullptr)
+  sent.clear();
+  if (link_enter(send.link, call, nullptr, 0, missing_room(send),
+                 send.places ? BlockOrder::kStarted : BlockOrder::kIndex)) {
+    if (call.block == 0 && send.link.statistics.received_tokens != nullptr)
       for (int e = thread_index(); e < send.dims.local_experts; e += static_cast<int>(blockDim.x))
         add_received(send.link.statistics, e, send.plan.tokens_per_expert[e]);
-    const int warp = warp_index(), row_warps = args.shape.row_warps;
-    if constexpr (kHasBulkCopies) {
-      // Warps of one block have pieces far apart, so that few pieces, too, spread over all SMs.
-      if (warp < row_warps)
-        send_rows<kQuant, kDtype>(args, call, warp * blocks + block, row_warps * blocks,
-                                  loaded + warp * kStages,
-                                  dynamic_shared() + warp * kStages * args.shape.stage_bytes);
-    } else {
-      copy_rows(send, call);
-    }
-    const int record_warps = args.shape.record_warps;
-    if (warp >= row_warps)
-      send_records(send, call, (warp - row_warps) * blocks + block, record_warps * blocks);
+    if (call.block < args.shape.senders)
+      send_share<kQuant, kDtype>(args, call, send.places ? &sent : nullptr, loaded);
+    if (send.places) place_share(args, call, here, place_loaded);
   }
   link_finish(send.link, call);
 }
@@ -324,6 +382,21 @@ SendShape shape_of(const SendArgs& args) {
   const size_t warps = kSharedBytes / (kStages * static_cast<size_t>(shape.stage_bytes));
   shape.row_warps = static_cast<int32_t>(std::min<size_t>(warps, size_t{kMaxRowWarps<kQuantised>}));
   shape.record_warps = kRecordWarps<kQuantised>;
+  return shape;
+}
+
+PlaceShape place_shape_of(const RowSpec& rows, int most_warps) {
+  PlaceShape shape;
+  shape.pieces = (rows.row_bytes + kMaxPlacePieceBytes - 1) / kMaxPlacePieceBytes;
+  shape.piece_bytes = static_cast<int32_t>(align_up(
+      static_cast<size_t>((rows.row_bytes + shape.pieces - 1) / shape.pieces), kRowAlignment));
+  const bool bulk = rows.scale_bytes % kVectorBytes == 0 && rows.scale_bytes <= kMaxPlacePieceBytes;
+  shape.scale_bytes = bulk ? rows.scale_bytes : 0;
+  shape.stage_bytes = shape.piece_bytes + static_cast<int32_t>(align_up(
+                                              static_cast<size_t>(shape.scale_bytes), kBulkLine));
+  const size_t warps = kSharedBytes / (kPlaceGroup * static_cast<size_t>(shape.stage_bytes));
+  shape.warps = static_cast<int32_t>(
+      std::min<size_t>(warps, static_cast<size_t>(std::min(most_warps, kMaxPlaceWarps))));
   return shape;
 }
 
@@ -355,14 +428,27 @@ bool can_quantise_on_the_way() { return device_attribute(cudaDevAttrComputeCapab
 
 void launch_send(const SendArgs& args, int num_sms, cudaStream_t stream) {
   check_aligned(args.x, "x");
-  const SendShape shape = args.quant == Quant::kNone ? shape_of<false>(args) : shape_of<true>(args);
+  SendKernelArgs kernel = {};
+  kernel.send = args;
+  SendShape& shape = kernel.shape;
+  shape = args.quant == Quant::kNone ? shape_of<false>(args) : shape_of<true>(args);
+  const int blocks = persistent_blocks(num_sms);
+  const int warps = shape.row_warps + shape.record_warps;
+  size_t stages =
+      static_cast<size_t>(shape.row_warps * kStages) * static_cast<size_t>(shape.stage_bytes);
+  shape.senders = blocks;
+  if (args.places) {
+    check_aligned(args.place.recv_x, "recv_x");
+    check_aligned(args.place.recv_scales, "recv_scales");
+    shape.senders = std::min((blocks + 1) / 2, args.most_senders);
+    kernel.send.link.entry.senders = shape.senders;
+    kernel.place = place_shape_of(args.rows, warps);
+    stages = std::max(stages, kernel.place.shared_bytes());
+    --shape.record_warps;
+  }
   const bool bulk = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
-  const size_t stages =
-      bulk ? static_cast<size_t>(shape.row_warps * kStages) * static_cast<size_t>(shape.stage_bytes)
-           : 0;
-  launch("launch of send", kernel_of(args),
-         {persistent_blocks(num_sms), (shape.row_warps + shape.record_warps) * kWarpSize, stages},
-         stream, SendKernelArgs{args, shape});
+  launch("launch of send", kernel_of(args), {blocks, warps * kWarpSize, bulk ? stages : 0}, stream,
+         kernel);
 }
 
 }  // namespace epcomm

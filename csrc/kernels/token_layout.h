@@ -175,6 +175,37 @@ struct ControlLayout {
   }
 };
 
+/// How far the rows of a dispatch have come: in every rank's window, a word per source rank and
+/// block of it that sends rows. Each word is written by that block alone and only grows, from call
+/// to call and within a call: a wait asks for "at least".
+struct ArrivalLayout {
+  static constexpr int kMaxSenders = 32;  ///< blocks of a source that send
+  static constexpr int kCountBits = 24;
+  static constexpr int32_t kAll = (1 << kCountBits) - 1;  ///< a count: all rows of the call
+
+  size_t begin, end;  ///< offsets in the window
+
+  EPCOMM_HOST_DEVICE ArrivalLayout(int num_ranks, size_t begin_)
+      : begin(align_up(begin_, kBlockAlignment)),
+        end(begin + static_cast<size_t>(num_ranks) * kMaxSenders * sizeof(uint64_t)) {}
+  EPCOMM_HOST_DEVICE size_t word(int source, int sender) const {
+    return begin + static_cast<size_t>(source * kMaxSenders + sender) * sizeof(uint64_t);
+  }
+  /// What a word holds when, of the first count tokens that its source sends to the word's rank,
+  /// the block has stored its part.
+  EPCOMM_HOST_DEVICE static constexpr uint64_t signal(uint64_t epoch, int32_t count) {
+    return epoch << kCountBits | static_cast<uint64_t>(count < kAll ? count : kAll - 1);
+  }
+  EPCOMM_HOST_DEVICE static constexpr uint64_t signal_all(uint64_t epoch) {
+    return epoch << kCountBits | static_cast<uint64_t>(kAll);
+  }
+  /// The count that a word holds, of a call: 0 = nothing yet.
+  EPCOMM_HOST_DEVICE static constexpr int32_t count(uint64_t word, uint64_t epoch) {
+    if (word >> kCountBits != epoch) return word >> kCountBits > epoch ? kAll : 0;
+    return static_cast<int32_t>(word & kAll);
+  }
+};
+
 /// Where the rows of small batches wait for their receiver, in every rank's window, and the signals
 /// that say that they are there. Each part has a slot per source rank; all but the signals
 /// alternate by the parity of the epoch.

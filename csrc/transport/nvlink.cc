@@ -55,7 +55,8 @@ bool takes_small_path(const TransportContext& context) {
 
 NvlinkLayout::NvlinkLayout(const TransportContext& context, const ControlLayout& control,
                            bool takes_small)
-    : small(small_layout(context, control.arena, peer_link_kernels().puts)) {
+    : small(small_layout(context, control.arena, peer_link_kernels().puts)),
+      arrivals(context.bootstrap.size(), control.arena) {
   if (takes_small) {
     weights = staging = arena = bytes = align_up(small.end, kPage);
     return;
@@ -63,7 +64,7 @@ NvlinkLayout::NvlinkLayout(const TransportContext& context, const ControlLayout&
   const Config& config = context.options.config;
   const size_t ranks = static_cast<size_t>(context.bootstrap.size()),
                tokens = static_cast<size_t>(config.max_tokens);
-  weights = control.arena;
+  weights = align_up(arrivals.end, kPage);
   staging = align_up(weights + tokens * static_cast<size_t>(config.topk) * sizeof(float), kPage);
   arena = align_up(staging + ranks * tokens * small.row_bytes, kPage);
   bytes = arena + arena_bytes(context);

@@ -12,7 +12,9 @@ namespace {
 // Blocks that bring the link to its limit (docs/nvlink.md); more would only take SMs from others.
 constexpr int kDispatchSms = 16;
 constexpr int kQuantisingSms = 20;  // where the link waits for arithmetic
+constexpr int kPlacingSms = 16;     // beside them, to copy what arrives to further rows
 constexpr int kCombineSms = 24;
+constexpr int kSummingSms = 48;  // where rows are summed before they cross the link
 
 }  // namespace
 
@@ -83,25 +85,28 @@ void NvlinkTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
     send.row_capacity = args.row_capacity;
   }
   send.first_row = plan.layout == Layout::kToken ? plan.view.slot : plan.view.first_row;
-  const int usual_sms = args.quant == Quant::kNone ? kDispatchSms : kQuantisingSms;
+  const int sending_sms = args.quant == Quant::kNone ? kDispatchSms : kQuantisingSms;
+  send.places = plan.layout != Layout::kToken;
+  send.most_senders = sending_sms;
+  send.place = route_.place_args(plan, args);
+  send.arrivals = layout_.arrivals;
+  const int usual_sms = sending_sms + (send.places ? kPlacingSms : 0);
   const int num_sms = args.num_sms > 0 ? args.num_sms : usual_sms;
-  const PlaceArgs place = route_.place_args(plan, args);
   // With counts on the host every entry of layout kToken that the caller gets has a token. Cleared
   // before the peers are let in.
   const bool has_room = args.needed_bytes == 0 && args.recv_capacity >= 0;
   if (has_room && (plan.layout != Layout::kToken || !plan.host_sync))
-    launch_clear_outputs(place, stream);
+    launch_clear_outputs(send.place, stream);
   launch_send(send, num_sms, stream);
   if (args.needed_bytes != 0) {
     call.end();
     wait_entered(send.link.token);
     throw WindowFull(rank_, args.needed_bytes, args.free_bytes);
   }
-  // The peers have written what is in the window.
+  // Of layout kToken the peers have written what is in the window.
   const bool slots_left = (args.recv_topk_idx != nullptr && entry.topk_idx == 0) ||
                           (args.recv_topk_weights != nullptr && entry.topk_weights == 0);
-  if (has_room && (plan.layout != Layout::kToken || slots_left))
-    launch_place(place, num_sms, stream);
+  if (has_room && !send.places && slots_left) launch_place(send.place, num_sms, stream);
   if (has_room && args.recv_scale_columns != nullptr) make_columns(plan, args, num_sms);
   call.end();
   // The host has waited in this dispatch already, so that it may as well learn of a full window or
@@ -150,7 +155,8 @@ void NvlinkTransport::combine(const Plan& plan, const CombineArgs& args) {
   // from where they are. Others are stored to the owners: single rows as they are, several of a
   // token summed here first.
   const bool one_row = args.by_token || plan.layout == Layout::kToken;
-  const int num_sms = args.num_sms > 0 ? args.num_sms : kCombineSms;
+  const int usual_sms = one_row ? kCombineSms : kSummingSms;
+  const int num_sms = args.num_sms > 0 ? args.num_sms : usual_sms;
   pull.pushed = !one_row || !arena_.contains(args.x, 1);
   pull.weighted = !one_row;
   if (!pull.pushed) entry.rows = offset_of(args.x);

@@ -9,6 +9,7 @@
 // Window map, alike on all ranks:
 //   control   ControlLayout: the inboxes of the peers
 //   small     SmallLayout: staging of small batches; then nothing of the following is there
+//   arrivals  ArrivalLayout: how far the peers have come with rows that are placed as they arrive
 //   weights   [max_tokens, topk] float: this rank's topk_weights of a combine, read by the peers
 //   staging   [num_ranks, max_tokens] rows: partial rows for this rank's tokens, by the rank that
 //             stores them; only where a combine's input lies outside the window
@@ -27,6 +28,7 @@ namespace epcomm {
 
 struct NvlinkLayout {
   SmallLayout small;
+  ArrivalLayout arrivals;
   size_t weights, staging, arena, bytes;
   /// takes_small: of takes_small_path.
   NvlinkLayout(const TransportContext& context, const ControlLayout& control, bool takes_small);

@@ -65,10 +65,10 @@ void BulkCopies::finish_reads(const Thread& thread, uint32_t pending) {
       read(copy);
 }
 
-void BulkCopies::finish_writes(const Thread& thread) {
+void BulkCopies::finish_writes(const Thread& thread, uint32_t pending) {
   for (size_t i = copies_.size(); i-- > 0;)
     if (copies_[i].thread == &thread && copies_[i].barrier == nullptr &&
-        copies_[i].group < thread.bulk_groups) {
+        copies_[i].group + pending < thread.bulk_groups) {
       write(copies_[i]);
       remove(i);
     }
@@ -76,7 +76,12 @@ void BulkCopies::finish_writes(const Thread& thread) {
 
 bool BulkCopies::advance(Random& random) {
   if (copies_.empty()) return false;
-  const size_t i = random.below(static_cast<uint32_t>(copies_.size()));
+  size_t i = random.below(static_cast<uint32_t>(copies_.size()));
+  if (late_stores) {
+    size_t tries = copies_.size();
+    while (copies_[i].barrier == nullptr && --tries != 0) i = (i + 1) % copies_.size();
+    if (copies_[i].barrier == nullptr) return false;
+  }
   if (!copies_[i].has_read) {
     read(copies_[i]);
   } else {

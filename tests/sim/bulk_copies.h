@@ -34,13 +34,15 @@ static_assert(sizeof(Barrier) == sizeof(uint64_t));
 
 class BulkCopies {
  public:
+  bool late_stores = false;  ///< stores take no step by themselves
+
   void load(Thread& thread, void* shared, const void* global, uint32_t bytes, Barrier* barrier);
   void store(Thread& thread, void* global, const void* shared, uint32_t bytes);
   void commit(Thread& thread);
   /// Until of the thread's committed groups all but the newest `pending` have read shared memory.
   void finish_reads(const Thread& thread, uint32_t pending);
-  /// Until all that the thread has committed is written.
-  void finish_writes(const Thread& thread);
+  /// Until of the thread's committed groups all but the newest `pending` are written.
+  void finish_writes(const Thread& thread, uint32_t pending);
   /// A step of any copy. False if there is none.
   bool advance(Random& random);
   void finish();

@@ -68,6 +68,11 @@ Grid::Grid(const GridShape& shape_, const GridSettings& settings, std::function<
   copy_steps_ = pick_one({1, 8, 200});
   hold_back_steps_ = pick_one({4, 64, 1000});
   late_stores_ = pick_one({0, 4, 64});
+  copies.late_stores = settings.late_bulk_stores;
+  for (unsigned i = shape.blocks; i-- > 0;) to_start_.push_back(i);
+  if (settings_.any_order)
+    for (uint32_t n = shape.blocks; n > 1; --n)
+      std::swap(to_start_[n - 1], to_start_[random_.below(n)]);
 }
 
 Grid::~Grid() {
@@ -89,7 +94,8 @@ void Grid::start_block() {
   auto owner = std::make_unique<Block>();
   Block& block = *owner;
   block.grid = this;
-  block.index = started_++;
+  block.index = to_start_.back();
+  to_start_.pop_back();
   block.live = static_cast<int>(shape.threads);
   std::tie(block.dynamic_memory, block.dynamic) = shared_memory(shape.shared_bytes);
   const size_t num_warps = (shape.threads + kWarpThreads - 1) / kWarpThreads;
@@ -129,7 +135,7 @@ void Grid::end_block(Block& block) {
 void Grid::run() {
   begin_ = std::chrono::steady_clock::now();
   while (ended_ < shape.blocks && fault_.empty()) {
-    while (started_ < shape.blocks && blocks_.size() < static_cast<size_t>(max_resident()))
+    while (!to_start_.empty() && blocks_.size() < static_cast<size_t>(max_resident()))
       start_block();
     if (!runnable_.empty()) {
       run_warp(pick());

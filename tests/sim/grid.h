@@ -118,6 +118,8 @@ struct GridSettings {
   int num_sms = 1;
   uint64_t seed = 0;
   double limit_s = 60;
+  bool any_order = false;  // blocks start at random, not by their index
+  bool late_bulk_stores = false;
 };
 
 class Grid {
@@ -168,7 +170,8 @@ class Grid {
   std::vector<std::unique_ptr<Block>> blocks_;  // resident
   std::vector<Warp*> runnable_;
   std::vector<Thread::DelayedStore> unseen_;  // of threads that have ended
-  unsigned started_ = 0, ended_ = 0;
+  std::vector<unsigned> to_start_;            // the next one last
+  unsigned ended_ = 0;
   size_t idle_picks_ = 0, idle_rounds_ = 0;
   uint64_t steps_ = 0;
   std::chrono::steady_clock::time_point begin_;

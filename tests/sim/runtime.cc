@@ -185,7 +185,9 @@ cudaError_t enqueue_grid(const cudaLaunchConfig_t& config, std::function<void()>
   const GridShape shape{blocks.x, threads.x, config.dynamicSmemBytes};
   stream.enqueue([i, shape, kernel = std::move(kernel)](FiberPool& fibers) {
     if (failed(i)) return;
-    GridSettings settings{i, options().num_sms, 0, options().limit_s};
+    GridSettings settings{i, options().num_sms - options().busy_sms, 0, options().limit_s};
+    settings.any_order = options().busy_sms > 0;
+    settings.late_bulk_stores = options().late_bulk_stores;
     {
       std::lock_guard lock(device(i).mutex);
       settings.seed =

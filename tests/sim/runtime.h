@@ -25,6 +25,11 @@ struct Options {
   uint64_t seed;  ///< the environment's EPCOMM_SIM_SEED, else 1
   int num_devices = 8;
   int num_sms = 2;
+  /// SMs that other work holds: blocks that have no room start when others have ended, in any
+  /// order.
+  int busy_sms = 0;
+  /// Bulk stores are written when they are waited for, or their grid ends, and not before.
+  bool late_bulk_stores = false;
   double limit_s = 60;  ///< that a grid or an event may take before it counts as a deadlock
   size_t memory_bytes = size_t{4} << 30;  ///< of a device
   bool print_faults = true;

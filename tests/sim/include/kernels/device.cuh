@@ -55,6 +55,16 @@ inline uint64_t load_relaxed_system(const uint64_t* p,
   return __atomic_load_n(p, __ATOMIC_RELAXED);
 }
 inline void fence_system() { __threadfence_system(); }
+inline void store_release_block(int32_t* p, int32_t value) {
+  sim::grid().hold_back();
+  sim::grid().flush_stores();
+  __atomic_store_n(p, value, __ATOMIC_RELEASE);
+}
+inline int32_t load_acquire_block(const int32_t* p,
+                                  const sim::Where& where = sim::Where::current()) {
+  sim::grid().poll("load_acquire_block", where);
+  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
 inline uint64_t global_time_ns() {
   return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(
                                    std::chrono::steady_clock::now().time_since_epoch())
@@ -119,9 +129,10 @@ inline void bulk_wait_read() {
   sim::grid().hold_back();
   sim::grid().copies.finish_reads(sim::self(), kPending);
 }
+template <int kPending = 0>
 inline void bulk_wait_written() {
   sim::grid().hold_back();
-  sim::grid().copies.finish_writes(sim::self());
+  sim::grid().copies.finish_writes(sim::self(), kPending);
 }
 inline void fence_shared_for_bulk() {}
 inline void fence_global_for_bulk() {}
