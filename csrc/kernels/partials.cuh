@@ -71,6 +71,15 @@ struct PartialToken {
     if (only_row >= 0) row = only_row;
     summands = weighted ? __ballot_sync(kFullWarp, row >= 0) : distinct_rows(row);
   }
+  /// row, weight: of the lane's slot.
+  __device__ __forceinline__ PartialToken(int32_t row_, float weight_, bool weighted_)
+      : row(row_), weight(weight_), weighted(weighted_) {
+    summands = weighted ? __ballot_sync(kFullWarp, row >= 0) : distinct_rows(row);
+  }
+  /// Whether the partial is a row as it is.
+  __device__ __forceinline__ bool is_one_row() const { return !weighted && __popc(summands) == 1; }
+  /// Of the lane's slot; for k the same in all lanes.
+  __device__ __forceinline__ int32_t row_of(int k) const { return __shfl_sync(kFullWarp, row, k); }
 };
 
 /// Adds the rows of the vectors v, v + 32, ... of a token; batch holds what was read last.
@@ -91,15 +100,41 @@ __device__ __forceinline__ void add_rows(const char* x, int64_t row_bytes,
   }
 }
 
+/// As add_rows, for kernels with room for several rows in registers: kRows are on their way at a
+/// time, and a sum of few rows takes the time of one load. kWeighted: token.weighted.
+template <int kRows, bool kWeighted, Dtype kDtype>
+__device__ __forceinline__ void add_rows_at_once(const char* x, int64_t row_bytes,
+                                                 const PartialToken& token, int v, int end,
+                                                 Sum<kDtype>& sum) {
+  for (uint32_t rest = token.summands; rest != 0;) {
+    Batch batch[kRows] = {};  // so that none lives from one round to the next
+    float weight[kRows];
+    const int rows = min(__popc(rest), kRows);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (i >= rows) continue;
+      const int k = take_lowest(rest);
+      batch[i].load(x + token.row_of(k) * row_bytes, v, end);
+      if constexpr (kWeighted) weight[i] = __shfl_sync(kFullWarp, token.weight, k);
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (i >= rows) continue;
+      if constexpr (kWeighted)
+        sum.add_weighted(batch[i], weight[i]);
+      else
+        sum.add(batch[i]);
+    }
+  }
+}
+
 /// The partial of the vectors v, v + 32, ... of a token.
 template <Dtype kDtype>
 __device__ __forceinline__ void sum_rows(const char* x, int64_t row_bytes,
                                          const PartialToken& token, int v, int end, Batch& batch) {
-  uint32_t rest = token.summands;
-  if (!token.weighted && __popc(rest) == 1) {
-    // The row as it is.
-    const int32_t row = __shfl_sync(kFullWarp, token.row, take_lowest(rest));
-    batch.load(x + row * row_bytes, v, end);
+  if (token.is_one_row()) {
+    uint32_t rest = token.summands;
+    batch.load(x + token.row_of(take_lowest(rest)) * row_bytes, v, end);
     return;
   }
   Sum<kDtype> sum;

@@ -60,21 +60,45 @@ struct BlockRows {
   }
 };
 
-/// Cuts the rows that a block sends into jobs of its warps; RowJob::row is a number below count.
-struct BlockJobs {
-  int parts, units, vectors, jobs;
+/// Rows cut into jobs, for the warps of a block or of the grid: into as many parts as have the
+/// warps done soonest, counted in batches of `unroll` vectors a lane. RowJob::row is a number below
+/// rows.
+struct SmallJobs {
+  static constexpr int kMostParts = 16;
+  int parts, units, vectors;
+  int first, step, count;
 
-  /// least_parts: of a row, however many rows there are.
-  __device__ BlockJobs(int count, int row_bytes, int least_parts = 1) {
-    vectors = row_bytes / kVectorBytes;
-    units = (vectors + kWarpSize - 1) / kWarpSize;
-    parts = max(min(kSmallWarps / max(count, 1), units), least_parts);
-    jobs = count * parts;
+  /// Of the rows that a block sends. least_parts: of a row, however many rows there are.
+  static __device__ SmallJobs of_block(int rows, int row_bytes, int unroll, int least_parts = 1) {
+    return SmallJobs(rows, row_bytes, unroll, least_parts, warp_index(), kSmallWarps);
+  }
+  static __device__ SmallJobs of_grid(int rows, int row_bytes, int unroll) {
+    const int blocks = static_cast<int>(gridDim.x);
+    return SmallJobs(rows, row_bytes, unroll, 1,
+                     warp_index() * blocks + static_cast<int>(blockIdx.x), kSmallWarps * blocks);
   }
   __device__ __forceinline__ RowJob at(int job) const {
     const int row = job / parts, part = job - row * parts;
     return {row, units * part / parts * kWarpSize,
             min(units * (part + 1) / parts * kWarpSize, vectors), part == 0};
+  }
+
+ private:
+  __device__ __forceinline__ SmallJobs(int rows, int row_bytes, int unroll, int least_parts,
+                                       int first_, int step_)
+      : parts(1), first(first_), step(step_) {
+    vectors = row_bytes / kVectorBytes;
+    units = (vectors + kWarpSize - 1) / kWarpSize;
+    int least_batches = 0;
+    for (int p = 1; p <= kMostParts && (p == 1 || p <= units); p *= 2) {
+      const int rounds = (rows * p + step - 1) / step;
+      const int batches = rounds * (((units + p - 1) / p + unroll - 1) / unroll);
+      if (p != 1 && batches >= least_batches) continue;
+      parts = p;
+      least_batches = batches;
+    }
+    parts = max(parts, least_parts);
+    count = rows * parts;
   }
 };
 

@@ -20,6 +20,8 @@
 // of their shares (kernels/small.cuh).
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/device.cuh"
 #include "kernels/elements.cuh"
 #include "kernels/launch.cuh"
@@ -61,93 +63,182 @@ __device__ __forceinline__ int32_t received_from(const SmallCombineArgs& args, i
   return args.plan.rank_count[s * args.dims.num_ranks + args.link.rank];
 }
 
-// A job's part of a partial row, as kFp8. staged: kStagedScaleBytes of shared memory.
+// What this block sends: rows of all sources, lined up source by source, the next rank first, so
+// that no receiver is hit by all ranks at once. Lane l has the l-th of these sources. All functions
+// by a whole warp.
+struct BlockPartials {
+  int num_ranks, rank, source;
+  int32_t before;  // tokens of lower ranks
+  int32_t end;     // rows of this block, of the sources up to this one
+  int32_t rows;    // of all
+
+  // received: [R] in shared memory, filled for whoever meets a barrier with the block's first warp.
+  __device__ BlockPartials(const SmallCombineArgs& args, int32_t* received)
+      : num_ranks(args.dims.num_ranks), rank(args.link.rank) {
+    const int lane = lane_index();
+    const int32_t tokens = lane < num_ranks ? received_from(args, lane) : 0;
+    if (warp_index() == 0 && lane < num_ranks) received[lane] = tokens;
+    source = (rank + 1 + lane) % num_ranks;
+    before = __shfl_sync(kFullWarp, up_to_here(tokens) - tokens, source);
+    const int32_t own = BlockRows(__shfl_sync(kFullWarp, tokens, source)).count;
+    end = up_to_here(lane < num_ranks ? own : 0);
+    rows = __shfl_sync(kFullWarp, end, kWarpSize - 1);
+  }
+  struct Row {
+    int source;
+    int32_t i;  // of the tokens received from source
+    int32_t n;  // received token
+  };
+  // Row q < rows. own: of any number of rows.
+  __device__ __forceinline__ Row at(const BlockRows& own, int q) const {
+    const int l = __popc(__ballot_sync(kFullWarp, lane_index() < num_ranks && end <= q));
+    const int32_t earlier = __shfl_sync(kFullWarp, end, (l + kWarpSize - 1) % kWarpSize);
+    const int32_t i = own.at(q - (l > 0 ? earlier : 0));
+    return {__shfl_sync(kFullWarp, source, l), i, __shfl_sync(kFullWarp, before, l) + i};
+  }
+  // The received token that is the i-th from a source.
+  __device__ __forceinline__ int32_t received_token(int of, int32_t i) const {
+    return __shfl_sync(kFullWarp, before, (of - rank - 1 + num_ranks) % num_ranks) + i;
+  }
+
+ private:
+  // The sum over the lanes up to this one.
+  static __device__ __forceinline__ int32_t up_to_here(int32_t value) {
+#pragma unroll
+    for (int d = 1; d < kWarpSize; d *= 2) {
+      const int32_t below = __shfl_up_sync(kFullWarp, value, d);
+      if (lane_index() >= d) value += below;
+    }
+    return value;
+  }
+};
+
+// A job's part of a partial row that is one row as it is.
 template <Dtype kDtype>
-__device__ __forceinline__ void store_fp8(const SmallCombineArgs& args, const PartialToken& token,
-                                          const RowJob& job, char* staged, char* to) {
+__device__ __forceinline__ void copy_row(const SmallCombineArgs& args, const PartialToken& token,
+                                         const RowJob& job, char* to) {
+  uint32_t rest = token.summands;
+  const char* from =
+      args.x + int64_t{token.row_of(take_lowest(rest))} * args.hidden * kElementBytes<kDtype>;
+  using Rows = BatchOf<kSmallUnroll>;
+  for (int at = job.begin; at < job.end; at += Rows::kStep) {
+    const int v = at + lane_index();
+    Rows batch{};
+    batch.load(from, v, job.end);
+    batch.store(to, v, job.end);
+  }
+}
+
+// A job's part of a partial row.
+template <Quant kQuant, bool kWeighted, Dtype kDtype>
+__device__ __forceinline__ void store_partial(const SmallCombineArgs& args,
+                                              const PartialToken& token, const RowJob& job,
+                                              char* to) {
+  constexpr bool kFp8 = kQuant == Quant::kFp8;
   const int row_bytes = args.hidden * kElementBytes<kDtype>;
-  const auto range = ScaleRange::of<Quant::kFp8, kDtype>(
-      job, row_bytes / kVectorBytes, make_quant_layout(Quant::kFp8, args.hidden));
+  if (!kFp8 && token.is_one_row()) return copy_row<kDtype>(args, token, job, to);
+  // Several slots with one row, as in layout kToken.
+  const bool read_once = kWeighted && __popc(distinct_rows(token.row)) == 1;
+  constexpr int kSummandsAtOnce = kFp8 ? 2 : 3;  // what there are registers for
+  [[maybe_unused]] ScaleRange range{};
+  if constexpr (kFp8)
+    range = ScaleRange::of<kQuant, kDtype>(job, row_bytes / kVectorBytes,
+                                           make_quant_layout(kQuant, args.hidden));
+  [[maybe_unused]] char* staged = dynamic_shared() + warp_index() * kStagedScaleBytes;
   for (int at = job.begin; at < job.end; at += Batch::kStep) {
     const int v = at + lane_index();
-    Batch batch{};  // beyond the end of the row
     Sum<kDtype> sum;
     sum.clear();
-    add_rows(args.x, row_bytes, token, v, job.end, batch, sum);
-    store_sum_fp8(sum, to, staged - range.begin, v, job.end);
+    if (read_once) {
+      Batch batch{};
+      add_rows(args.x, row_bytes, token, v, job.end, batch, sum);
+    } else {
+      add_rows_at_once<kSummandsAtOnce, kWeighted>(args.x, row_bytes, token, v, job.end, sum);
+    }
+    if constexpr (kFp8) {
+      store_sum_fp8(sum, to, staged - range.begin, v, job.end);
+    } else {
+      Batch batch;
+      sum.round_to(batch);
+      batch.store(to, v, job.end);
+    }
   }
-  __syncwarp();
-  copy_bytes(to + args.hidden + range.begin, staged, range.bytes);
-  __syncwarp();  // before the scales of the next job
+  if constexpr (kFp8) {
+    __syncwarp();
+    copy_bytes(to + args.hidden + range.begin, staged, range.bytes);
+    __syncwarp();  // before the scales of the next job
+  }
 }
 
 template <class Link, Quant kQuant, Dtype kDtype>
 __device__ __forceinline__ void send_partials(const SmallCombineArgs& args, uint64_t epoch) {
-  EPCOMM_SHARED(SourceRanges, ranges);
+  EPCOMM_SHARED(int32_t[kMaxLinkRanks], received);
   const LinkArgs& link = args.link;
-  const int num_ranks = args.dims.num_ranks, topk = args.dims.topk;
+  const int topk = args.dims.topk;
   constexpr bool kFp8 = kQuant == Quant::kFp8;
   const int row_bytes = args.hidden * kElementBytes<kDtype>;
   const auto sent_bytes =
       static_cast<uint32_t>(kFp8 ? fp8_row_bytes(args.hidden) : static_cast<size_t>(row_bytes));
-  // Lines up what this block sends to each source.
-  ranges.fill(num_ranks, [&](int s) {
-    const int32_t total = received_from(args, s);
-    return SourceCount{0, BlockRows(total).count, total};
-  });
   const MetaLayout meta(topk);
   const BlockRows own(0);
+  const BlockPartials partials(args, received);
   int least_parts = 1;
   if constexpr (kFp8) least_parts = least_quant_parts<kQuant, kDtype>(row_bytes / kVectorBytes);
-  const BlockJobs jobs(ranges.end[num_ranks - 1], row_bytes, least_parts);
-  // The record of the i-th token received from rank s.
-  auto record_of = [&](int s, int i) {
-    const int32_t before = ranges.to_recv[s] - ranges.to_source[s];  // tokens of lower ranks
-    return meta.row(args.plan.recv_meta, before + i);
-  };
-  // Its partial row, here and at the token's owner.
-  auto piece = [&](int s, int i) -> LinkPiece {
-    const int t = *meta.token(record_of(s, i), 0);
+  const auto jobs = SmallJobs::of_block(partials.rows, row_bytes, kUnroll, least_parts);
+  // The partial row for token t of rank s, the i-th received from there: here, and at its owner.
+  auto piece_of = [&](int s, int32_t i, int32_t t) -> LinkPiece {
     if (t < 0 || t >= args.small.max_tokens) return {};
     const size_t to = args.small.row(link.rank, epoch, t);
     const bool there = Link::kMapped || s == link.rank;
     return {there ? to : args.small.outbox_row(s, i), to, sent_bytes};
   };
-  for (int j = warp_index(); j < jobs.jobs; j += kSmallWarps) {
+  // What the record of a job's token says is on its way while the job before is worked on.
+  struct Next {
+    BlockPartials::Row at;
+    int32_t token, row;
+  };
+  auto fetch = [&](int j) -> Next {
+    if (j >= jobs.count) return {};
+    const auto at = partials.at(own, jobs.at(j).row);
+    void* record = meta.row(args.plan.recv_meta, at.n);
+    return {at, *meta.token(record, 0),
+            lane_index() < topk ? meta.row(record, 0)[lane_index()] : -1};
+  };
+  Next next = fetch(jobs.first);
+  for (int j = jobs.first; j < jobs.count; j += jobs.step) {
     const RowJob job = jobs.at(j);
-    const int s = ranges.source(job.row, num_ranks);
-    const int i = own.at(job.row + ranges.to_source[s]);
-    void* record = record_of(s, i);
-    const LinkPiece place = piece(s, i);
+    const Next now = next;
+    next = fetch(j + jobs.step);
+    const int s = now.at.source;
+    const LinkPiece place = piece_of(s, now.at.i, now.token);
     if (place.bytes == 0) continue;
-    const int t = *meta.token(record, 0);
-    const float* weights = nullptr;
-    if (args.topk_weights != nullptr)
-      weights = reinterpret_cast<const float*>(link.window[link.rank] +
-                                               args.small.source_weights(s, epoch)) +
-                t * topk;
-    const int32_t n = ranges.to_recv[s] - ranges.to_source[s] + i;
-    const PartialToken token(meta, record, weights, args.by_token ? n : -1);
+    const bool weighted = args.topk_weights != nullptr;
+    float weight = 0.0f;
+    if (weighted && lane_index() < topk)
+      weight = reinterpret_cast<const float*>(
+          link.window[link.rank] +
+          args.small.source_weights(s, epoch))[now.token * topk + lane_index()];
+    const PartialToken token(args.by_token ? now.at.n : now.row, weight, weighted);
     char* to = link.window[Link::kMapped ? s : link.rank] + place.from;
-    if constexpr (kFp8) {
-      store_fp8<kDtype>(args, token, job, dynamic_shared() + warp_index() * kStagedScaleBytes, to);
-    } else {
-      for (int at = job.begin; at < job.end; at += Batch::kStep) {
-        const int v = at + lane_index();
-        Batch batch;
-        sum_rows<kDtype>(args.x, row_bytes, token, v, job.end, batch);
-        batch.store(to, v, job.end);
-      }
-    }
+    if (weighted)
+      store_partial<kQuant, true, kDtype>(args, token, job, to);
+    else
+      store_partial<kQuant, false, kDtype>(args, token, job, to);
   }
   signal_shares<Link>(
-      link, args.small, epoch, [&](int s) { return received_from(args, s); }, piece);
+      link, args.small, epoch, [&](int s) { return received[s]; },
+      [&](int s, int i) {
+        const int32_t n = partials.received_token(s, i);
+        return piece_of(s, i, *meta.token(args.plan.recv_meta, n));
+      });
 }
 
 // The tokens of this rank, by all warps of the grid.
 template <class Link, Quant kQuant, Dtype kDtype>
 __device__ __forceinline__ void sum_partials(const SmallCombineArgs& args, uint64_t epoch) {
   EPCOMM_SHARED(int32_t[kMaxPackRanks], sent_before);
+  constexpr int kRowsAtOnce = 4;
+  using Arrived = std::conditional_t<kQuant == Quant::kFp8, ArrivedFp8<kDtype>, ArrivedRow<kDtype>>;
   const LinkArgs& link = args.link;
   const int num_ranks = args.dims.num_ranks, lane = lane_index();
   count_sent_before(sent_before, args.plan.rank_count, num_ranks, link.rank);
@@ -155,7 +246,7 @@ __device__ __forceinline__ void sum_partials(const SmallCombineArgs& args, uint6
   const char* window = link.window[link.rank];
   const char* bias = static_cast<const char*>(args.bias);
   char* out = static_cast<char*>(args.out);
-  const RowJobs jobs(args.num_tokens, static_cast<int>(row_bytes));
+  const auto jobs = SmallJobs::of_grid(args.num_tokens, static_cast<int>(row_bytes), kUnroll);
   for (int j = jobs.first; j < jobs.count; j += jobs.step) {
     const RowJob job = jobs.at(j);
     const int64_t t = job.row;
@@ -164,20 +255,21 @@ __device__ __forceinline__ void sum_partials(const SmallCombineArgs& args, uint6
     if (!rows_arrived<Link>(link, args.small, epoch, lane, at_rank.low)) return;
     for (int at = job.begin; at < job.end; at += Batch::kStep) {
       const int v = at + lane;
-      Batch batch;
       Sum<kDtype> sum;
       sum.clear();
       for (uint64_t rest = at_rank.ranks(); rest != 0;) {
-        const char* row = window + args.small.row(take_lowest(rest), epoch, t);
-        if constexpr (kQuant == Quant::kFp8) {
-          ArrivedFp8<kDtype> arrived;
-          arrived.load(row, args.hidden, v, job.end);
-          arrived.add_to(sum);
-        } else {
-          batch.load<RowMemory::kArrived>(row, v, job.end);
-          sum.add(batch);
-        }
+        Arrived arrived[kRowsAtOnce] = {};  // so that none lives from one round to the next
+        const int rows = min(__popcll(rest), kRowsAtOnce);
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i)
+          if (i < rows)
+            arrived[i].load(window + args.small.row(take_lowest(rest), epoch, t), args.hidden, v,
+                            job.end);
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i)
+          if (i < rows) arrived[i].add_to(sum);
       }
+      Batch batch{};
       if (bias != nullptr) {
         batch.load(bias + t * row_bytes, v, job.end);
         sum.add(batch);

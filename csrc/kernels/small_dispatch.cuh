@@ -162,8 +162,9 @@ __device__ __forceinline__ void send_rows(const SmallDispatchArgs& args, uint64_
   const GlobalScale global = make_global_scale(kQuant == Quant::kNvfp4 ? *args.global_scale : 1.0f);
   char* staged = dynamic_shared() + warp_index() * kStagedScaleBytes;
   const BlockRows own(args.num_tokens);
-  const BlockJobs jobs(own.count, x_bytes, least_parts);
-  for (int j = warp_index(); j < jobs.jobs; j += kSmallWarps) {
+  constexpr int kVectors = kQuantised ? kUnroll : kSmallUnroll;
+  const auto jobs = SmallJobs::of_block(own.count, x_bytes, kVectors, least_parts);
+  for (int j = jobs.first; j < jobs.count; j += jobs.step) {
     const RowJob job = jobs.at(j);
     const int t = own.at(job.row);
     const size_t slot = args.small.row(link.rank, epoch, t);
@@ -174,7 +175,7 @@ __device__ __forceinline__ void send_rows(const SmallDispatchArgs& args, uint64_
       layout = make_quant_layout(kQuant, args.hidden);
       range = ScaleRange::of<kQuant, kDtype>(job, jobs.vectors, layout);
     }
-    using Rows = BatchOf<kQuantised ? kUnroll : kSmallUnroll>;
+    using Rows = BatchOf<kVectors>;
     for (int at = job.begin; at < job.end; at += Rows::kStep) {
       const int v = at + lane_index();
       Rows batch;
@@ -275,7 +276,8 @@ __device__ __forceinline__ void receive_rows(const SmallDispatchArgs& args, cons
   const bool weighted = args.topk_weights != nullptr;
   const char* window = link.window[link.rank];
   const MetaLayout meta(topk);
-  const RowJobs jobs(ranges.end[route.num_ranks - 1], place.rows.row_bytes);
+  const auto jobs =
+      SmallJobs::of_grid(ranges.end[route.num_ranks - 1], place.rows.row_bytes, kSmallUnroll);
   for (int j = jobs.first; j < jobs.count; j += jobs.step) {
     const RowJob job = jobs.at(j);
     const int s = ranges.source(job.row, route.num_ranks);

@@ -68,7 +68,18 @@ __device__ __forceinline__ void store_sum_fp8(const Sum<kDtype>& sum, char* q, c
   }
 }
 
-/// The vectors v, v + 32, ... of a row of kFp8 that a peer has stored: hidden codes, then scales.
+/// The vectors v, v + 32, ... of a row that a peer has stored.
+template <Dtype kDtype>
+struct ArrivedRow {
+  Batch batch;
+
+  __device__ __forceinline__ void load(const char* row, int /*hidden*/, int v, int end) {
+    batch.load<RowMemory::kArrived>(row, v, end);
+  }
+  __device__ __forceinline__ void add_to(Sum<kDtype>& sum) const { sum.add(batch); }
+};
+
+/// The same of a row of kFp8: hidden codes, then scales.
 template <Dtype kDtype>
 struct ArrivedFp8 {
   using Lanes = QuantLanes<Quant::kFp8, kDtype>;
