@@ -37,8 +37,10 @@ constexpr int kSpinsPerLook = 256;  ///< polls of a signal between looks at the 
 
 /// What a block knows of the call, in shared memory.
 struct LinkCall {
+  static constexpr int32_t kRefused = 1, kLost = 2;
   uint64_t epoch;
-  int32_t block;  ///< number of this block
+  int32_t block;      ///< number of this block
+  uint64_t marks[2];  ///< LinkState::marks when the kernel began
   LinkEntry entry[kMaxLinkRanks];
   int32_t bad;   ///< not 0: no rows may be moved
   int32_t last;  ///< of link_finish: this block is the last of the grid
@@ -124,8 +126,10 @@ __device__ __forceinline__ bool wait_signal(const LinkArgs& link, int source,
 
 /// Counts one more call begun (0) or ended (1). The host's memory is written, not read: a kernel
 /// would wait for that about as long as for a whole small batch.
-__device__ __forceinline__ void mark_progress(const LinkArgs& link, int which) {
-  const uint64_t count = ++link.state->marks[which];
+__device__ __forceinline__ void mark_progress(const LinkArgs& link, const LinkCall& call,
+                                              int which) {
+  const uint64_t count = call.marks[which] + 1;
+  link.state->marks[which] = count;
   *static_cast<volatile uint64_t*>(&link.progress[which]) =
       count << 8 | static_cast<uint64_t>(link.entry.signature[0]);
 }
@@ -202,23 +206,37 @@ enum class BlockOrder {
   kStarted,  ///< as they start: those with lower numbers run already, or have ended
 };
 
+/// What a block knows of a call before it has met a peer; by one thread.
+__device__ __forceinline__ void load_state(const LinkArgs& link, LinkCall& call) {
+  // In one go: nobody waits for them one after the other.
+  const LinkState& state = *link.state;
+  const uint64_t epoch = state.epoch, begun = state.marks[0], ended = state.marks[1];
+  const uint32_t lost = state.lost;
+  call.epoch = epoch + 1;
+  call.block = static_cast<int32_t>(blockIdx.x);
+  call.marks[0] = begun;
+  call.marks[1] = ended;
+  call.bad = lost != 0 ? LinkCall::kLost : 0;
+  call.last = 0;
+}
+
 /// Begins a call, or a phase of one: by every block, all threads. False: the link is lost. Ends
 /// with a barrier.
 __device__ __forceinline__ bool link_begin(const LinkArgs& link, LinkCall& call,
                                            BlockOrder order = BlockOrder::kIndex) {
   if (thread_index() == 0) {
-    call.block = static_cast<int32_t>(
-        order == BlockOrder::kIndex ? blockIdx.x : atomicAdd(&link.state->started, 1u));
-    call.epoch = link.state->epoch + 1;
-    call.bad = link.state->lost != 0;
-    call.last = 0;
+    load_state(link, call);
+    if (order == BlockOrder::kStarted)
+      call.block = static_cast<int32_t>(atomicAdd(&link.state->started, 1u));
   }
   __syncthreads();
   return call.bad == 0;
 }
 
 /// Tells the host that a call has begun, before its first wait. By one thread of the grid.
-__device__ __forceinline__ void link_mark_begun(const LinkArgs& link) { mark_progress(link, 0); }
+__device__ __forceinline__ void link_mark_begun(const LinkArgs& link, const LinkCall& call) {
+  mark_progress(link, call, 0);
+}
 
 /// Waits for the entries of all ranks and compares them: by every block, all threads. Returns true
 /// if all ranks want the same and have room; call holds their entries then, and `pieces` of each
@@ -245,13 +263,13 @@ __device__ __forceinline__ bool link_agree(const LinkArgs& link, LinkCall& call,
   }
   if (__syncthreads_or(lost)) {
     if (r == 0) {
-      call.bad = 1;
+      call.bad = LinkCall::kLost;
       atomicExch(&link.state->lost, 1u);
     }
   } else {
     refused = __syncthreads_or(refused);
     if (r == 0) {
-      call.bad = refused;
+      call.bad = refused ? LinkCall::kRefused : 0;
       tells &= call.block == 0;
       if (refused && tells) report_refusal(link, call);
       if (link.token != 0 && tells) store_release_system(&link.report->entered, link.token);
@@ -275,7 +293,7 @@ __device__ __forceinline__ bool link_enter(const LinkArgs& link, LinkCall& call,
     pieces.piece[pieces.count++] =
         same_place(link.control.counts(link.rank, call.epoch), static_cast<size_t>(words) * 4);
   if (call.block == 0) {
-    if (thread_index() == 0) link_mark_begun(link);
+    if (thread_index() == 0) link_mark_begun(link, call);
     link_announce<Link>(link, call.epoch, announce, words, pieces, short_rows);
   }
   return link_agree<Link>(link, call, true, pieces.count);
@@ -285,10 +303,7 @@ __device__ __forceinline__ bool link_enter(const LinkArgs& link, LinkCall& call,
 /// threads. False: that kernel has given up. Ends with a barrier.
 __device__ __forceinline__ bool link_resume(const LinkArgs& link, LinkCall& call) {
   const int r = thread_index();
-  if (r == 0) {
-    call.epoch = link.state->epoch + 1;
-    call.bad = link.state->lost != 0;
-  }
+  if (r == 0) load_state(link, call);
   __syncthreads();
   if (r < link.num_ranks)
     call.entry[r] = *reinterpret_cast<const LinkEntry*>(link.window[link.rank] +
@@ -313,7 +328,7 @@ __device__ __forceinline__ bool link_pushed(const LinkArgs& link, LinkCall& call
   }
   if (__syncthreads_or(lost) == 0) return true;
   if (r == 0) {
-    call.bad = 1;
+    call.bad = LinkCall::kLost;
     atomicExch(&link.state->lost, 1u);
   }
   __syncthreads();
@@ -321,19 +336,18 @@ __device__ __forceinline__ bool link_pushed(const LinkArgs& link, LinkCall& call
 }
 
 /// By every block of the last kernel of a call, all threads, when this block's stores are written.
-/// True in one block: all others have come here before it. call.bad says there whether the link is
-/// lost. releases: that block signals what all blocks have stored.
-__device__ __forceinline__ bool link_is_last(const LinkArgs& link, LinkCall& call,
-                                             bool releases = true) {
+/// True in one block: all others have come here before it, and that block may signal what all
+/// blocks have stored. call.bad says there whether the link is lost.
+__device__ __forceinline__ bool link_is_last(const LinkArgs& link, LinkCall& call) {
   __syncthreads();
   if (thread_index() == 0) {
     // Covers the stores of the whole block, which the barrier has ordered before.
-    if (releases) fence_system();
+    fence_system();
     call.last = atomicAdd(&link.state->arrived, 1u) + 1 == gridDim.x;
-    if (releases) fence_system();  // and acquires those of the blocks that came before
+    fence_system();  // and acquires those of the blocks that came before
     if (call.last != 0) {
       link.state->arrived = link.state->started = link.state->pieces = 0;
-      call.bad = atomicAdd(&link.state->lost, 0u) != 0;
+      call.bad = atomicAdd(&link.state->lost, 0u) != 0 ? LinkCall::kLost : 0;
     }
   }
   __syncthreads();
@@ -354,7 +368,7 @@ __device__ __forceinline__ void link_quiet([[maybe_unused]] const LinkArgs& link
 /// The call is over on this rank. By one thread of the grid.
 __device__ __forceinline__ void link_close(const LinkArgs& link, const LinkCall& call) {
   link.state->epoch = call.epoch;
-  mark_progress(link, 1);
+  mark_progress(link, call, 1);
 }
 
 /// Ends a call: by every block of its last kernel, all threads, when this block's stores are
@@ -385,11 +399,30 @@ __device__ __forceinline__ void link_finish(const LinkArgs& link, LinkCall& call
 
 /// Ends a call without waiting for peers: by every block, all threads. agreed: of link_agree. If it
 /// is false, `done` is signalled all the same, for peers that disagree and are in a call that waits
-/// for it.
+/// for it. completed: this thread has given up no wait since. What a block has to say of itself
+/// goes with its arrival: the last has nothing to ask then.
 template <class Link = PeerLink>
-__device__ __forceinline__ void link_leave(const LinkArgs& link, LinkCall& call, bool agreed) {
-  if (!link_is_last(link, call, !Link::kMapped || !agreed) || call.bad != 0) return;
+__device__ __forceinline__ void link_leave(const LinkArgs& link, LinkCall& call, bool agreed,
+                                           bool completed = true) {
+  constexpr uint32_t kLostBlock = 1 << 16;  // above the number of blocks
+  const bool releases = !Link::kMapped || !agreed;
+  const bool lost = __syncthreads_or(!completed || call.bad == LinkCall::kLost) != 0;
   const int r = thread_index();
+  if (r == 0) {
+    const uint32_t own = lost ? kLostBlock + 1 : 1;
+    if (releases) fence_system();
+    const uint32_t arrived = atomicAdd(&link.state->arrived, own) + own;
+    if (releases) fence_system();
+    call.last = arrived % kLostBlock == gridDim.x;
+    if (call.last != 0) {
+      link.state->arrived = 0;
+      call.bad = arrived >= kLostBlock ? LinkCall::kLost : 0;
+      if (!releases && call.bad == 0) link_close(link, call);
+    }
+  }
+  if (!releases) return;
+  __syncthreads();
+  if (call.last == 0 || call.bad != 0) return;  // lost: the host is to notice
   link_quiet<Link>(link);
   if (!agreed) {
     if (r < link.num_ranks)

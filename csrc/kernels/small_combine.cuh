@@ -233,9 +233,9 @@ __device__ __forceinline__ void send_partials(const SmallCombineArgs& args, uint
       });
 }
 
-// The tokens of this rank, by all warps of the grid.
+// The tokens of this rank, by all warps of the grid. False: the warp has given up a wait.
 template <class Link, Quant kQuant, Dtype kDtype>
-__device__ __forceinline__ void sum_partials(const SmallCombineArgs& args, uint64_t epoch) {
+__device__ __forceinline__ bool sum_partials(const SmallCombineArgs& args, uint64_t epoch) {
   EPCOMM_SHARED(int32_t[kMaxPackRanks], sent_before);
   constexpr int kRowsAtOnce = 4;
   using Arrived = std::conditional_t<kQuant == Quant::kFp8, ArrivedFp8<kDtype>, ArrivedRow<kDtype>>;
@@ -252,7 +252,7 @@ __device__ __forceinline__ void sum_partials(const SmallCombineArgs& args, uint6
     const int64_t t = job.row;
     const TokenRanks at_rank(args.plan.slot + t * num_ranks, sent_before, num_ranks);
     // A share counts the rows that one rank sends to this one: lane r waits for rank r.
-    if (!rows_arrived<Link>(link, args.small, epoch, lane, at_rank.low)) return;
+    if (!rows_arrived<Link>(link, args.small, epoch, lane, at_rank.low)) return false;
     for (int at = job.begin; at < job.end; at += Batch::kStep) {
       const int v = at + lane;
       Sum<kDtype> sum;
@@ -278,6 +278,7 @@ __device__ __forceinline__ void sum_partials(const SmallCombineArgs& args, uint6
       batch.store(out + t * row_bytes, v, job.end);
     }
   }
+  return true;
 }
 
 template <class Link, Quant kQuant, Dtype kDtype>
@@ -290,7 +291,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   if (going && args.phase != Phase::kReceive) {
     if (blockIdx.x == 0) announce<Link>(args, call.epoch);
     if (weighted) {
-      if (marks && thread_index() == 0) link_mark_begun(link);
+      if (marks && thread_index() == 0) link_mark_begun(link, call);
       going = link_agree<Link>(link, call, args.phase == Phase::kAll, 1);
     }
     if (going) send_partials<Link, kQuant, kDtype>(args, call.epoch);
@@ -298,11 +299,11 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   if (args.phase == Phase::kSend) return;
   const bool waited = weighted && args.phase == Phase::kAll;
   if (going && !waited) {
-    if (marks && !weighted && thread_index() == 0) link_mark_begun(link);
+    if (marks && !weighted && thread_index() == 0) link_mark_begun(link, call);
     going = link_agree<Link>(link, call, true, weighted ? 1 : 0);
   }
-  if (going) sum_partials<Link, kQuant, kDtype>(args, call.epoch);
-  link_leave<Link>(link, call, going);
+  const bool completed = !going || sum_partials<Link, kQuant, kDtype>(args, call.epoch);
+  link_leave<Link>(link, call, going, completed);
 }
 
 template <class Link, Quant kQuant>

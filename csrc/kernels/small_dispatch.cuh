@@ -266,9 +266,9 @@ __device__ __forceinline__ void clear_rest(const SmallDispatchArgs& args, const 
   if (!padded) clear_entries(place, totals.rows, place.row_capacity, grid_thread(), grid_threads());
 }
 
-// What arrives goes to its rows, by all warps of the grid.
+// What arrives goes to its rows, by all warps of the grid. False: the warp has given up a wait.
 template <class Link>
-__device__ __forceinline__ void receive_rows(const SmallDispatchArgs& args, const GroupRoute& route,
+__device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args, const GroupRoute& route,
                                              uint64_t epoch, const SourceRanges& ranges) {
   const PlaceArgs& place = args.place;
   const LinkArgs& link = args.link;
@@ -297,7 +297,7 @@ __device__ __forceinline__ void receive_rows(const SmallDispatchArgs& args, cons
     }
     // One lane is enough, where more would cost more than one load.
     if (!rows_arrived<Link>(link, args.small, epoch, s, Link::kMapped || lane == 0 ? t : -1))
-      return;
+      return false;
     const char* from = window + args.small.row(s, epoch, t);
     const uint32_t firsts =
         place_payload<RowMemory::kArrived, kSmallUnroll>(place, job, from, slots.row);
@@ -315,11 +315,13 @@ __device__ __forceinline__ void receive_rows(const SmallDispatchArgs& args, cons
     if (args.records) write_record(meta, record, slots, weighted);
     place_outputs(place, n, slots, (firsts >> lane & 1) != 0);
   }
+  return true;
 }
 
-// agreed: all ranks want the same and are there. Else nobody has sent anything.
+// agreed: all ranks want the same and are there. Else nobody has sent anything. False: the warp has
+// given up a wait.
 template <class Link>
-__device__ __forceinline__ void receive(const SmallDispatchArgs& args, const LinkCall& call,
+__device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const LinkCall& call,
                                         bool agreed, [[maybe_unused]] bool signals) {
   EPCOMM_SHARED(SourceRanges, ranges);
   EPCOMM_SHARED(RouteTotals, totals);
@@ -348,7 +350,7 @@ __device__ __forceinline__ void receive(const SmallDispatchArgs& args, const Lin
   if (blockIdx.x == 0 && args.link.statistics.received_tokens != nullptr)
     count_received(args, route);
   clear_rest(args, route, totals);
-  receive_rows<Link>(args, route, call.epoch, ranges);
+  return receive_rows<Link>(args, route, call.epoch, ranges);
 }
 
 template <class Link, Quant kQuant, Dtype kDtype>
@@ -368,11 +370,12 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   }
   if (args.phase == Phase::kSend) return;
   if (going) {
-    if (blockIdx.x == 0 && thread_index() == 0) link_mark_begun(link);
+    if (blockIdx.x == 0 && thread_index() == 0) link_mark_begun(link, call);
     going = link_agree<Link>(link, call, true, num_pieces(args));
   }
-  receive<Link>(args, call, going, kSignalsLate && going && args.phase == Phase::kAll);
-  link_leave<Link>(link, call, going);
+  const bool completed =
+      receive<Link>(args, call, going, kSignalsLate && going && args.phase == Phase::kAll);
+  link_leave<Link>(link, call, going, completed);
 }
 
 using SmallDispatchKernel = void (*)(SmallDispatchArgs);
