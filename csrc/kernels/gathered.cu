@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
     call.epoch = 0;
     call.entry[s].num_tokens = args.small.max_tokens;
   }
+  prepare_route(args, GroupRoute(args));
   __syncthreads();
   receive<GatheredLink>(args, call, true, false);
 }

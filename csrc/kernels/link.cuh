@@ -261,21 +261,19 @@ __device__ __forceinline__ bool link_agree(const LinkArgs& link, LinkCall& call,
       for (int p = 0; p < pieces && !lost && !refused; ++p)
         lost = !wait_signal<Link>(link, r, &from->piece[p], call.epoch);
   }
-  if (__syncthreads_or(lost)) {
+  tells &= call.block == 0;
+  // One barrier where all is well: call.bad is still 0.
+  if (__syncthreads_or(lost || refused)) {
+    lost = __syncthreads_or(lost) != 0;
     if (r == 0) {
-      call.bad = LinkCall::kLost;
-      atomicExch(&link.state->lost, 1u);
+      call.bad = lost ? LinkCall::kLost : LinkCall::kRefused;
+      if (lost) atomicExch(&link.state->lost, 1u);
+      if (!lost && tells) report_refusal(link, call);
     }
-  } else {
-    refused = __syncthreads_or(refused);
-    if (r == 0) {
-      call.bad = refused ? LinkCall::kRefused : 0;
-      tells &= call.block == 0;
-      if (refused && tells) report_refusal(link, call);
-      if (link.token != 0 && tells) store_release_system(&link.report->entered, link.token);
-    }
+    __syncthreads();
   }
-  __syncthreads();
+  if (r == 0 && call.bad != LinkCall::kLost && link.token != 0 && tells)
+    store_release_system(&link.report->entered, link.token);
   return call.bad == 0;
 }
 

@@ -100,11 +100,11 @@ struct RouteExperts {
 };
 
 /// Sets the bits of one word's tokens, by a warp: lane i has token 32 * word + i. id(k) gives the
-/// lane's expert in slot k, -1 = none; slots first, first + step, ... below topk.
-template <class Id>
+/// lane's expert in slot k, -1 = none; slots first, first + step, ... below topk, kIdsInFlight of
+/// them loaded at a time.
+template <int kIdsInFlight = 4, class Id>
 __device__ __forceinline__ void mark_word(const RouteTile& tile, const RouteExperts& experts,
                                           int word, int first, int step, int topk, Id id) {
-  constexpr int kIdsInFlight = 4;
   const uint32_t bit = 1u << lane_index();
   uint64_t ranks = 0;
   for (; first < topk; first += kIdsInFlight * step) {

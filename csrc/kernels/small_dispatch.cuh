@@ -222,10 +222,10 @@ __device__ __forceinline__ void signal_rows(const SmallDispatchArgs& args, uint6
 
 // ---- receiving ----
 
-// What the call delivers to this rank's experts, by block 0.
+// What the call delivers to this rank's experts, by the whole grid.
 __device__ __forceinline__ void count_received(const SmallDispatchArgs& args,
                                                const GroupRoute& route) {
-  for (int e = thread_index(); e < args.place.dims.num_experts; e += kSmallThreads)
+  for (int e = spread_thread(); e < args.place.dims.num_experts; e += grid_threads())
     if (route.experts.owner(e) == route.rank)
       add_received(args.link.statistics, args.place.experts.local[e], route.experts.total(e));
 }
@@ -254,8 +254,7 @@ __device__ __forceinline__ void clear_rest(const SmallDispatchArgs& args, const 
   const bool padded = place.layout == Layout::kPadded;
   const int32_t alignment = args.expert_alignment;
   // The rest of an expert's group, by a warp.
-  for (int e = grid_thread() / kWarpSize; e < place.dims.num_experts;
-       e += grid_threads() / kWarpSize) {
+  for (int e = spread_warp(); e < place.dims.num_experts; e += grid_warps()) {
     if (route.experts.owner(e) != route.rank) continue;
     const int32_t start = route.experts.start(e), total = route.experts.total(e);
     const int32_t group = padded ? route.num_ranks * args.small.max_tokens
@@ -266,16 +265,38 @@ __device__ __forceinline__ void clear_rest(const SmallDispatchArgs& args, const 
   if (!padded) clear_entries(place, totals.rows, place.row_capacity, grid_thread(), grid_threads());
 }
 
-// What arrives goes to its rows, by all warps of the grid. False: the warp has given up a wait.
+// Where source's token t goes here, with what came with its id; lane k has slot k. n: received
+// token.
+__device__ __forceinline__ TokenSlots slots_of(const SmallDispatchArgs& args,
+                                               const GroupRoute& route, uint64_t epoch, int source,
+                                               int t, int32_t n) {
+  const PlaceArgs& place = args.place;
+  const int lane = lane_index(), i = t * route.topk + lane;
+  TokenSlots slots;
+  slots.token = t;
+  if (lane >= route.topk) return slots;
+  slots.expert = valid_expert(place, ids_of(args, epoch, source)[i]);
+  const char* window = args.link.window[args.link.rank];
+  const MetaLayout meta(route.topk);
+  if (args.topk_weights != nullptr)
+    slots.weight =
+        reinterpret_cast<const float*>(window + args.small.source_weights(source, epoch))[i];
+  else if (!args.records)
+    slots.weight = meta.topk_weights(place.plan.recv_meta, n)[lane];
+  if (slots.expert >= 0 && route.experts.owner(slots.expert) == route.rank)
+    slots.row = valid_row(place, route.row(route.tile(source), slots.expert, t));
+  return slots;
+}
+
+// What arrives goes to its rows, by all warps of the grid. What is known without the row is written
+// while it is waited for. False: the warp has given up a wait.
 template <class Link>
 __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args, const GroupRoute& route,
                                              uint64_t epoch, const SourceRanges& ranges) {
   const PlaceArgs& place = args.place;
   const LinkArgs& link = args.link;
-  const int topk = route.topk, lane = lane_index();
-  const bool weighted = args.topk_weights != nullptr;
-  const char* window = link.window[link.rank];
-  const MetaLayout meta(topk);
+  const int lane = lane_index();
+  const MetaLayout meta(route.topk);
   const auto jobs =
       SmallJobs::of_grid(ranges.end[route.num_ranks - 1], place.rows.row_bytes, kSmallUnroll);
   for (int j = jobs.first; j < jobs.count; j += jobs.step) {
@@ -286,34 +307,22 @@ __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args, cons
     if (!tile.has(route.rank, t)) continue;
     const int32_t n = tile.place(route.rank, t);
     if (n >= place.recv_capacity) continue;
-    TokenSlots slots;
-    slots.token = t;
-    if (lane < topk) {
-      slots.expert = valid_expert(place, ids_of(args, epoch, s)[t * topk + lane]);
-      if (slots.expert >= 0 && route.experts.owner(slots.expert) == route.rank) {
-        const int32_t row = route.row(tile, slots.expert, t);
-        slots.row = valid_row(place, row);
-      }
+    const TokenSlots slots = slots_of(args, route, epoch, s, t, n);
+    const uint32_t firsts = distinct_rows(slots.row);
+    if (job.leads) {
+      if (args.records)
+        write_record(meta, meta.row(place.plan.recv_meta, n), slots, args.topk_weights != nullptr);
+      place_outputs(place, n, slots, (firsts >> lane & 1) != 0);
     }
     // One lane is enough, where more would cost more than one load.
     if (!rows_arrived<Link>(link, args.small, epoch, s, Link::kMapped || lane == 0 ? t : -1))
       return false;
-    const char* from = window + args.small.row(s, epoch, t);
-    const uint32_t firsts =
-        place_payload<RowMemory::kArrived, kSmallUnroll>(place, job, from, slots.row);
-    if (!job.leads) continue;
-    if (place.rows.scale_bytes != 0)
+    const char* from = link.window[link.rank] + args.small.row(s, epoch, t);
+    BatchOf<kSmallUnroll> batch{};
+    batch.load<RowMemory::kArrived>(from, job.begin + lane, job.end);
+    if (job.leads && place.rows.scale_bytes != 0)
       place_scales(place, from + place.rows.row_bytes, slots.row, firsts);
-    void* record = meta.row(place.plan.recv_meta, n);
-    if (lane < topk) {
-      if (weighted)
-        slots.weight = reinterpret_cast<const float*>(
-            window + args.small.source_weights(s, epoch))[t * topk + lane];
-      else if (!args.records)
-        slots.weight = meta.topk_weights(record, 0)[lane];
-    }
-    if (args.records) write_record(meta, record, slots, weighted);
-    place_outputs(place, n, slots, (firsts >> lane & 1) != 0);
+    copy_payload<RowMemory::kArrived>(place, job, from, slots.row, firsts, batch);
   }
   return true;
 }
@@ -338,17 +347,9 @@ __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const Lin
   }
   if (args.fresh) {
     write_counts(args, route, totals);
-    const RouteTile own = route.tile(route.rank);
-    // Block 0 (or the send half) has filled plan.topk_idx before it signalled this rank's entry.
-    const int32_t* ids = args.place.plan.topk_idx;
-    const PlaceWriter writer{args.place.layout, route.topk, args.place.plan, 0};
-    writer.write(
-        own, route.experts, args.num_tokens, grid_thread(), grid_threads(),
-        [&](int i) { return agreed ? ids[i] : -1; },
-        [&](int column, int t) { return route.place(own, column, t); });
+    write_places(args, route, agreed);
   }
-  if (blockIdx.x == 0 && args.link.statistics.received_tokens != nullptr)
-    count_received(args, route);
+  if (args.link.statistics.received_tokens != nullptr) count_received(args, route);
   clear_rest(args, route, totals);
   return receive_rows<Link>(args, route, call.epoch, ranges);
 }
@@ -369,6 +370,8 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
     if (!kSignalsLate || args.phase == Phase::kSend) signal_rows<Link>(args, call.epoch);
   }
   if (args.phase == Phase::kSend) return;
+  if (going) __syncthreads();  // scales that wait to be sent lie where routing begins
+  prepare_route(args, GroupRoute(args));
   if (going) {
     if (blockIdx.x == 0 && thread_index() == 0) link_mark_begun(link, call);
     going = link_agree<Link>(link, call, true, num_pieces(args));

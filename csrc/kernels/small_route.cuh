@@ -19,6 +19,17 @@ __device__ __forceinline__ int grid_thread() {
   return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
 }
 __device__ __forceinline__ int grid_threads() { return static_cast<int>(gridDim.x * blockDim.x); }
+// Numbers the threads (or warps) of the grid so that the first few lie in as many blocks, in their
+// last warps: a block's first warp waits until rows are written, to signal them.
+__device__ __forceinline__ int spread_thread() {
+  return (kSmallThreads - 1 - thread_index()) * static_cast<int>(gridDim.x) +
+         static_cast<int>(blockIdx.x);
+}
+__device__ __forceinline__ int spread_warp() {
+  return (kSmallWarps - 1 - warp_index()) * static_cast<int>(gridDim.x) +
+         static_cast<int>(blockIdx.x);
+}
+__device__ __forceinline__ int grid_warps() { return grid_threads() / kWarpSize; }
 
 // The routing of all ranks' tokens, in the shared memory of every block.
 struct GroupRoute {
@@ -68,23 +79,29 @@ __device__ __forceinline__ const int32_t* ids_of(const SmallDispatchArgs& args, 
                                           args.small.source_ids(source, epoch));
 }
 
+// What can be done before there are ids, by the whole block. A barrier must follow before
+// route_group.
+__device__ __forceinline__ void prepare_route(const SmallDispatchArgs& args,
+                                              const GroupRoute& route) {
+  for (int s = 0; s < route.num_ranks; ++s)
+    for (int i = thread_index(); i < route.words * route.shape.columns; i += kSmallThreads)
+      route.tile(s).mask(0, i) = 0;
+  route.experts.load_owners(args.place.experts);
+}
+
 // Masks, bases and starts, by the whole block; tokens(s) of each source. Ends with a barrier.
 template <class Tokens>
 __device__ __forceinline__ void route_group(const SmallDispatchArgs& args, const GroupRoute& route,
                                             uint64_t epoch, RouteTotals& totals, Tokens tokens) {
+  constexpr int kIdsInFlight = 8;
   const int num_ranks = route.num_ranks, columns = route.shape.columns;
-  for (int s = 0; s < num_ranks; ++s)
-    for (int i = thread_index(); i < route.words * columns; i += kSmallThreads)
-      route.tile(s).mask(0, i) = 0;
-  route.experts.load_owners(args.place.experts);
-  __syncthreads();
   for (int i = warp_index(); i < num_ranks * route.words; i += kSmallWarps) {
     const int s = i / route.words, word = i - s * route.words;
     const int t = word * kWarpSize + lane_index();
     const int32_t* ids = ids_of(args, epoch, s) + int64_t{t} * route.topk;
     const bool there = t < tokens(s);
-    mark_word(route.tile(s), route.experts, word, 0, 1, route.topk,
-              [&](int k) { return there ? valid_expert(args.place, ids[k]) : -1; });
+    mark_word<kIdsInFlight>(route.tile(s), route.experts, word, 0, 1, route.topk,
+                            [&](int k) { return there ? valid_expert(args.place, ids[k]) : -1; });
   }
   __syncthreads();
   const bool padded = args.place.layout == Layout::kPadded;
@@ -126,25 +143,50 @@ __device__ __forceinline__ void write_counts(const SmallDispatchArgs& args, cons
                                              const RouteTotals& totals) {
   const PlanView& plan = args.place.plan;
   const int num_ranks = route.num_ranks, num_experts = args.place.dims.num_experts;
-  for (int i = grid_thread(); i < num_ranks * num_ranks; i += grid_threads()) {
+  for (int i = spread_thread(); i < num_ranks * num_ranks; i += grid_threads()) {
     const int s = i / num_ranks, r = i - s * num_ranks;
     plan.rank_count[i] = route.count(s, r, totals.rank[r]);
   }
-  for (int i = grid_thread(); i < num_ranks * num_experts; i += grid_threads()) {
+  for (int i = spread_thread(); i < num_ranks * num_experts; i += grid_threads()) {
     const int s = i / num_experts, e = i - s * num_experts;
     plan.expert_count[i] = route.count(s, num_ranks + e, route.experts.total(e));
   }
   const bool padded = args.place.layout == Layout::kPadded;
-  for (int e = grid_thread(); e < num_experts; e += grid_threads()) {
+  for (int e = spread_thread(); e < num_experts; e += grid_threads()) {
     if (route.experts.owner(e) != route.rank) continue;
     const int local = args.place.experts.local[e];
     plan.tokens_per_expert[local] = route.experts.total(e);
     if (padded) plan.expert_offset[local] = route.experts.start(e);
   }
-  if (grid_thread() != 0) return;
+  if (spread_thread() != 0) return;
   *plan.num_recv = totals.rank[route.rank];
   const int local_experts = args.place.dims.local_experts;
   if (padded) plan.expert_offset[local_experts] = local_experts * num_ranks * args.small.max_tokens;
+}
+
+// Where the tokens of this rank go: plan.row, slot and first_row, by the whole grid, a warp a
+// token. agreed: else nothing is sent.
+__device__ __forceinline__ void write_places(const SmallDispatchArgs& args, const GroupRoute& route,
+                                             bool agreed) {
+  const PlanView& plan = args.place.plan;
+  const RouteTile own = route.tile(route.rank);
+  const int lane = lane_index(), topk = route.topk, num_ranks = route.num_ranks;
+  for (int t = spread_warp(); t < args.num_tokens; t += grid_warps()) {
+    // Block 0 (or the send half) has filled plan.topk_idx before it signalled this rank's entry.
+    const int32_t expert = agreed && lane < topk ? plan.topk_idx[t * topk + lane] : -1;
+    const int owner = expert >= 0 ? route.experts.owner(expert) : -1;
+    const int32_t row =
+        expert >= 0 ? route.place(own, route.by_token ? owner : num_ranks + expert, t) : -1;
+    if (lane < topk) plan.row[t * topk + lane] = row;
+    int32_t first_row = -1;  // at rank `lane`: of the token's first slot there
+    for (int k = topk - 1; k >= 0; --k) {
+      const int32_t at = __shfl_sync(kFullWarp, row, k);
+      if (__shfl_sync(kFullWarp, owner, k) == lane) first_row = at;
+    }
+    if (lane >= num_ranks) continue;
+    plan.slot[t * num_ranks + lane] = own.has(lane, t) ? route.place(own, lane, t) : -1;
+    if (!route.by_token) plan.first_row[t * num_ranks + lane] = first_row;
+  }
 }
 
 }  // namespace epcomm
