@@ -29,6 +29,13 @@ __device__ __forceinline__ char* dynamic_shared() {
   return reinterpret_cast<char*>(epcomm_dynamic_shared);
 }
 
+/// The same value, of which nothing is worked out before the loads above have been issued: a thread
+/// that needs what is still on its way would issue them late.
+__device__ __forceinline__ uint64_t from_here_on(uint64_t value) {
+  asm volatile("" : "+l"(value)::"memory");
+  return value;
+}
+
 /// Loads 16 bytes of global memory that nobody writes while the kernel runs and that are read once.
 __device__ __forceinline__ uint4 load_streaming(const void* p) {
   uint4 v;

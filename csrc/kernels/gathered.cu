@@ -22,6 +22,10 @@ namespace {
 struct GatheredLink {
   static constexpr bool kMapped = false;
 };
+struct GatheredStart {
+  __device__ __forceinline__ uint64_t epoch() const { return 0; }
+  __device__ __forceinline__ bool lost() const { return false; }
+};
 
 }  // namespace
 
@@ -46,7 +50,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
     for (int i = slots + thread_index(); i < all; i += kSmallThreads) ids[i] = -1;
     report_bad_id(args, first_bad);
   }
-  send_rows<GatheredLink, Quant::kNone, Dtype::kBfloat16>(args, 0);
+  send_rows<GatheredLink, Quant::kNone, Dtype::kBfloat16>(args, GatheredStart());
 }
 
 __global__ void __launch_bounds__(kSmallThreads, 1)

@@ -206,31 +206,40 @@ enum class BlockOrder {
   kStarted,  ///< as they start: those with lower numbers run already, or have ended
 };
 
-/// What a block knows of a call before it has met a peer; by one thread.
-__device__ __forceinline__ void load_state(const LinkArgs& link, LinkCall& call) {
-  // In one go: nobody waits for them one after the other.
-  const LinkState& state = *link.state;
-  const uint64_t epoch = state.epoch, begun = state.marks[0], ended = state.marks[1];
-  const uint32_t lost = state.lost;
-  call.epoch = epoch + 1;
-  call.block = static_cast<int32_t>(blockIdx.x);
-  call.marks[0] = begun;
-  call.marks[1] = ended;
-  call.bad = lost != 0 ? LinkCall::kLost : 0;
-  call.last = 0;
-}
+/// What a thread finds when a kernel begins. Its loads are on their way until epoch() or lost() is
+/// called, so that a kernel may issue others first.
+struct LinkStart {
+  __device__ __forceinline__ explicit LinkStart(const LinkArgs& link)
+      : last_(link.state->epoch), lost_(link.state->lost) {}
+  __device__ __forceinline__ uint64_t epoch() const { return from_here_on(last_) + 1; }
+  __device__ __forceinline__ bool lost() const { return from_here_on(lost_) != 0; }
 
-/// Begins a call, or a phase of one: by every block, all threads. False: the link is lost. Ends
-/// with a barrier.
+ private:
+  uint64_t last_, lost_;
+};
+
+/// Begins a call, or a phase of one: by every block, all threads. False: the link is lost. A thread
+/// that finds it lost must not have sent anything. Ends with a barrier.
 __device__ __forceinline__ bool link_begin(const LinkArgs& link, LinkCall& call,
+                                           const LinkStart& start,
                                            BlockOrder order = BlockOrder::kIndex) {
   if (thread_index() == 0) {
-    load_state(link, call);
-    if (order == BlockOrder::kStarted)
-      call.block = static_cast<int32_t>(atomicAdd(&link.state->started, 1u));
+    call.epoch = start.epoch();
+    call.block = static_cast<int32_t>(
+        order == BlockOrder::kIndex ? blockIdx.x : atomicAdd(&link.state->started, 1u));
+    call.marks[0] = link.state->marks[0];  // came with the epoch
+    call.marks[1] = link.state->marks[1];
+    call.bad = 0;
+    call.last = 0;
   }
+  // Another block may have lost it just now, after some threads of this one have looked.
+  if (__syncthreads_or(start.lost()) == 0) return true;
+  if (thread_index() == 0) call.bad = LinkCall::kLost;
   __syncthreads();
-  return call.bad == 0;
+  return false;
+}
+__device__ __forceinline__ bool link_begin(const LinkArgs& link, LinkCall& call) {
+  return link_begin(link, call, LinkStart(link));
 }
 
 /// Tells the host that a call has begun, before its first wait. By one thread of the grid.
@@ -301,13 +310,12 @@ __device__ __forceinline__ bool link_enter(const LinkArgs& link, LinkCall& call,
 /// threads. False: that kernel has given up. Ends with a barrier.
 __device__ __forceinline__ bool link_resume(const LinkArgs& link, LinkCall& call) {
   const int r = thread_index();
-  if (r == 0) load_state(link, call);
-  __syncthreads();
+  if (!link_begin(link, call)) return false;
   if (r < link.num_ranks)
     call.entry[r] = *reinterpret_cast<const LinkEntry*>(link.window[link.rank] +
                                                         link.control.entry(r, call.epoch));
   __syncthreads();
-  return call.bad == 0;
+  return true;
 }
 
 /// Signals that what earlier kernels on the stream have stored into the peers' staging rows is

@@ -170,8 +170,12 @@ __device__ __forceinline__ void store_partial(const SmallCombineArgs& args,
   }
 }
 
-template <class Link, Quant kQuant, Dtype kDtype>
-__device__ __forceinline__ void send_partials(const SmallCombineArgs& args, uint64_t epoch) {
+// begin() is called by the whole block between the rows and their signals, and says whether the
+// call goes on; what it returns. start is looked at only when the first records have been asked
+// for. Nothing is sent if the link is lost.
+template <class Link, Quant kQuant, Dtype kDtype, class Begin>
+__device__ __forceinline__ bool send_partials(const SmallCombineArgs& args, const LinkStart& start,
+                                              Begin begin) {
   EPCOMM_SHARED(int32_t[kMaxLinkRanks], received);
   const LinkArgs& link = args.link;
   const int topk = args.dims.topk;
@@ -186,6 +190,7 @@ __device__ __forceinline__ void send_partials(const SmallCombineArgs& args, uint
   if constexpr (kFp8) least_parts = least_quant_parts<kQuant, kDtype>(row_bytes / kVectorBytes);
   const auto jobs = SmallJobs::of_block(partials.rows, row_bytes, kUnroll, least_parts);
   // The partial row for token t of rank s, the i-th received from there: here, and at its owner.
+  uint64_t epoch = 0;
   auto piece_of = [&](int s, int32_t i, int32_t t) -> LinkPiece {
     if (t < 0 || t >= args.small.max_tokens) return {};
     const size_t to = args.small.row(link.rank, epoch, t);
@@ -205,13 +210,15 @@ __device__ __forceinline__ void send_partials(const SmallCombineArgs& args, uint
             lane_index() < topk ? meta.row(record, 0)[lane_index()] : -1};
   };
   Next next = fetch(jobs.first);
+  epoch = start.epoch();
+  const bool sends = !start.lost();
   for (int j = jobs.first; j < jobs.count; j += jobs.step) {
     const RowJob job = jobs.at(j);
     const Next now = next;
     next = fetch(j + jobs.step);
     const int s = now.at.source;
     const LinkPiece place = piece_of(s, now.at.i, now.token);
-    if (place.bytes == 0) continue;
+    if (place.bytes == 0 || !sends) continue;
     const bool weighted = args.topk_weights != nullptr;
     float weight = 0.0f;
     if (weighted && lane_index() < topk)
@@ -225,12 +232,14 @@ __device__ __forceinline__ void send_partials(const SmallCombineArgs& args, uint
     else
       store_partial<kQuant, false, kDtype>(args, token, job, to);
   }
+  if (!begin()) return false;
   signal_shares<Link>(
       link, args.small, epoch, [&](int s) { return received[s]; },
       [&](int s, int i) {
         const int32_t n = partials.received_token(s, i);
         return piece_of(s, i, *meta.token(args.plan.recv_meta, n));
       });
+  return true;
 }
 
 // The tokens of this rank, by all warps of the grid. False: the warp has given up a wait.
@@ -286,15 +295,19 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
     small_combine_kernel(const __grid_constant__ SmallCombineArgs args) {
   EPCOMM_SHARED(LinkCall, call);
   const LinkArgs& link = args.link;
+  const LinkStart start(link);
   const bool weighted = args.topk_weights != nullptr, marks = blockIdx.x == 0;
-  bool going = link_begin(link, call);
-  if (going && args.phase != Phase::kReceive) {
-    if (blockIdx.x == 0) announce<Link>(args, call.epoch);
+  const bool sends = args.phase != Phase::kReceive, begins_late = sends && !weighted && !marks;
+  bool going = begins_late || link_begin(link, call, start);
+  if (going && sends) {
+    if (marks) announce<Link>(args, call.epoch);
     if (weighted) {
       if (marks && thread_index() == 0) link_mark_begun(link, call);
       going = link_agree<Link>(link, call, args.phase == Phase::kAll, 1);
     }
-    if (going) send_partials<Link, kQuant, kDtype>(args, call.epoch);
+    if (going)
+      going = send_partials<Link, kQuant, kDtype>(
+          args, start, [&] { return !begins_late || link_begin(link, call, start); });
   }
   if (args.phase == Phase::kSend) return;
   const bool waited = weighted && args.phase == Phase::kAll;

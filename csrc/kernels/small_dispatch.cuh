@@ -150,9 +150,10 @@ __device__ __forceinline__ void send_scales(const SmallDispatchArgs& args, int t
   });
 }
 
-// Uses the shared memory of routing, which begins after the next barrier.
-template <class Link, Quant kQuant, Dtype kDtype>
-__device__ __forceinline__ void send_rows(const SmallDispatchArgs& args, uint64_t epoch) {
+// Uses the shared memory of routing, which begins after the next barrier. Start: LinkStart, which
+// is looked at only when the first row has been asked for. Nothing is sent if the link is lost.
+template <class Link, Quant kQuant, Dtype kDtype, class Start>
+__device__ __forceinline__ void send_rows(const SmallDispatchArgs& args, const Start& start) {
   constexpr bool kQuantised = kQuant != Quant::kNone;
   const LinkArgs& link = args.link;
   const int x_bytes =
@@ -167,8 +168,8 @@ __device__ __forceinline__ void send_rows(const SmallDispatchArgs& args, uint64_
   for (int j = jobs.first; j < jobs.count; j += jobs.step) {
     const RowJob job = jobs.at(j);
     const int t = own.at(job.row);
-    const size_t slot = args.small.row(link.rank, epoch, t);
-    uint32_t ranks = 1u << link.rank;
+    size_t slot = 0;
+    uint32_t ranks = 0;
     [[maybe_unused]] QuantLayout layout;
     [[maybe_unused]] ScaleRange range;
     if constexpr (kQuantised) {
@@ -181,7 +182,11 @@ __device__ __forceinline__ void send_rows(const SmallDispatchArgs& args, uint64_
       Rows batch;
       batch.load(args.x + int64_t{t} * x_bytes, v, job.end);
       // The row is on its way before it is known where it goes.
-      if (Link::kMapped && at == job.begin) ranks = destinations(args, t);
+      if (at == job.begin) {
+        ranks = Link::kMapped ? destinations(args, t) : 1u << link.rank;
+        if (start.lost()) ranks = 0;
+        slot = args.small.row(link.rank, start.epoch(), t);
+      }
       if constexpr (kQuantised) {
         const QuantBatch<kQuant, kDtype> made(batch, global);
         made.store_scales(staged - range.begin, v, job.end);
@@ -363,14 +368,21 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   // that the block may as well route meanwhile.
   constexpr bool kSignalsLate = Link::kMapped;
   const LinkArgs& link = args.link;
-  bool going = link_begin(link, call);
-  if (going && args.phase != Phase::kReceive) {
-    if (blockIdx.x == 0) announce<Link>(args, call.epoch, first_bad);
-    send_rows<Link, kQuant, kDtype>(args, call.epoch);
-    if (!kSignalsLate || args.phase == Phase::kSend) signal_rows<Link>(args, call.epoch);
+  const LinkStart start(link);
+  const bool sends = args.phase != Phase::kReceive, announces = blockIdx.x == 0;
+  bool going = true;
+  if (announces || !sends) going = link_begin(link, call, start);
+  if (going && sends) {
+    if (announces) announce<Link>(args, call.epoch, first_bad);
+    send_rows<Link, kQuant, kDtype>(args, start);
+    // Scales that wait to be sent lie where routing begins: either way a barrier.
+    if (announces)
+      __syncthreads();
+    else
+      going = link_begin(link, call, start);
+    if (going && (!kSignalsLate || args.phase == Phase::kSend)) signal_rows<Link>(args, call.epoch);
   }
   if (args.phase == Phase::kSend) return;
-  if (going) __syncthreads();  // scales that wait to be sent lie where routing begins
   prepare_route(args, GroupRoute(args));
   if (going) {
     if (blockIdx.x == 0 && thread_index() == 0) link_mark_begun(link, call);

@@ -35,6 +35,7 @@ inline int warp_index() { return static_cast<int>(threadIdx.x) / kWarpSize; }
 inline uint32_t lanes_below(int lane) { return (1u << lane) - 1; }
 inline char* dynamic_shared() { return sim::self().block->dynamic; }
 
+inline uint64_t from_here_on(uint64_t value) { return value; }
 inline uint4 load_streaming(const void* p) { return *static_cast<const uint4*>(p); }
 inline void store_streaming(void* p, const uint4& value) { sim::grid().store_late(p, &value); }
 
