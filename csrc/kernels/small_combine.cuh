@@ -13,7 +13,7 @@
 // Buffers: x, plan.recv_meta, plan.rank_count, topk_weights, plan.slot, bias are read. In the
 // window of a token's owner, at SmallLayout of this rank and epoch: weights, rows. From this rank's
 // window, of all ranks: the same. out is written.
-// Launch: num_sms blocks of 512 threads, one per SM, all at the same time (a cooperative launch):
+// Launch: num_sms blocks of 512 threads, one per SM, all of which must find room at some time:
 // blocks wait for other blocks, of this rank, too. Sending, warps share the rows of their block;
 // summing, all warps of the grid share all tokens, cut into parts.
 // Memory order: weights are released by `entered` (kernels/link.cuh), partial rows by the signals
@@ -338,7 +338,7 @@ void launch_small_combine(const SmallCombineArgs& args, int num_sms, cudaStream_
   launch("launch of small_combine",
          fp8 ? combine_kernel<Link, Quant::kFp8>(args.dtype)
              : combine_kernel<Link, Quant::kNone>(args.dtype),
-         {persistent_blocks(num_sms), kSmallThreads, staged, true}, stream, args);
+         {persistent_blocks(num_sms), kSmallThreads, staged, !Link::kMapped}, stream, args);
 }
 
 }  // namespace epcomm

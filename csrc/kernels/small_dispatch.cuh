@@ -19,8 +19,8 @@
 // receiving, all warps of the grid share all rows, cut into parts. Rows go through registers.
 // Host guarantees: max_tokens is at most kTileTokens, small_shared_bytes at most kMaxSmallShared.
 // Memory order: ids are released by `entered` (kernels/link.cuh), rows by the signals of their
-// shares (kernels/small.cuh). Blocks wait for other blocks, of this rank, too, so all of them run
-// at the same time (a cooperative launch).
+// shares (kernels/small.cuh). Blocks wait for other blocks, of this rank, too, so all of them must
+// find room at some time.
 #pragma once
 
 #include <algorithm>
@@ -426,7 +426,8 @@ void launch_small_dispatch(const SmallDispatchArgs& args, int num_sms, cudaStrea
   const size_t staged = args.quant == Quant::kNone ? 0 : size_t{kSmallWarps} * kStagedScaleBytes;
   launch("launch of small_dispatch", kernel_of<Link>(args),
          {persistent_blocks(num_sms), kSmallThreads,
-          std::max(small_shared_bytes(args.place.dims, args.small.max_tokens), staged), true},
+          std::max(small_shared_bytes(args.place.dims, args.small.max_tokens), staged),
+          !Link::kMapped},
          stream, args);
 }
 
