@@ -10,8 +10,8 @@ namespace epcomm {
 namespace {
 
 // Few tokens should still spread over many SMs: what counts is when the last byte arrives
-// (docs/nvlink.md).
-constexpr int kSmallSms = 64;
+// (docs/nvlink.md). One block announces; the others have two of the 128 shares each.
+constexpr int kSmallSms = 65;
 
 }  // namespace
 
