@@ -93,7 +93,8 @@ struct SmallJobs {
     for (int p = 1; p <= kMostParts && (p == 1 || p <= units); p *= 2) {
       const int rounds = (rows * p + step - 1) / step;
       const int batches = rounds * (((units + p - 1) / p + unroll - 1) / unroll);
-      if (p != 1 && batches >= least_batches) continue;
+      // As many warps as there are, but no round more.
+      if (p != 1 && (batches > least_batches || (batches == least_batches && rounds > 1))) continue;
       parts = p;
       least_batches = batches;
     }
