@@ -7,8 +7,8 @@
 //      asked.
 //   3. Waits for the entries of all ranks, and has their ids. From them (kernels/small_route.cuh):
 //      bit masks of all ranks' tokens, counts, the rows of every layout. Then signals the rows of
-//      2 (a send half, or a link that puts, has done so at once), fills the plan, and clears what
-//      no token will write.
+//      2 (a send half, a link that puts, or a rank with few tokens has done so at once), fills the
+//      plan, and clears what no token will write.
 //   4. Each received token, when it has arrived, goes to the rows that carry it.
 // The send half is 1 and 2, the receive half 3 and 4.
 //
@@ -365,8 +365,10 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   EPCOMM_SHARED(LinkCall, call);
   EPCOMM_SHARED(int32_t, first_bad);
   // A release waits until what was stored has arrived. Nobody reads rows before he has routed, so
-  // that the block may as well route meanwhile.
-  constexpr bool kSignalsLate = Link::kMapped;
+  // that the block may as well route meanwhile; but few rows have arrived before the ids have.
+  constexpr int kFewTokens = 16;
+  const bool signals_late =
+      Link::kMapped && args.phase == Phase::kAll && args.num_tokens > kFewTokens;
   const LinkArgs& link = args.link;
   const LinkStart start(link);
   const bool sends = args.phase != Phase::kReceive, announces = blockIdx.x == 0;
@@ -380,7 +382,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
       __syncthreads();
     else
       going = link_begin(link, call, start);
-    if (going && (!kSignalsLate || args.phase == Phase::kSend)) signal_rows<Link>(args, call.epoch);
+    if (going && !signals_late) signal_rows<Link>(args, call.epoch);
   }
   if (args.phase == Phase::kSend) return;
   prepare_route(args, GroupRoute(args));
@@ -388,8 +390,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
     if (blockIdx.x == 0 && thread_index() == 0) link_mark_begun(link, call);
     going = link_agree<Link>(link, call, true, num_pieces(args));
   }
-  const bool completed =
-      receive<Link>(args, call, going, kSignalsLate && going && args.phase == Phase::kAll);
+  const bool completed = receive<Link>(args, call, going, going && signals_late);
   link_leave<Link>(link, call, going, completed);
 }
 
