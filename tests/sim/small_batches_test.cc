@@ -67,12 +67,53 @@ INSTANTIATE_TEST_SUITE_P(All, SmallBatches,
                          ::testing::Values(Shape{1, 3, 2, 16, 9}, Shape{2, 5, 3, 16, 21},
                                            Shape{3, 7, 4, 528, 12}, Shape{4, 10, 4, 48, 17},
                                            Shape{2, 6, 4, 32, 150}, Shape{2, 40, 8, 16, 256},
-                                           Shape{2, 5, 3, 640, 15}, Shape{3, 5, 3, 5248, 4}),
+                                           Shape{2, 5, 3, 640, 15}, Shape{3, 5, 3, 5248, 4},
+                                           Shape{6, 12, 8, 48, 7}),
                          [](const auto& info) {
                            return "ranks" + std::to_string(info.param.ranks) + "tokens" +
                                   std::to_string(info.param.max_tokens) + "hidden" +
                                   std::to_string(info.param.hidden);
                          });
+
+// One rank has nearly all tokens, so that a block has many rows from one source and none from
+// others, and warps have several rows each.
+TEST(SmallBatchesUneven, GiveWhatTheLargePathGives) {
+  const Shape c{3, 6, 4, 48, 40};
+  run_devices(c.ranks, [&](std::shared_ptr<Bootstrap> bootstrap) {
+    const int rank = bootstrap->rank();
+    Buffer large(bootstrap, options_for(c, "large")), small(bootstrap, options_for(c, "small"));
+    for (int busy = 0; busy < c.ranks; ++busy) {
+      Round round = make_round(c, 300 + static_cast<unsigned>(busy), rank);
+      Random random(static_cast<unsigned>(busy * c.ranks + rank));
+      round.tokens = rank == busy ? c.max_tokens : rank == (busy + 1) % c.ranks ? 1 : 0;
+      round.num_sms = 1 + (rank + busy) % 2;
+      const size_t tokens = static_cast<size_t>(round.tokens);
+      round.ids32.resize(tokens * static_cast<size_t>(round.topk));
+      for (int32_t& id : round.ids32) id = random.below(c.experts + 1) - 1;
+      round.ids64.assign(round.ids32.begin(), round.ids32.end());
+      round.weights.assign(round.ids32.size(), 0.0f);
+      for (float& weight : round.weights) weight = random.real();
+      round.quant = Quant::kNone;
+      round.x = numbers(random, tokens * static_cast<size_t>(c.hidden), Dtype::kBfloat16);
+      round.scales = numbers(random, tokens * kScaleBytes / 4, Dtype::kFloat32);
+      round.bias = numbers(random, tokens * static_cast<size_t>(c.hidden), round.combine_dtype);
+      Calls l{large, c, round}, s{small, c, round};
+      for (Calls* calls : {&l, &s}) {
+        calls->route();
+        calls->dispatch();
+      }
+      sync();
+      const std::string what = "rank " + std::to_string(busy) + " is busy";
+      expect_same_dispatch(s, l, what);
+      for (const bool weighted : {false, true}) {
+        l.combine(weighted, true);
+        s.combine(weighted, true);
+        sync();
+        expect_same(s.y.data(), l.y.data(), s.y.size(), what + ": y");
+      }
+    }
+  });
+}
 
 // Every format and type of rows; a block sends more rows than it has warps, and each has more
 // scales than a warp keeps at a time.
