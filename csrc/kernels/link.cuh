@@ -238,8 +238,9 @@ __device__ __forceinline__ bool link_begin(const LinkArgs& link, LinkCall& call,
   __syncthreads();
   return false;
 }
-__device__ __forceinline__ bool link_begin(const LinkArgs& link, LinkCall& call) {
-  return link_begin(link, call, LinkStart(link));
+__device__ __forceinline__ bool link_begin(const LinkArgs& link, LinkCall& call,
+                                           BlockOrder order = BlockOrder::kIndex) {
+  return link_begin(link, call, LinkStart(link), order);
 }
 
 /// Tells the host that a call has begun, before its first wait. By one thread of the grid.
