@@ -1,5 +1,6 @@
 """The GPU transports on simulated devices: the conformance cases, without a GPU."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -132,6 +133,120 @@ def test_halves(path: str) -> None:
     launcher.pool("simulated").run(3, run_halves, path)
 
 
+def watch_settle(buf: Any) -> list[bool]:
+    """What settle will have said in the Buffer's calls: whether there was room enough."""
+    sent: list[bool] = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(buf._native, name)
+
+        def settle(self, plan: Any) -> Any:
+            settled = buf._native.settle(plan)
+            sent.append(settled[1])
+            return settled
+
+    buf._end.native = Watched()
+    return sent
+
+
+def run_small_ahead(group: Any, path: str) -> None:
+    """Small batches for which the host waits: one kernel sends them and tells the counts."""
+    import epcomm
+    from epcomm import plans
+
+    arguments: dict[str, Any] = {"num_experts": 8, "hidden": 128, "topk": 3, "max_tokens": 32}
+    arguments |= transport_of(path).buffer_arguments(None)
+    with epcomm.Buffer(group, statistics=True, **arguments) as buf:
+        assert buf.caps.small_batches and buf.caps.sends_ahead
+        sent = watch_settle(buf)
+        rng = torch.Generator().manual_seed(buf.rank)
+        received, most_held = torch.zeros(buf.local_experts, dtype=torch.int64), plans.MOST_HELD
+        made: list[tuple[Any, Any]] = []
+        kinds = itertools.product(
+            ("token", "expert", "padded"), (None, "fp8", "nvfp4"), (most_held, 0)
+        )
+        for round, (layout, quant, most) in enumerate(kinds):
+            tokens = (30, 0, 3, 17)[(round + buf.rank) % 4]
+            plans.MOST_HELD = most
+            x = torch.randint(-8, 9, (tokens, 128), generator=rng).bfloat16()
+            idx = torch.rand(tokens, 8, generator=rng).topk(3).indices
+            idx[torch.rand(tokens, 3, generator=rng) < 0.2] = -1
+            weights = 2.0 ** torch.randint(-2, 2, (tokens, 3), generator=rng)
+            how = {"layout": layout, "quant": quant}
+            if layout == "expert":
+                how["expert_alignment"] = 4
+            before = len(sent)
+            recv = buf.dispatch(x, idx, weights, async_op=round % 2 == 1, **how)
+            assert len(sent) == before + (most != 0)
+            late = buf.dispatch(x, idx, weights, host_sync=False, **how)
+            again = buf.dispatch(x, topk_weights=weights, plan=recv.plan, quant=quant)
+            received += 3 * recv.tokens_per_expert
+            n = int(late.num_tokens)
+            assert recv.plan.num_recv_tokens == recv.plan.recv_capacity == n
+            assert recv.plan.native.num_recv_tokens == n
+            assert recv.plan.native.tokens_per_expert == late.tokens_per_expert.tolist()
+            rows = {"token": n, "expert": int(late.plan.expert_offsets[-1])}.get(layout)
+            assert layout == "padded" or recv.plan.num_recv_rows == rows
+            for got in (recv, again):
+                outputs = list(zip(parts_of(got), parts_of(late), strict=True))
+                for one, other in outputs:
+                    assert (one is None) == (other is None)
+                    if one is None:
+                        continue
+                    assert rows is None or len(one) == rows
+                    if rows is None:
+                        filled = torch.arange(one.shape[1]) < late.tokens_per_expert[:, None]
+                        one, other = one[filled], other[filled]
+                    elif layout == "expert":
+                        filled = late.topk_idx[:rows] >= 0
+                        one, other = one[filled], other[:rows][filled]
+                    assert torch.equal(one.float(), other[: len(one)].float())
+            for of in ("tokens_per_expert", "expert_offsets", "num_recv", "rank_count"):
+                assert torch.equal(getattr(recv.plan, of), getattr(late.plan, of)), of
+            made.append((recv, bits_of(recv)))
+            if quant is None:
+                y = buf.combine(recv.x, recv.plan, topk_weights=weights)
+                scale = (weights * (idx >= 0)).sum(1, keepdim=True)
+                assert torch.equal(y.float(), x.float() * scale)
+        plans.MOST_HELD = most_held
+        for recv, bits in made:  # later calls have not touched what was received
+            assert all(map(torch.equal, bits_of(recv), bits))
+        assert sent == [True] * len(sent)
+        assert torch.equal(buf.statistics().received_tokens, received)
+
+        x, idx = torch.ones(8, 128).bfloat16(), torch.arange(16).view(8, 2) % 8
+        buf.dispatch(x, idx)
+        if buf.num_ranks > 1:
+            with pytest.raises(epcomm.ConfigMismatch, match="topk"):
+                buf.dispatch(x, idx if buf.rank else idx[:, :1].contiguous())
+            with pytest.raises(epcomm.ConfigMismatch, match="host_sync"):
+                buf.dispatch(x, idx, host_sync=buf.rank == 0)
+        bad, last = idx.clone(), buf.num_ranks - 1
+        if buf.rank == last:
+            bad[3, 1] = 8
+        for _ in range(2):
+            with pytest.raises(ValueError, match=rf"rank {last} .token 3, slot 1. is 8"):
+                buf.dispatch(x, bad)
+        recv = buf.dispatch(x, idx)
+        assert torch.equal(buf.combine(recv.x, recv.plan).float()[:, 0] % 1, torch.zeros(8))
+
+
+def parts_of(recv: Any) -> tuple[Any, ...]:
+    rows = recv.x if isinstance(recv.x, tuple) else (recv.x,)
+    return (*rows, recv.topk_idx, recv.topk_weights, recv.global_scale)
+
+
+def bits_of(recv: Any) -> list[torch.Tensor]:
+    parts = [part for part in parts_of(recv) if part is not None]
+    return [torch.empty(p.shape, dtype=p.dtype).copy_(p).view(torch.uint8) for p in parts]
+
+
+@pytest.mark.parametrize(("path", "num_ranks"), [("small", 1), ("small", 3), ("card", 2)])
+def test_small_batches_ahead_of_counts(path: str, num_ranks: int) -> None:
+    launcher.pool("simulated").run(num_ranks, run_small_ahead, path)
+
+
 def run_ahead(group: Any) -> None:
     """Rows are sent before the host knows how many arrive, into memory of a guessed size."""
     import epcomm
@@ -141,18 +256,7 @@ def run_ahead(group: Any) -> None:
     options = {"path": "large"}
     with epcomm.Buffer(group, transport="nvlink", transport_options=options, **arguments) as buf:
         assert buf.caps.sends_ahead
-        settle, sent = buf._native.settle, []
-
-        class Watched:
-            def __getattr__(self, name: str) -> Any:
-                return getattr(buf._native, name)
-
-            def settle(self, plan: Any) -> Any:
-                settled = settle(plan)
-                sent.append(settled[1])
-                return settled
-
-        buf._end.native = Watched()
+        sent = watch_settle(buf)
         rng = torch.Generator().manual_seed(buf.rank)
         # The first call waits for the counts; 290 after 20, and all of 8 ranks to rank 0, is more
         # than a guess has room for.

@@ -13,6 +13,7 @@
 #include "core/checks.h"
 #include "core/expert_map.h"
 #include "core/plan_state.h"
+#include "core/recv_rows.h"
 #include "epcomm/quant.h"
 #include "kernels/node_layout.h"
 #include "kernels/token_layout.h"
@@ -137,14 +138,8 @@ struct Buffer::State {
   }
   // Most rows that a rank with so many experts can receive in one call.
   int64_t max_recv_rows(const RouteArgs& args, int64_t local_experts) const {
-    const int64_t tokens = int64_t{num_ranks} * options.config.max_tokens;
-    if (args.layout == Layout::kToken) return tokens;
-    if (args.layout == Layout::kPadded) return tokens * local_experts;
-    const int64_t alignment = args.expert_alignment;
-    const int64_t rows =
-        tokens * std::min<int64_t>(args.topk, local_experts) + (alignment - 1) * local_experts;
-    return static_cast<int64_t>(
-        align_up(static_cast<size_t>(rows), static_cast<size_t>(alignment)));
+    return most_recv_rows(args.layout, int64_t{num_ranks} * options.config.max_tokens, args.topk,
+                          local_experts, args.expert_alignment);
   }
   Transport& usable() const {
     if (transport == nullptr) throw BufferUnusable("this Buffer was destroyed; make a new one");

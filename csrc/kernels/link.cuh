@@ -134,21 +134,28 @@ __device__ __forceinline__ void mark_progress(const LinkArgs& link, const LinkCa
       count << 8 | static_cast<uint64_t>(link.entry.signature[0]);
 }
 
-/// Copies this rank's entry, with short_rows, and `words` 4-byte words of announce into the inbox
+/// What of a rank's entry only its device knows: the fields of these names.
+struct EntryNews {
+  int32_t short_rows = 0, bad_index = 0, bad_value = 0;
+};
+
+/// Copies this rank's entry, with its news, and `words` 4-byte words of announce into the inbox
 /// that it writes in the window of rank `owner`. By a warp.
 __device__ __forceinline__ void write_entry(const LinkArgs& link, uint64_t epoch, int owner,
                                             const int32_t* announce, int words,
-                                            int32_t short_rows) {
+                                            const EntryNews& news) {
   char* window = link.window[owner];
   copy_words<uint4>(window + link.control.counts(link.rank, epoch),
                     reinterpret_cast<const char*>(announce), words * 4);
   copy_words<uint4>(window + link.control.entry(link.rank, epoch),
                     reinterpret_cast<const char*>(&link.entry), sizeof(LinkEntry));
-  if (short_rows == 0) return;
+  if (news.short_rows == 0 && news.bad_index == 0) return;
   __syncwarp();
-  if (lane_index() == 0)
-    reinterpret_cast<LinkEntry*>(window + link.control.entry(link.rank, epoch))->short_rows =
-        short_rows;
+  if (lane_index() != 0) return;
+  auto& entry = *reinterpret_cast<LinkEntry*>(window + link.control.entry(link.rank, epoch));
+  entry.short_rows = news.short_rows;
+  entry.bad_index = news.bad_index;
+  entry.bad_value = news.bad_value;
 }
 
 /// What goes out with an entry where the link puts: 0 bytes = an empty piece, which is waited for
@@ -164,10 +171,10 @@ template <class Link = PeerLink>
 __device__ __forceinline__ void link_announce(const LinkArgs& link, uint64_t epoch,
                                               const int32_t* announce, int words,
                                               [[maybe_unused]] const LinkPieces& pieces = {},
-                                              int32_t short_rows = 0) {
+                                              const EntryNews& news = {}) {
   const int warps = static_cast<int>(blockDim.x) / kWarpSize;
   if constexpr (!Link::kMapped) {
-    if (warp_index() == 0) write_entry(link, epoch, link.rank, announce, words, short_rows);
+    if (warp_index() == 0) write_entry(link, epoch, link.rank, announce, words, news);
     __syncthreads();
     fence_system();  // what the block has stored is read by a network card
   }
@@ -183,7 +190,7 @@ __device__ __forceinline__ void link_announce(const LinkArgs& link, uint64_t epo
                             same_place(link.control.entry(link.rank, epoch), sizeof(LinkEntry)),
                             own_inbox(link, offsetof(LinkInbox, entered)), epoch);
     } else {
-      write_entry(link, epoch, peer, announce, words, short_rows);
+      write_entry(link, epoch, peer, announce, words, news);
       __syncwarp();
       // Releases what all lanes have written.
       if (lane_index() == 0)
@@ -262,7 +269,7 @@ __device__ __forceinline__ bool link_agree(const LinkArgs& link, LinkCall& call,
     if (!lost) {
       const LinkEntry& entry = call.entry[r] = *reinterpret_cast<const LinkEntry*>(
           link.window[link.rank] + link.control.entry(r, call.epoch));
-      refused = entry.needed_bytes != 0 || entry.short_rows != 0;
+      refused = entry.needed_bytes != 0 || entry.short_rows != 0 || entry.bad_index != 0;
       for (int f = 0; f < LinkEntry::kSignatureWords; ++f)
         refused |= entry.signature[f] != link.entry.signature[f];
     }
@@ -302,7 +309,7 @@ __device__ __forceinline__ bool link_enter(const LinkArgs& link, LinkCall& call,
         same_place(link.control.counts(link.rank, call.epoch), static_cast<size_t>(words) * 4);
   if (call.block == 0) {
     if (thread_index() == 0) link_mark_begun(link, call);
-    link_announce<Link>(link, call.epoch, announce, words, pieces, short_rows);
+    link_announce<Link>(link, call.epoch, announce, words, pieces, {short_rows});
   }
   return link_agree<Link>(link, call, true, pieces.count);
 }

@@ -33,6 +33,9 @@ struct alignas(16) LinkEntry {
   int32_t num_tokens;                  ///< dispatch of a small batch: tokens of this rank
   int32_t short_rows;                  ///< dispatch: received rows that the memory does not hold
   int32_t senders;                     ///< dispatch: blocks that say how far their rows have come
+  int32_t bad_index, bad_value;        ///< dispatch of a small batch for which the host waits: 1 +
+                                       ///< position of the first expert id that does not exist, and
+                                       ///< the id; 0 = none
   uint64_t rows;                       ///< dispatch: recv_x; combine: x
   uint64_t scales;                     ///< dispatch: recv_scales
   uint64_t meta;                       ///< dispatch: recv_meta

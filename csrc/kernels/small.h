@@ -36,7 +36,8 @@ struct SmallDispatchArgs {
   bool records;                 ///< metadata records are written, not kept from an earlier dispatch
   const void* topk_idx;         ///< fresh: [T, K]
   IndexType index_type;         ///< of topk_idx
-  volatile int32_t* bad_index;  ///< as in RouteKernelArgs
+  volatile int32_t* bad_index;  ///< as in RouteKernelArgs; null: a bad id goes out with the entry,
+                                ///< and all ranks refuse the call
   const char* x;
   const char* scales;
   /// Not kNone: x holds [T, hidden] of x_dtype, which is quantised on the way; place.rows says what
@@ -46,6 +47,10 @@ struct SmallDispatchArgs {
   int32_t hidden;
   const float* global_scale;  ///< kNvfp4: [1]
   const float* topk_weights;
+  /// Null, or pinned host memory [1 + L], for block 0 to write: how many tokens this rank receives,
+  /// and how many each of its experts does, each in the lower half of a word, link.token in the
+  /// upper.
+  volatile uint64_t* totals;
 };
 
 /// A whole combine, or one of its halves. The formula of Buffer::combine.

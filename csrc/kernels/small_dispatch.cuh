@@ -96,10 +96,15 @@ __device__ __forceinline__ void store_ids(const SmallDispatchArgs& args, uint64_
   __syncthreads();
 }
 
+// The id at slot first_bad, as far as an int32 can tell.
+__device__ __forceinline__ int32_t bad_id(const SmallDispatchArgs& args, int32_t first_bad) {
+  const int64_t bad = max(min(given_id(args, first_bad), int64_t{INT32_MAX}), int64_t{INT32_MIN});
+  return static_cast<int32_t>(bad);
+}
+
 __device__ __forceinline__ void report_bad_id(const SmallDispatchArgs& args, int32_t first_bad) {
   if (thread_index() != 0 || first_bad == kNoBadId || args.bad_index == nullptr) return;
-  const int64_t bad = max(min(given_id(args, first_bad), int64_t{INT32_MAX}), int64_t{INT32_MIN});
-  args.bad_index[1] = static_cast<int32_t>(bad);
+  args.bad_index[1] = bad_id(args, first_bad);
   args.bad_index[2] = args.place.dims.topk;
   fence_system();  // the host takes the position as the sign that the rest is there
   args.bad_index[0] = first_bad + 1;
@@ -116,7 +121,10 @@ __device__ __forceinline__ void announce(const SmallDispatchArgs& args, uint64_t
   const LinkPieces pieces = {{same_place(args.small.source_ids(link.rank, epoch), bytes),
                               same_place(args.small.source_weights(link.rank, epoch), bytes)},
                              num_pieces(args)};
-  link_announce<Link>(link, epoch, nullptr, 0, pieces);
+  EntryNews news;
+  if (first_bad != kNoBadId && args.bad_index == nullptr)
+    news = {0, first_bad + 1, bad_id(args, first_bad)};
+  link_announce<Link>(link, epoch, nullptr, 0, pieces, news);
   report_bad_id(args, first_bad);
 }
 
@@ -350,6 +358,7 @@ __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const Lin
   if constexpr (Link::kMapped) {
     if (signals) signal_rows<Link>(args, call.epoch);
   }
+  if (agreed && args.totals != nullptr && blockIdx.x == 0) tell_totals(args, route, totals);
   if (args.fresh) {
     write_counts(args, route, totals);
     write_places(args, route, agreed);

@@ -138,6 +138,18 @@ __device__ __forceinline__ void route_group(const SmallDispatchArgs& args, const
   __syncthreads();
 }
 
+// What this rank receives, for a host that waits for it; by a block.
+__device__ __forceinline__ void tell_totals(const SmallDispatchArgs& args, const GroupRoute& route,
+                                            const RouteTotals& totals) {
+  auto tell = [&](int i, int32_t total) {
+    args.totals[i] = args.link.token << 32 | static_cast<uint32_t>(total);
+  };
+  if (thread_index() == 0) tell(0, totals.rank[route.rank]);
+  for (int e = thread_index(); e < args.place.dims.num_experts; e += kSmallThreads)
+    if (route.experts.owner(e) == route.rank)
+      tell(1 + args.place.experts.local[e], route.experts.total(e));
+}
+
 // The plan's counts, by the whole grid.
 __device__ __forceinline__ void write_counts(const SmallDispatchArgs& args, const GroupRoute& route,
                                              const RouteTotals& totals) {

@@ -11,6 +11,18 @@
 #include "core/checks.h"
 
 namespace epcomm {
+namespace {
+
+// The host would wait for what only a launch of the graph can tell it.
+void check_not_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  EPCOMM_CUDA_TRY(cudaStreamIsCapturing(stream, &status));
+  EPCOMM_CHECK(status == cudaStreamCaptureStatusNone,
+               "host_sync is set and the stream is being captured into a graph; dispatch with "
+               "host_sync=False there");
+}
+
+}  // namespace
 
 Dims gpu_dims(const TransportContext& context) {
   const int rank = context.bootstrap.rank();
@@ -61,7 +73,7 @@ GpuLinkTransport::GpuLinkTransport(const TransportContext& context, const LinkKe
           [] { return false; }) {
   caps_.token_layout = caps_.expert_layout = caps_.padded_layout = true;
   caps_.two_phases = caps_.small_batches = takes_small_;
-  caps_.graph_capture = caps_.column_scales = true;
+  caps_.graph_capture = caps_.column_scales = caps_.sends_ahead = true;
   caps_.received_tokens = caps_.wait_times = true;
   caps_.cuda = true;
   if (takes_small_) {
@@ -129,21 +141,29 @@ bool GpuLinkTransport::raise_refusal(bool settles) {
   for (int r = 0; r < num_ranks_; ++r) {
     const LinkEntry& entry = entries[static_cast<size_t>(r)];
     if (entry.needed_bytes != 0) throw WindowFull(r, entry.needed_bytes, entry.free_bytes);
+    const int topk = entry.signature[static_cast<int>(CallField::kTopk)];
+    EPCOMM_CHECK(entry.bad_index == 0,
+                 bad_expert_id(r, entry.bad_index - 1, topk, entry.bad_value, config_.num_experts));
   }
   return true;
+}
+
+// Until the call under way has written something to the host.
+template <class Reached>
+void GpuLinkTransport::await(Reached reached) const {
+  for (int spin = 1; !reached(); ++spin) {
+    if (spin % 256 != 0) continue;
+    watchdog_.check();
+    if (spin > 20'000) std::this_thread::yield();
+  }
+  watchdog_.check();
 }
 
 // Until all ranks have entered the call: it is refused on all of them, or on none. What they refuse
 // is not looked at before: of a call ahead of its counts, routing and rows may both be refused.
 void GpuLinkTransport::await_entered(uint64_t token) const {
   auto& report = *report_.as<LinkReport>();
-  for (int spin = 1; std::atomic_ref(report.entered).load(std::memory_order_acquire) != token;
-       ++spin) {
-    if (spin % 256 != 0) continue;
-    watchdog_.check();
-    if (spin > 20'000) std::this_thread::yield();
-  }
-  watchdog_.check();
+  await([&] { return std::atomic_ref(report.entered).load(std::memory_order_acquire) == token; });
 }
 
 void GpuLinkTransport::wait_entered(uint64_t token) {
@@ -155,11 +175,12 @@ RouteResult GpuLinkTransport::route(const RouteArgs& args) {
   expect_settle(false);  // of a call that failed half-way
   check();
   route_.report_bad_index();
+  if (args.host_sync) check_not_capturing(static_cast<cudaStream_t>(args.stream));
   if (takes_small_) {
     check_phase(Phase::kAll, Operation::kRoute);
     check_fits_slot(args.row_bytes, args.scale_bytes);
-    // Where the host waits for the counts it waits before the rows are sent: two kernels at least.
-    if (!args.host_sync) return route_small(args);
+    // A host that waits for the counts before the rows are sent waits between two kernels.
+    if (!args.host_sync || args.ahead) return route_small(args);
   }
   const auto stream = static_cast<cudaStream_t>(args.stream);
   Call call(*this, stream);
@@ -191,7 +212,7 @@ RouteResult GpuLinkTransport::route(const RouteArgs& args) {
 }
 
 bool GpuLinkTransport::settle(Plan& plan) {
-  watchdog_.wait(route_.fetched());
+  if (!takes_small_) watchdog_.wait(route_.fetched());
   await_entered(tokens_);
   bool refused = false;
   try {
@@ -202,7 +223,8 @@ bool GpuLinkTransport::settle(Plan& plan) {
   }
   expect_settle(false);
   const uint64_t epoch = plan.result.epoch;
-  plan.result = route_.result(unsettled_, 1);
+  if (takes_small_) await([&] { return route_.has_totals(tokens_); });
+  plan.result = takes_small_ ? route_.totals_result(unsettled_) : route_.result(unsettled_, 1);
   plan.result.epoch = epoch;
   return !refused;
 }

@@ -115,6 +115,8 @@ class GpuLinkTransport : public Transport {
  private:
   /// What else helps where a row does not fit into staging, beginning with " or"; "" = nothing.
   virtual std::string too_wide_advice() const { return ""; }
+  template <class Reached>
+  void await(Reached reached) const;
   void await_entered(uint64_t token) const;
   bool raise_refusal(bool settles = false);
   void expect_settle(bool expected) {
@@ -124,6 +126,7 @@ class GpuLinkTransport : public Transport {
   void raise_all_refusals();
   void check_phase(Phase phase, Operation operation);
   void check_fits_slot(int64_t row_bytes, int64_t scale_bytes) const;
+  void check_most_room(const Plan& plan, const DispatchArgs& args) const;
   RouteResult route_small(const RouteArgs& args);
 
   uint64_t routes_ = 0;  // calls of route

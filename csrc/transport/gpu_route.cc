@@ -42,7 +42,8 @@ GpuRoute::GpuRoute(const Config& config, const ExpertMap& experts, int rank, int
                   sizeof(int32_t)),
       announce_(announce_bytes()),
       fetched_words_(announce_bytes() * static_cast<size_t>(num_ranks)),
-      bad_index_(3 * sizeof(int32_t)) {}
+      bad_index_(3 * sizeof(int32_t)),
+      totals_((1 + static_cast<size_t>(experts.local_experts(rank))) * sizeof(uint64_t)) {}
 
 RouteKernelArgs GpuRoute::args(const RouteArgs& args, int chunks) const {
   RouteKernelArgs k{};
@@ -130,6 +131,25 @@ RouteResult GpuRoute::result(const RouteArgs& args, int chunks) const {
       for (int s = 0; s < num_ranks_; ++s)
         result.tokens_per_expert[static_cast<size_t>(experts_.local(e))] +=
             word(s, layout_.expert_count() + e);
+  result.num_recv_rows = static_cast<int32_t>(received_rows(args, result));
+  return result;
+}
+
+bool GpuRoute::has_totals(uint64_t token) const {
+  for (int i = 0; i <= experts_.local_experts(rank_); ++i) {
+    const uint64_t word =
+        std::atomic_ref(totals_.as<uint64_t>()[i]).load(std::memory_order_acquire);
+    if (word >> 32 != static_cast<uint32_t>(token)) return false;
+  }
+  return true;
+}
+
+RouteResult GpuRoute::totals_result(const RouteArgs& args) const {
+  const auto* words = totals_.as<uint64_t>();
+  RouteResult result;
+  result.num_recv_tokens = static_cast<int32_t>(words[0]);
+  for (int e = 0; e < experts_.local_experts(rank_); ++e)
+    result.tokens_per_expert.push_back(static_cast<int32_t>(words[1 + e]));
   result.num_recv_rows = static_cast<int32_t>(received_rows(args, result));
   return result;
 }

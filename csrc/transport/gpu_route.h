@@ -44,6 +44,13 @@ class GpuRoute {
   /// expert id), the same on all ranks.
   RouteResult result(const RouteArgs& args, int chunks) const;
 
+  /// See SmallDispatchArgs.
+  volatile uint64_t* totals() const { return totals_.as<uint64_t>(); }
+  /// Whether all totals are those of this call.
+  bool has_totals(uint64_t token) const;
+  /// What the totals say.
+  RouteResult totals_result(const RouteArgs& args) const;
+
  private:
   int32_t word(int rank, int index) const {
     return fetched_words_.as<int32_t>()[rank * layout_.words() + index];
@@ -57,6 +64,7 @@ class GpuRoute {
   DeviceMemory expert_rank_, expert_local_, tile_count_, announce_;
   PinnedMemory fetched_words_;
   PinnedMemory bad_index_;  // see RouteKernelArgs; for calls without host_sync
+  PinnedMemory totals_;
   Event fetched_;
 };
 

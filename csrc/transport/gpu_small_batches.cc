@@ -3,6 +3,7 @@
 
 #include "core/call_fields.h"
 #include "core/checks.h"
+#include "core/recv_rows.h"
 #include "kernels/quant.h"
 #include "transport/gpu_link_transport.h"
 
@@ -53,12 +54,31 @@ void GpuLinkTransport::check_fits_slot(int64_t row_bytes, int64_t scale_bytes) c
 
 // Nothing is exchanged yet: expert ids go out with the rows.
 RouteResult GpuLinkTransport::route_small(const RouteArgs& args) {
+  expect_settle(args.ahead);
+  unsettled_ = args;
   RouteResult result;
   result.epoch = ++routes_;
+  result.unsettled = args.ahead;
   result.deferred = true;
   result.topk_idx = args.topk_idx;
   result.index_type = args.index_type;
   return result;
+}
+
+// A batch that was sent ahead of its counts is not sent again for want of room.
+void GpuLinkTransport::check_most_room(const Plan& plan, const DispatchArgs& args) const {
+  const int64_t tokens = int64_t{num_ranks_} * config_.max_tokens;
+  const int64_t rows = most_recv_rows(plan.layout, tokens, plan.topk, experts_.local_experts(rank_),
+                                      plan.expert_alignment);
+  EPCOMM_CHECK(args.recv_capacity >= tokens && args.row_capacity >= rows,
+               "recv_capacity and row_capacity are " + std::to_string(args.recv_capacity) +
+                   " and " + std::to_string(args.row_capacity) +
+                   "; a small batch that is sent ahead of its counts needs room for the most that "
+                   "can be received: " +
+                   std::to_string(tokens) + " tokens in " + std::to_string(rows) + " rows");
+  EPCOMM_CHECK(args.phase == Phase::kAll,
+               "phase is one half of a call; a small batch that is sent ahead of its counts is "
+               "dispatched in one");
 }
 
 void GpuLinkTransport::dispatch_small(const Plan& plan, const DispatchArgs& args) {
@@ -70,11 +90,13 @@ void GpuLinkTransport::dispatch_small(const Plan& plan, const DispatchArgs& args
     check();
   check_phase(args.phase, Operation::kDispatch);
   check_fits_slot(args.row_bytes, args.scale_bytes);
+  const bool settles = plan.result.unsettled;
   if (args.needed_bytes == 0) check_capacity(plan, args);
+  if (settles) check_most_room(plan, args);
   const auto stream = static_cast<cudaStream_t>(args.stream);
   Call call(*this, stream);
-  const bool waits =
-      args.phase == Phase::kAll && (args.needed_bytes != 0 || (plan.host_sync && !args.replay));
+  const bool waits = args.phase == Phase::kAll && !settles &&
+                     (args.needed_bytes != 0 || (plan.host_sync && !args.replay));
   SmallDispatchArgs small{};
   small.link = link(Operation::kDispatch);
   small.small = small_;
@@ -85,7 +107,7 @@ void GpuLinkTransport::dispatch_small(const Plan& plan, const DispatchArgs& args
     small.place.group_rows =
         plan.layout == Layout::kPadded ? num_ranks_ * config_.max_tokens : INT32_MAX;
   }
-  if (waits) small.link.token = ++tokens_;
+  if (waits || settles) small.link.token = ++tokens_;
   LinkEntry& entry = small.link.entry;
   describe_plan(entry, plan);
   entry_field(entry, CallField::kDtype) = static_cast<int32_t>(args.dtype);
@@ -102,7 +124,8 @@ void GpuLinkTransport::dispatch_small(const Plan& plan, const DispatchArgs& args
   small.records = !args.replay || args.topk_weights != nullptr;
   small.topk_idx = plan.result.topk_idx;
   small.index_type = plan.result.index_type;
-  small.bad_index = route_.bad_index();
+  small.bad_index = plan.host_sync ? nullptr : route_.bad_index();
+  small.totals = settles ? route_.totals() : nullptr;
   small.x = static_cast<const char*>(args.x);
   small.scales = static_cast<const char*>(args.scales);
   small.quant = args.quant;

@@ -78,7 +78,7 @@ NvlinkTransport::NvlinkTransport(const TransportContext& context, const ControlL
       layout_(layout),
       window_(std::move(window)),
       arena_(*window_, layout_.arena) {
-  caps_.symmetric_outputs = caps_.sends_ahead = !takes_small_;
+  caps_.symmetric_outputs = !takes_small_;
   if (can_quantise_on_the_way()) caps_.fused_quants = kAllQuants;
 }
 

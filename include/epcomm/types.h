@@ -224,6 +224,8 @@ struct RouteArgs {
   bool host_sync = true;  ///< the host learns the counts; false: worst-case shapes, no host wait
   /// With host_sync, where caps().sends_ahead: route does not wait for the counts. The dispatch
   /// goes to memory of a guessed size, then Buffer::settle says the counts, and whether it fitted.
+  /// Small batches (caps().small_batches) need room for the most that can be received, and a whole
+  /// call. Alike on all ranks.
   bool ahead = false;
   PlanView plan;           ///< send block to fill
   void* stream = nullptr;  ///< cudaStream_t on GPU transports

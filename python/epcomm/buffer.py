@@ -259,12 +259,13 @@ class Buffer:
                 and columns that start on 16 bytes, as DeepGEMM reads them; in layout "padded" each
                 expert's part of [L, rows, n].
             host_sync: False: never waits for counts on the host; worst-case shapes, counts in
-                tensors.
+                tensors. True: exact shapes; views of tensors that may be larger.
             async_op: returns at once; `recv.event` marks completion. Complete already on the CPU.
             return_recv_hook: splits send from receive: nothing received may be read before
                 `recv.hook()` was called, nor does `recv.event` mark completion before. Where
                 `caps.two_phases` is set, no SM is held between; the next call on this Buffer issues
-                the receive half if the hook was not called. Excludes async_op.
+                the receive half if the hook was not called. Excludes async_op. With host_sync=True
+                alike on all ranks.
             previous_event: the work starts after this event.
             num_sms: most SMs used on a GPU; no effect on the CPU.
 

@@ -10,6 +10,10 @@ import torch
 from .endpoint import Endpoint
 from .results import Plan
 
+MOST_HELD = 256 << 20
+"""Bytes that the tensors of a small batch may take to spare the host a wait: more, and they are
+made when it is known what they hold."""
+
 
 class Routing(NamedTuple):
     """Where rows go: the arguments of these names of `Buffer.dispatch`. A plan, or topk_idx."""
@@ -47,7 +51,7 @@ def route(end: Endpoint, routing: Routing, dispatch: Any) -> Plan:
     args.weighted = dispatch.topk_weights != 0
     args.host_sync = routing.host_sync
     args.stream = dispatch.stream
-    room = _guessed_room(end, routing, topk)
+    room = _room_ahead(end, routing, dispatch)
     args.ahead = room is not None
     native_plan = end.native.route(args, send_block.data_ptr())
     plan = _plan(end, native_plan, send_block, None, topk_idx.dtype)
@@ -60,8 +64,8 @@ def route(end: Endpoint, routing: Routing, dispatch: Any) -> Plan:
 def settle(end: Endpoint, plan: Plan) -> tuple[Plan, bool]:
     """Waits for the counts of a plan whose rows were sent ahead of them.
 
-    Returns the plan with its counts, and whether the guessed room was enough, on all ranks: else
-    nothing was moved.
+    Returns the plan with its counts, and whether there was room enough, on all ranks: else nothing
+    was moved.
     """
     native, sent = end.native.settle(plan.native)
     plan = dataclasses.replace(
@@ -75,19 +79,29 @@ def settle(end: Endpoint, plan: Plan) -> tuple[Plan, bool]:
     return plan, sent
 
 
-def _guessed_room(end: Endpoint, routing: Routing, topk: int) -> tuple[int, int] | None:
+def _room_ahead(end: Endpoint, routing: Routing, dispatch: Any) -> tuple[int, int] | None:
     """Tokens and rows to make room for before the counts are known; None to wait for them.
 
-    Batches that follow each other receive about the same. A sixteenth more is cheap, and a guess
-    that is too small costs a second dispatch.
+    Alike on all ranks: whether it is None. Small batches get room for the most that can be
+    received, since they are not sent again. Larger ones that follow each other receive about the
+    same: a sixteenth more is cheap, and a guess that is too small costs a second dispatch.
     """
     if not (routing.host_sync and end.caps.sends_ahead):
         return None
+    topk_idx = routing.topk_idx
+    assert topk_idx is not None
+    topk = topk_idx.shape[1]
+    layout = getattr(end.module.Layout, routing.layout)
+    most = (end.max_recv_tokens, end.native.max_recv_rows(layout, topk, routing.expert_alignment))
+    if end.caps.small_batches:
+        # The counts of a call that is made in halves come with its second.
+        whole = dispatch.phase == end.module.Phase.all
+        most_rows = end.max_recv_tokens * (topk if routing.layout == "expert" else 1)
+        held = most_rows * (dispatch.row_bytes + dispatch.scale_bytes)
+        return most if whole and held <= MOST_HELD else None
     last = end.received.get((routing.layout, topk, routing.expert_alignment))
     if last is None:
         return None
-    layout = getattr(end.module.Layout, routing.layout)
-    most = (end.max_recv_tokens, end.native.max_recv_rows(layout, topk, routing.expert_alignment))
     tokens, rows = (min(n + n // 16 + 64, limit) for n, limit in zip(last, most, strict=True))
     return tokens, rows
 

@@ -1,7 +1,9 @@
 // Small batches on simulated devices: what is refused, lost or left to the other path.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <chrono>
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <utility>
@@ -14,42 +16,47 @@ namespace {
 
 using namespace testing;
 
-// What ranks disagree on: every one of them says so, and the Buffer goes on.
+// What ranks disagree on: every one of them says so, and the Buffer goes on. In halves a host that
+// waits for the counts routes first, which is another operation.
 TEST(SmallBatchesRefused, OnAllRanksAlike) {
   const Shape c{3, 6, 3, 32, 10};
   const std::vector<std::pair<std::string, void (*)(Round&)>> changes = {
       {"layout", [](Round& r) { r.layout = Layout::kPadded; }},
       {"topk_weights", [](Round& r) { r.weighted = !r.weighted; }},
       {"dtype", [](Round& r) { r.scaled = !r.scaled; }},
-      {"operation", [](Round& r) { r.host_sync = true; }},
+      {"host_sync", [](Round& r) { r.host_sync = r.ahead = !r.host_sync; }},
   };
+  enum class Mode { kWhole, kHalves, kAhead };
   run_devices(c.ranks, [&](std::shared_ptr<Bootstrap> bootstrap) {
     const int rank = bootstrap->rank();
     Buffer large(bootstrap, options_for(c, "large")), small(bootstrap, options_for(c, "small"));
     unsigned seed = 1300;
     for (const auto& [field, change] : changes)
-      for (const bool in_halves : {false, true}) {
+      for (const Mode mode : {Mode::kWhole, Mode::kHalves, Mode::kAhead}) {
         Round round = make_round(c, ++seed, rank);
-        round.host_sync = false;
+        round.host_sync = round.ahead = mode == Mode::kAhead;
         round.layout = Layout::kExpert;
         Round odd = round;
         if (rank == 1) change(odd);
         Calls bad{small, c, odd};
-        bad.in_halves = in_halves;
+        bad.in_halves = mode == Mode::kHalves;
         const std::string text = error_of<ConfigMismatch>(small, [&] {
           bad.route();
           bad.dispatch();
         });
-        EXPECT_NE(text.find(field), std::string::npos) << field << ": " << text;
-        if (!odd.host_sync) {  // the plan says that nothing was sent
-          const PlanView& view = bad.plan.view;
+        const bool routed = field == "host_sync" && bad.in_halves;
+        const std::string found = routed ? "operation" : field;
+        EXPECT_NE(text.find(found), std::string::npos) << field << ": " << text;
+        sync();
+        const PlanView& view = bad.plan.view;
+        if (view.num_recv != nullptr) {  // the plan says that nothing was sent
           EXPECT_EQ(*view.num_recv, 0) << field;
           for (int i = 0; i < c.ranks * c.ranks; ++i) EXPECT_EQ(view.rank_count[i], 0) << field;
           for (int i = 0; i < odd.tokens * c.ranks; ++i) EXPECT_EQ(view.slot[i], -1) << field;
           for (int i = 0; i < odd.tokens * odd.topk; ++i) EXPECT_EQ(view.row[i], -1) << field;
         }
-        if (field != "operation" && field != "layout") {  // so a combine does no harm
-          bad.combine(false, false);
+        if (mode != Mode::kAhead && field != "host_sync" && field != "layout") {
+          bad.combine(false, false);  // does no harm
           sync();
         }
         Calls l{large, c, round}, s{small, c, round};
@@ -131,6 +138,112 @@ TEST(SmallBatchesRefused, HalvesThatDoNotFit) {
   });
 }
 
+TEST(SmallBatchesRefused, AheadOfTheirCountsWithoutRoom) {
+  const Shape c{1, 6, 3, 32, 10};
+  run_devices(c.ranks, [&](std::shared_ptr<Bootstrap> bootstrap) {
+    Buffer small(bootstrap, options_for(c, "small"));
+    for (const Layout layout : {Layout::kToken, Layout::kExpert, Layout::kPadded}) {
+      Round round = make_round(c, 1550, 0);
+      round.host_sync = round.ahead = true;
+      round.layout = layout;
+      round.alignment = 1;
+      Calls calls{small, c, round};
+      for (int64_t* less : {&calls.capacity, &calls.rows}) {
+        calls.route();
+        --*less;
+        EXPECT_THROW(calls.dispatch(), InvalidArgument);
+      }
+      calls.route();
+      calls.in_halves = true;
+      EXPECT_THROW(calls.dispatch(), InvalidArgument);
+      calls.in_halves = false;
+      calls.route();
+      calls.dispatch();
+      sync();
+    }
+  });
+}
+
+// The host cannot wait for a kernel that a graph will launch.
+TEST(SmallBatchesRefused, HostsThatWaitInACapture) {
+  const Shape c{1, 6, 3, 32, 10};
+  run_devices(c.ranks, [&](std::shared_ptr<Bootstrap> bootstrap) {
+    Buffer small(bootstrap, options_for(c, "small"));
+    cudaStream_t stream;
+    EPCOMM_CUDA_TRY(cudaStreamCreate(&stream));
+    Round round = make_round(c, 1560, 0);
+    round.host_sync = true;
+    for (const bool ahead : {false, true}) {
+      round.ahead = ahead;
+      Calls calls{small, c, round, stream};
+      cudaGraph_t graph;
+      EPCOMM_CUDA_TRY(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+      EXPECT_THROW(calls.route(), InvalidArgument);
+      EPCOMM_CUDA_TRY(cudaStreamEndCapture(stream, &graph));
+      cudaGraphDestroy(graph);
+      calls.route();
+      calls.dispatch();
+      sync();
+    }
+    EPCOMM_CUDA_TRY(cudaStreamDestroy(stream));
+  });
+}
+
+// Where the host waits for the counts, all ranks say which rank has which bad id, and none receives
+// anything; the first of the lowest rank that has any.
+TEST(SmallBatchesRefused, BadExpertIdsWhereTheHostWaits) {
+  const Shape c{3, 6, 3, 32, 10};
+  run_devices(c.ranks, [&](std::shared_ptr<Bootstrap> bootstrap) {
+    const int rank = bootstrap->rank();
+    Buffer large(bootstrap, options_for(c, "large")), small(bootstrap, options_for(c, "small"));
+    for (unsigned seed = 0; seed < 8; ++seed) {
+      Round round = make_round(c, 1650 + seed, rank);
+      round.host_sync = true;
+      round.ahead = seed % 4 != 3;
+      round.topk = 2;
+      round.tokens = 4;
+      round.ids32.assign(8, 2);
+      round.ids64.assign(8, 2);
+      round.weights.assign(8, 1.0f);
+      round.x.assign(8 * static_cast<size_t>(c.hidden) * 4, 1);
+      round.scales.assign(4 * kScaleBytes, 1);
+      Round bad = round;
+      const int64_t id = seed % 2 == 0 ? -2 : seed < 4 ? c.experts : int64_t{1} << 40;
+      if (rank >= 1)
+        for (size_t i : {size_t{5}, size_t{7}}) {
+          bad.wide_ids = true;
+          bad.ids64[i] = id;
+        }
+      else
+        bad.wide_ids = true;
+      Calls calls{small, c, bad};
+      const std::string text = error_of<InvalidArgument>(small, [&] {
+        calls.route();
+        calls.dispatch();
+      });
+      const int64_t told = std::min<int64_t>(id, INT32_MAX);
+      EXPECT_NE(text.find("topk_idx[2, 1] on rank 1 (token 2, slot 1) is " + std::to_string(told) +
+                          "; expected an expert in [0, 6)"),
+                std::string::npos)
+          << text;
+      sync();
+      for (size_t i = 0; i < calls.x.bytes; ++i)
+        if (static_cast<uint8_t>(calls.x.data[i]) != 0xa5) {
+          ADD_FAILURE() << "something was received";
+          break;
+        }
+      EXPECT_EQ(error_of<Error>(small, [] {}), "") << "reported twice";
+      Calls l{large, c, round}, s{small, c, round};
+      for (Calls* one : {&l, &s}) {
+        one->route();
+        one->dispatch();
+      }
+      sync();
+      expect_same_dispatch(s, l, "after a bad id");
+    }
+  });
+}
+
 TEST(SmallBatchesRefused, BadExpertIdsCountAsNone) {
   const Shape c{2, 6, 3, 32, 10};
   run_devices(c.ranks, [&](std::shared_ptr<Bootstrap> bootstrap) {
@@ -176,15 +289,15 @@ TEST(SmallBatchesRefused, BadExpertIdsCountAsNone) {
 TEST(SmallBatchesLost, APeerThatDoesNotCall) {
   const Shape c{3, 6, 3, 32, 10};
   constexpr double kShort = 0.5;
-  for (int late = 0; late < 4; ++late)
+  for (int late = 0; late < 5; ++late)
     run_devices(c.ranks, [&](std::shared_ptr<Bootstrap> bootstrap) {
       const int rank = bootstrap->rank();
       Buffer small(bootstrap, options_for(c, "small", kShort));
       Round round = make_round(c, 1700, rank);
-      round.host_sync = false;
+      round.host_sync = round.ahead = late == 4;
       Calls calls{small, c, round};
       calls.in_halves = late % 2 == 1;
-      if (late >= 2) {
+      if (late == 2 || late == 3) {
         calls.route();
         calls.dispatch();
         sync();
@@ -193,7 +306,7 @@ TEST(SmallBatchesLost, APeerThatDoesNotCall) {
       if (rank != 2) {
         const auto begin = std::chrono::steady_clock::now();
         const std::string text = error_of<PeerLost>(small, [&] {
-          if (late < 2) {
+          if (late < 2 || late == 4) {
             calls.route();
             calls.dispatch();
           } else {
@@ -202,7 +315,11 @@ TEST(SmallBatchesLost, APeerThatDoesNotCall) {
         });
         EXPECT_NE(text.find("rank 2"), std::string::npos) << text;
         EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(2));
-        EXPECT_THROW(calls.combine(false, false), PeerLost);
+        if (late < 4) {
+          EXPECT_THROW(calls.combine(false, false), PeerLost);
+        }
+        sync();
+        EXPECT_THROW(calls.route(), PeerLost);
       }
       bootstrap->barrier();
     });

@@ -33,6 +33,7 @@ struct Round {
   Layout layout;
   int alignment, topk;
   bool weighted, scaled, host_sync, wide_ids;
+  bool ahead;     // with host_sync, of whole calls on a Buffer for small batches
   Quant quant;    // then not scaled
   Dtype x_dtype;  // of rows that are quantised
   Dtype combine_dtype;
@@ -91,7 +92,9 @@ inline Round make_round(const Shape& c, unsigned seed, int rank) {
   r.topk = 1 + all.below(c.topk);
   r.weighted = all.below(2) == 0;
   r.scaled = all.below(3) == 0;
-  r.host_sync = all.below(4) == 0;
+  const int waits = all.below(4);
+  r.host_sync = waits < 2;
+  r.ahead = waits == 0;
   r.wide_ids = all.below(2) == 0;
   r.combine_dtype = any_dtype(all);
   r.x_dtype = any_dtype(all);
@@ -169,12 +172,14 @@ struct Calls {
     args.scale_bytes = scale_bytes();
     args.weighted = round.weighted;
     args.host_sync = round.host_sync;
+    args.ahead = round.host_sync && round.ahead && !in_halves && buffer.caps().small_batches;
     args.plan = buffer.view_send_block(block.data(), round.tokens, round.topk);
     args.stream = stream;
     plan = buffer.route(args);
-    capacity = round.host_sync ? plan.result.num_recv_tokens : buffer.max_recv_tokens();
-    rows = round.host_sync ? plan.result.num_recv_rows
-                           : buffer.max_recv_rows(round.layout, round.topk, round.alignment);
+    const bool known = round.host_sync && !args.ahead;
+    capacity = known ? plan.result.num_recv_tokens : buffer.max_recv_tokens();
+    rows = known ? plan.result.num_recv_rows
+                 : buffer.max_recv_rows(round.layout, round.topk, round.alignment);
     auto make = [&](int64_t bytes) {
       Allocation a = memory_for(buffer, static_cast<size_t>(bytes));
       EXPECT_NE(a.data, nullptr) << "the test's window is full";
@@ -212,6 +217,20 @@ struct Calls {
     args.num_sms = round.num_sms;
     args.stream = stream;
     phases(args, [&] { buffer.dispatch(plan, args); });
+    if (plan.result.unsettled) settle();
+  }
+
+  // What was received, of memory with room for the most.
+  void settle() {
+    EXPECT_TRUE(buffer.settle(plan));
+    EXPECT_FALSE(plan.result.unsettled || plan.result.deferred);
+    capacity = plan.result.num_recv_tokens;
+    rows = plan.result.num_recv_rows;
+    meta.bytes = static_cast<size_t>(capacity) * buffer.recv_meta_bytes(round.topk, 1);
+    x.bytes = static_cast<size_t>(rows * row_bytes());
+    scales.bytes = static_cast<size_t>(rows * scale_bytes());
+    idx.resize(static_cast<size_t>(entries() * index_bytes()));
+    weights.resize(static_cast<size_t>(entries() * 4));
   }
 
   void combine(bool weighted, bool biased) {
@@ -255,6 +274,9 @@ inline void expect_same(const void* a, const void* b, size_t bytes, const std::s
 inline void expect_same_dispatch(const Calls& small, const Calls& large, const std::string& what) {
   ASSERT_EQ(small.rows, large.rows);
   ASSERT_EQ(small.capacity, large.capacity);
+  EXPECT_EQ(small.plan.result.num_recv_tokens, large.plan.result.num_recv_tokens) << what;
+  EXPECT_EQ(small.plan.result.num_recv_rows, large.plan.result.num_recv_rows) << what;
+  EXPECT_EQ(small.plan.result.tokens_per_expert, large.plan.result.tokens_per_expert) << what;
   const PlanView &s = small.plan.view, &l = large.plan.view;
   const int ranks = small.shape.ranks, experts = small.shape.experts,
             locals = small.buffer.local_experts(), t = small.round.tokens, k = small.round.topk;
