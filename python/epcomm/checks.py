@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,11 +80,7 @@ class Limits:
         if value.dtype not in dtypes:
             wanted = " or ".join(map(dtype_name, dtypes))
             raise ValueError(f"{name} has dtype {dtype_name(value.dtype)}; expected {wanted}")
-        matches = value.dim() == len(shape) and all(
-            isinstance(want, str) or want == got
-            for want, got in zip(shape, value.shape, strict=True)
-        )
-        if not matches:
+        if not _matches(value.shape, shape):
             wanted = "[" + ", ".join(map(str, shape)) + "]"
             raise ValueError(f"{name} has shape {list(value.shape)}; expected {wanted}")
         if not value.is_contiguous():
@@ -95,7 +92,7 @@ class Limits:
 
     def row_dtypes(self) -> tuple[torch.dtype, ...]:
         """Element types of rows that are not wider than the Buffer's dtype."""
-        return tuple(d for d in ROW_DTYPES if d.itemsize <= self.dtype.itemsize)
+        return _row_dtypes(self.dtype)
 
     def row_memory(self, name: str, rows: torch.Tensor) -> None:
         """Checks the size of a row and, on a GPU, that it starts on 16 bytes."""
@@ -180,6 +177,20 @@ class Limits:
                 f"plan was made by another Buffer (id {plan.native.buffer_id}); expected a plan of "
                 f"this Buffer (id {self.buffer_id})"
             )
+
+
+def _matches(shape: Sequence[int], wanted: Sequence[int | str]) -> bool:
+    if len(shape) != len(wanted):
+        return False
+    for got, want in zip(shape, wanted, strict=True):
+        if got != want and not isinstance(want, str):
+            return False
+    return True
+
+
+@functools.lru_cache(maxsize=8)
+def _row_dtypes(widest: torch.dtype) -> tuple[torch.dtype, ...]:
+    return tuple(d for d in ROW_DTYPES if d.itemsize <= widest.itemsize)
 
 
 def call_options(options: CallOptions) -> None:

@@ -63,11 +63,12 @@ def _check(end: Endpoint, terms: Sum, plan: Plan, options: CallOptions) -> None:
     limits = end.limits
     limits.plan(plan)
     checks.call_options(options)
-    checks.choice(
-        f"quant of combine over the {end.native.transport} transport",
-        quant,
-        (None, *(kind.name for kind in end.caps.combine_quants)),
-    )
+    if quant is not None:
+        checks.choice(
+            f"quant of combine over the {end.native.transport} transport",
+            quant,
+            (None, *(kind.name for kind in end.caps.combine_quants)),
+        )
     limits.tensor("x", x, limits.row_dtypes(), end.row_shape(plan, end.hidden))
     limits.row_memory("x", x)
     if topk_weights is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,9 +12,8 @@ from . import checks
 from . import quant as quantisation
 from .endpoint import Endpoint, address
 from .errors import Error
-from .events import Event
 from .plans import Routing, route, settle
-from .results import Plan, Recv, Rows
+from .results import Plan, Recv, Rows, changed
 from .streams import Call, CallOptions
 from .tracing import profiled
 
@@ -57,9 +55,9 @@ def dispatch_rows(end: Endpoint, payload: Payload, routing: Routing, options: Ca
         with call.allocating(), profiled("dispatch", rows, scales):
             plan = route(end, routing, args)
             sent = _set_rows(end, args, rows, scales, payload)
-            recv = _send(end, plan, moved, args)
+            plan, received = _send(end, plan, moved, args)
             del sent  # args pointed to it until here
-            recv = _arrange_scales(end, recv, payload, moved)
+            x, global_scale = _arrange_scales(end, received, payload)
     except (Error, ValueError):
         raise  # the same on all ranks that are in this call
     except BaseException:
@@ -67,15 +65,25 @@ def dispatch_rows(end: Endpoint, payload: Payload, routing: Routing, options: Ca
         # are in a call that it will not finish, and learn of it by this.
         end.destroy()
         raise
-    received = recv.x if isinstance(recv.x, tuple) else (recv.x,)
-    block = (recv.plan.send_block, recv.plan.recv_block)
-    made = (*received, recv.topk_idx, recv.topk_weights, recv.global_scale, *block)
+    topk_idx, topk_weights = received.get("topk_idx"), received.get("topk_weights")
+    block = (plan.send_block, plan.recv_block)
+    made = (*(x if isinstance(x, tuple) else (x,)), topk_idx, topk_weights, global_scale, *block)
     event = call.end(made)
-    native_plan = recv.plan.native
     hook = None
     if options.return_recv_hook:
+        native_plan = plan.native
         hook = end.hook(call, event, args, lambda: end.native.dispatch(native_plan, args), made)
-    return dataclasses.replace(recv, event=event, hook=hook)
+    return Recv(
+        x=x,
+        topk_idx=topk_idx,
+        topk_weights=topk_weights,
+        tokens_per_expert=plan.tokens_per_expert,
+        num_tokens=plan.num_recv,
+        plan=plan,
+        event=event,
+        hook=hook,
+        global_scale=global_scale,
+    )
 
 
 def _check(
@@ -152,11 +160,10 @@ def _set_rows(
         made = None
         if _has_global_scale(quant):
             made = quantisation.make_global_scale(rows, payload.quant_scale)
-        kind = getattr(end.module.Quant, quant)
-        if kind in end.caps.fused_quants:
+        if quant in end.fused_quants:
             args.x = rows.data_ptr()
             args.x_dtype = end.native_dtypes[rows.dtype]
-            args.quant = kind
+            args.quant = getattr(end.module.Quant, quant)
             args.global_scale = address(made)
             return (made,)
         rows, scales = quantisation.quantize_to_move(rows, quant, made, args.num_sms)
@@ -165,8 +172,13 @@ def _set_rows(
     return rows, scales
 
 
-def _send(end: Endpoint, plan: Plan, moved: Moved, args: Any) -> Recv:
-    """Fills in the plan and the tensors to receive into, and sends."""
+def _send(
+    end: Endpoint, plan: Plan, moved: Moved, args: Any
+) -> tuple[Plan, dict[str, torch.Tensor]]:
+    """Fills in the plan and the tensors to receive into, and sends.
+
+    Returns the plan, and what was received by the names of DispatchArgs.
+    """
     args.index_type = end.index_types[plan.index_dtype]
     args.replay = plan.recv_block is not None
     args.recv_capacity = plan.recv_capacity
@@ -176,7 +188,7 @@ def _send(end: Endpoint, plan: Plan, moved: Moved, args: Any) -> Recv:
     if plan.recv_block is None:
         meta = received.get("meta")
         attached = plan.native.with_recv_block(0 if meta is None else meta.data_ptr())
-        plan = dataclasses.replace(plan, native=attached, recv_block=meta)
+        plan = changed(plan, native=attached, recv_block=meta)
     if "scale_columns" in received:
         columns = received["scale_columns"]
         args.scale_column_bytes = columns.shape[-1] * columns.element_size()
@@ -188,24 +200,13 @@ def _send(end: Endpoint, plan: Plan, moved: Moved, args: Any) -> Recv:
         plan, sent = settle(end, plan)
         if not sent:
             # Nothing of the first attempt is kept: the second may need its room.
-            plan = dataclasses.replace(plan, recv_block=None)
+            plan = changed(plan, recv_block=None)
             received.clear()
             del meta
             return _send(end, plan, moved, args)
         received = _received_part(end, plan, received)
-        plan = dataclasses.replace(plan, recv_block=received["meta"])
-    x, scales = received["x"], received.get("scales")
-    if "scale_columns" in received:
-        scales = quantisation.columns_of(received["scale_columns"], x.shape[-2])
-    return Recv(
-        x=x if scales is None else (x, scales),
-        topk_idx=received.get("topk_idx"),
-        topk_weights=received.get("topk_weights"),
-        tokens_per_expert=plan.tokens_per_expert,
-        num_tokens=plan.num_recv,
-        plan=plan,
-        event=Event(),
-    )
+        plan = changed(plan, recv_block=received["meta"])
+    return plan, received
 
 
 def _receive_tensors(end: Endpoint, plan: Plan, moved: Moved, args: Any) -> dict[str, torch.Tensor]:
@@ -250,25 +251,34 @@ def _receive_tensors(end: Endpoint, plan: Plan, moved: Moved, args: Any) -> dict
 def _received_part(
     end: Endpoint, plan: Plan, received: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Of tensors that were made with room for more, what the plan receives."""
+    """Of tensors that were made with room for more, what the plan receives.
+
+    Columns of scales stay as far apart as they are.
+    """
     rows, entries = end.row_shape(plan, 0)[0], end.slot_shape(plan)[0]
-    lengths: dict[str, int | None] = {"x": rows, "scales": rows}
-    lengths |= {"topk_idx": entries, "topk_weights": entries}
+    lengths = {"x": rows, "scales": rows, "topk_idx": entries, "topk_weights": entries}
     lengths["meta"] = end.native.recv_block_bytes(plan.native, plan.recv_capacity)
-    lengths["scale_columns"] = None  # the columns stay as far apart as they are
-    return {name: tensor[: lengths[name]] for name, tensor in received.items()}
+    return {
+        name: tensor if len(tensor) == lengths.get(name, len(tensor)) else tensor[: lengths[name]]
+        for name, tensor in received.items()
+    }
 
 
-def _arrange_scales(end: Endpoint, recv: Recv, payload: Payload, moved: Moved) -> Recv:
-    """Received scales as the caller wants them."""
-    if not isinstance(recv.x, tuple):
-        return recv
-    (q, scales), global_scale = recv.x, None
+def _arrange_scales(
+    end: Endpoint, received: dict[str, torch.Tensor], payload: Payload
+) -> tuple[Rows, torch.Tensor | None]:
+    """Received rows, with scales as the caller wants them, and global scales."""
+    x, scales = received["x"], received.get("scales")
+    if "scale_columns" in received:
+        return (x, quantisation.columns_of(received["scale_columns"], x.shape[-2])), None
+    if scales is None:
+        return x, None
+    global_scale = None
     if _has_global_scale(payload.quant):
         scales, global_scale = quantisation.split_moved(scales, end.hidden)
-    if payload.scale_layout == "column" and not moved.columns:
+    if payload.scale_layout == "column":
         scales = quantisation.column_major(scales)
-    return dataclasses.replace(recv, x=(q, scales), global_scale=global_scale)
+    return (x, scales), global_scale
 
 
 def _has_global_scale(quant: str | None) -> bool:

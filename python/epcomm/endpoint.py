@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
@@ -104,6 +105,8 @@ class Endpoint:
             `Buffer`.
         device: of the tensors.
         native_dtypes, index_types: what the extension module calls torch's dtypes.
+        fused_quants: names of the quantisations that the transport does on the way.
+        send_block, max_recv_rows: as of the native Buffer.
         limits: checks what callers pass.
         tensors: makes the tensors that calls return.
         received: tokens and rows that the last dispatch with host_sync received, by layout, topk
@@ -134,6 +137,10 @@ class Endpoint:
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else _CPU
         self.native_dtypes = _by_dtype(module.Dtype)
         self.index_types = _by_dtype(module.IndexType)
+        self.fused_quants = frozenset(kind.name for kind in self.caps.fused_quants)
+        # Asked for in every call.
+        self.send_block = functools.lru_cache(maxsize=1024)(native_buffer.send_block)
+        self.max_recv_rows = functools.lru_cache(maxsize=1024)(native_buffer.max_recv_rows)
         self.limits = checks.Limits(native_buffer.id, self.device, hidden, topk, max_tokens, dtype)
         self.tensors = tensors_of(native_buffer, module, self.device)
         self.received: dict[tuple[str, int, int], tuple[int, int]] = {}

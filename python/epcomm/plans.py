@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import torch
 
 from .endpoint import Endpoint
-from .results import Plan
+from .results import Plan, changed
 
 MOST_HELD = 256 << 20
 """Bytes that the tensors of a small batch may take to spare the host a wait: more, and they are
@@ -36,7 +35,7 @@ def route(end: Endpoint, routing: Routing, dispatch: Any) -> Plan:
     topk_idx = routing.topk_idx
     assert topk_idx is not None
     num_tokens, topk = topk_idx.shape
-    block_bytes = end.native.send_block(num_tokens, topk).bytes
+    block_bytes = end.send_block(num_tokens, topk).bytes
     send_block = torch.empty(block_bytes, dtype=torch.uint8, device=end.device)
     args = end.module.RouteArgs()
     args.topk_idx = topk_idx.data_ptr()
@@ -56,7 +55,7 @@ def route(end: Endpoint, routing: Routing, dispatch: Any) -> Plan:
     native_plan = end.native.route(args, send_block.data_ptr())
     plan = _plan(end, native_plan, send_block, None, topk_idx.dtype)
     if room is not None:
-        return dataclasses.replace(plan, recv_capacity=room[0], num_recv_rows=room[1])
+        return changed(plan, recv_capacity=room[0], num_recv_rows=room[1])
     _remember(end, plan)
     return plan
 
@@ -68,7 +67,7 @@ def settle(end: Endpoint, plan: Plan) -> tuple[Plan, bool]:
     was moved.
     """
     native, sent = end.native.settle(plan.native)
-    plan = dataclasses.replace(
+    plan = changed(
         plan,
         native=native,
         num_recv_tokens=native.num_recv_tokens,
@@ -92,7 +91,7 @@ def _room_ahead(end: Endpoint, routing: Routing, dispatch: Any) -> tuple[int, in
     assert topk_idx is not None
     topk = topk_idx.shape[1]
     layout = getattr(end.module.Layout, routing.layout)
-    most = (end.max_recv_tokens, end.native.max_recv_rows(layout, topk, routing.expert_alignment))
+    most = (end.max_recv_tokens, end.max_recv_rows(layout, topk, routing.expert_alignment))
     if end.caps.small_batches:
         # The counts of a call that is made in halves come with its second.
         whole = dispatch.phase == end.module.Phase.all
@@ -119,9 +118,9 @@ def restore(
     native_plan = end.native.restore(state, send_block.data_ptr())
     if recv_block is not None:
         native_plan = native_plan.with_recv_block(recv_block.data_ptr())
-    plan = _plan(end, native_plan, send_block, recv_block, torch.int32)
-    send_bytes = end.native.send_block(plan.num_tokens, plan.topk).bytes
+    send_bytes = end.send_block(native_plan.num_tokens, native_plan.topk).bytes
     end.limits.tensor("send_block", send_block, (torch.uint8,), (send_bytes,))
+    plan = _plan(end, native_plan, send_block, recv_block, torch.int32)
     if recv_block is not None:
         recv_bytes = end.native.recv_block_bytes(plan.native, plan.recv_capacity)
         end.limits.tensor("recv_block", recv_block, (torch.uint8,), (recv_bytes,))
@@ -135,23 +134,23 @@ def _plan(
     recv_block: torch.Tensor | None,
     index_dtype: torch.dtype,
 ) -> Plan:
-    sizes = end.native.send_block(native_plan.num_tokens, native_plan.topk)
+    num_tokens, topk = native_plan.num_tokens, native_plan.topk
+    sizes = end.send_block(num_tokens, topk)
+    words = send_block.view(torch.int32)
 
     def int32_array(offset: int, count: int) -> torch.Tensor:
-        return send_block[offset : offset + 4 * count].view(torch.int32)
+        return words[offset // 4 : offset // 4 + count]
 
     host_sync = native_plan.host_sync
     return Plan(
         layout=native_plan.layout.name,
         expert_alignment=native_plan.expert_alignment,
-        num_tokens=native_plan.num_tokens,
-        topk=native_plan.topk,
+        num_tokens=num_tokens,
+        topk=topk,
         num_recv_tokens=native_plan.num_recv_tokens if host_sync else None,
         num_recv_rows=native_plan.num_recv_rows
         if host_sync
-        else end.native.max_recv_rows(
-            native_plan.layout, native_plan.topk, native_plan.expert_alignment
-        ),
+        else end.max_recv_rows(native_plan.layout, topk, native_plan.expert_alignment),
         tokens_per_expert=int32_array(sizes.tokens_per_expert, end.local_experts),
         expert_offsets=int32_array(sizes.expert_offset, end.local_experts + 1),
         num_recv=int32_array(sizes.num_recv, 1),

@@ -11,6 +11,7 @@ values become. T = rows, H = hidden.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ class Format:
 
     def layout(self, hidden: int) -> Any:
         """Sizes of a row. ValueError where hidden does not divide into groups."""
-        return _core.quant_layout(getattr(_core.Quant, self.name), hidden)
+        return _layout(self.name, hidden)
 
     def num_scales(self, hidden: int) -> int:
         """Entries of a row's scales."""
@@ -62,6 +63,11 @@ class Format:
             (self.q_dtype, layout.row_bytes),
             (scales, layout.wire_scale_bytes // scales.itemsize),
         ]
+
+
+@functools.lru_cache(maxsize=64)
+def _layout(quant: str, hidden: int) -> Any:
+    return _core.quant_layout(getattr(_core.Quant, quant), hidden)
 
 
 FORMATS = {
