@@ -108,6 +108,16 @@ def _grid() -> Iterator[Any]:
                     )
 
 
+def fault_of(buf: Any) -> str:
+    """What a Buffer on a GPU has noticed meanwhile: results are wrong, too, where a wait was given
+    up."""
+    try:
+        buf.check_faults()
+    except Exception as fault:
+        return f" ({fault!r})"
+    return ""
+
+
 def run_cases(
     group: Any,
     transport: Transport,
@@ -137,7 +147,8 @@ def run_cases(
                 try:
                     Trial(buf, case, layout, fmt, transport.device, grouped).run()
                 except Exception as error:
-                    raise AssertionError(f"case {case.id}, {layout.id}: {error}") from error
+                    text = f"case {case.id}, {layout.id}: {error}{fault_of(buf)}"
+                    raise AssertionError(text) from error
             done += len(cases)
     return done
 

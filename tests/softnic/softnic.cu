@@ -11,11 +11,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -23,6 +26,7 @@
 
 #define SOFTNIC_CUDA_TRY(call)                                                                   \
   do {                                                                                           \
+    const softnic::InCall in_call_(#call);                                                       \
     if (const cudaError_t error_ = (call); error_ != cudaSuccess) {                              \
       std::fprintf(stderr, "softnic:%d: %s: %s\n", __LINE__, #call, cudaGetErrorString(error_)); \
       return NVSHMEMX_ERROR_INTERNAL;                                                            \
@@ -36,6 +40,39 @@ constexpr uint64_t kMagic = 0x50f7;
 constexpr int kChaosLanes = 4;
 constexpr size_t kStageBytes = 1 << 20;
 constexpr size_t kStageSlot = 16;
+constexpr int kStuckS = 5;
+
+// ---------------------------------------------------------------------------------- stuck in CUDA
+
+std::atomic<const char*> current_call{nullptr};  // the newest that has not returned
+std::atomic<uint64_t> num_calls{0};
+
+/// A call of CUDA, by its text, from here to the end of the scope.
+struct InCall {
+  explicit InCall(const char* call) {
+    ++num_calls;
+    current_call = call;
+  }
+  ~InCall() { current_call = nullptr; }
+};
+
+/// Tells of a call that does not return, once; a handler of SIGUSR1 may tell more.
+void watch() {
+  for (uint64_t told = 0;;) {
+    const uint64_t number = num_calls;
+    std::this_thread::sleep_for(std::chrono::seconds(kStuckS));
+    const char* call = current_call;
+    if (call == nullptr || number != num_calls || number == told) continue;
+    told = number;
+    std::fprintf(stderr,
+                 "softnic, process %d: %s has not returned for %d s. Is another thread inside of a "
+                 "CUDA call that waits for a kernel, and the kernel for this card? README.md\n",
+                 getpid(), call, kStuckS);
+    struct sigaction handler {};
+    if (sigaction(SIGUSR1, nullptr, &handler) == 0 && handler.sa_handler != SIG_DFL)
+      kill(getpid(), SIGUSR1);
+  }
+}
 
 /// Content of a MemHandle.
 struct Export {
@@ -287,7 +324,10 @@ int amo(Transport* self, int peer, void*, AmoVerb verb, AmoArgs* args, AmoSize s
                    .compare = args->compare,
                    .result = fetches ? static_cast<g_elem_t*>(args->result) : nullptr,
                    .result_flag = args->result_flag};
-  amo_kernel<<<1, 1, 0, stream>>>(job);
+  {
+    const InCall in_call("the launch of amo_kernel");
+    amo_kernel<<<1, 1, 0, stream>>>(job);
+  }
   SOFTNIC_CUDA_TRY(cudaGetLastError());
   return 0;
 }
@@ -333,8 +373,9 @@ int connect(Transport* self, int*, int) {
   State& state = state_of(self);
   if (!state.lanes.empty()) return 0;
   state.lanes.resize(self->num_ranks);
-  for (auto& lanes : state.lanes) {
-    lanes.resize(state.chaos_us > 0 ? kChaosLanes : 1);
+  for (int peer = 0; peer < self->num_ranks; ++peer) {
+    auto& lanes = state.lanes[peer];
+    lanes.resize(state.chaos_us > 0 && peer != self->my_rank ? kChaosLanes : 1);
     for (Lane& lane : lanes) {
       SOFTNIC_CUDA_TRY(cudaStreamCreateWithFlags(&lane.stream, cudaStreamNonBlocking));
       SOFTNIC_CUDA_TRY(cudaEventCreateWithFlags(&lane.event, cudaEventDisableTiming));
@@ -371,6 +412,7 @@ int init(Transport** out, int version) {
   }
   void* stage = nullptr;
   SOFTNIC_CUDA_TRY(cudaHostAlloc(&stage, kStageBytes, cudaHostAllocDefault));
+  std::thread(watch).detach();
   State* state = new State;
   state->stage = static_cast<char*>(stage);
   if (const char* us = std::getenv("SOFTNIC_CHAOS_US")) {
