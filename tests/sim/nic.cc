@@ -21,8 +21,9 @@ Cards& cards() {
 
 Nic::Nic(std::vector<char*> window, int pe, uint64_t seed)
     : window_(std::move(window)), pe_(pe), random_(seed) {
-  constexpr uint32_t kLateness[] = {0, 30, 400};
-  lateness_us_ = kLateness[random_.below(3)];
+  constexpr uint32_t kLateness[] = {0, 30, 400, 2000};
+  lateness_us_ = kLateness[random_.below(4)];
+  lazy_ = lateness_us_ == 2000;
   {
     std::lock_guard lock(cards().mutex);
     cards().all[window_[static_cast<size_t>(pe_)]] = this;
@@ -51,7 +52,9 @@ Nic& Nic::of(const char* window) {
 void Nic::issue(Operation operation) {
   operation.number = ++issued_;
   operation.earliest = Clock::now();
-  if (lateness_us_ != 0 && random_.one_in(2))
+  if (lazy_)
+    operation.earliest += std::chrono::microseconds(lateness_us_);
+  else if (lateness_us_ != 0 && random_.one_in(2))
     operation.earliest += std::chrono::microseconds(random_.below(lateness_us_));
   pending_.push_back(operation);
 }
@@ -78,8 +81,12 @@ uint64_t Nic::issued() const {
   return issued_;
 }
 
-bool Nic::landed(uint64_t issued) const {
+bool Nic::landed(uint64_t issued) {
   std::lock_guard lock(mutex_);
+  if (issued > awaited_) {
+    awaited_ = issued;
+    if (lazy_) changed_.notify_all();
+  }
   return std::none_of(pending_.begin(), pending_.end(),
                       [&](const Operation& o) { return o.number <= issued; });
 }
@@ -107,7 +114,7 @@ void Nic::work() {
     std::vector<size_t> ready;
     for (size_t i = 0; i < pending_.size(); ++i) {
       if (!may_land(pending_[i])) continue;
-      if (pending_[i].earliest <= now)
+      if (pending_[i].earliest <= now || (lazy_ && pending_[i].number <= awaited_))
         ready.push_back(i);
       else
         next = std::min(next, pending_[i].earliest);

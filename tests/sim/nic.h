@@ -2,7 +2,7 @@
 // signal after the put that it came with.
 //
 // A thread of its own works off what kernels have issued. What is put is read when it is sent, not
-// when it is issued, and in pieces.
+// when it is issued, and in pieces. Some cards do nothing for milliseconds, unless a quiet waits.
 #pragma once
 
 #include <chrono>
@@ -30,8 +30,8 @@ class Nic {
   void put_signal(int pe, size_t to, size_t from, size_t bytes, size_t word, uint64_t value);
   void signal(int pe, size_t word, uint64_t value);
   uint64_t issued() const;
-  /// Has everything landed of which issued() spoke?
-  bool landed(uint64_t issued) const;
+  /// Has everything landed of which issued() spoke? Hurries it up.
+  bool landed(uint64_t issued);
 
   /// The card behind a window, by its address.
   static Nic& of(const char* window);
@@ -59,7 +59,9 @@ class Nic {
   Random random_;
   std::vector<Operation> pending_;
   uint64_t issued_ = 0;
+  uint64_t awaited_ = 0;  // up to this number, operations are waited for
   uint32_t lateness_us_;
+  bool lazy_;
   bool stopped_ = false;
   std::thread thread_;
 };
