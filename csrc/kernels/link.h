@@ -59,14 +59,14 @@ static_assert(sizeof(LinkInbox) <= ControlLayout::kSignalBytes);
 /// Of one rank, in its device memory. Kernels of one call run one after another.
 struct alignas(32) LinkState {
   // What every block reads as it begins, in one sector of memory.
-  uint64_t epoch;          ///< of the last call that ended
-  uint64_t marks[2];       ///< how often LinkArgs::progress was told of calls begun, calls ended
-  uint32_t lost;           ///< not 0: a wait was given up; nothing is sent or waited for any more
-  uint32_t arrived;        ///< blocks of the running kernel that have no more to do
-  uint32_t started;        ///< blocks of the running kernel that have a number (LinkCall::block)
-  uint32_t pieces;         ///< of the running kernel, that its warps have come for
+  uint64_t epoch;     ///< of the last call that ended
+  uint64_t marks[2];  ///< how often LinkArgs::progress was told of calls begun, calls ended
+  uint32_t lost;      ///< not 0: a wait was given up; nothing is sent or waited for any more
+  uint32_t arrived;   ///< blocks of the running kernel that have no more to do
+  uint32_t started;   ///< blocks of the running kernel that have a number (LinkCall::block)
+  uint32_t pieces;    ///< of the running kernel, that its warps have come for
   uint32_t taken[kMaxLinkRanks];  ///< received tokens of each source, likewise
-  uint32_t route_refused;  ///< not 0: the last exchange was refused, or given up
+  uint32_t route_refused;         ///< not 0: the last exchange was refused, or given up
 };
 
 /// In pinned host memory: what kernels tell the host and are told by it.

@@ -93,8 +93,7 @@ int await(const State& state, Done done, std::chrono::seconds limit = kForEver) 
   return 0;
 }
 
-/// Starts the card, if it does not run yet, for the current device: the program beside this
-/// library.
+/// Starts the card, if it does not run yet: the program beside this library.
 int start_card(State& state, int num_ranks) {
   if (state.card > 0) return 0;
   Dl_info library{};
