@@ -207,7 +207,8 @@ def test_lost_peer(transport: str, max_tokens: int, host_sync: bool, how: signal
         for rank, operation, epoch, seconds in ranks.results(range(size - 1)):
             assert rank == size - 1
             assert operation in ("route", "dispatch")
-            assert epoch == 7
+            # Three calls before it: a small batch is one kernel, others route first.
+            assert epoch == (4 if transport == "nvlink" and max_tokens <= 256 else 7)
             assert seconds < 4.0
         if how == signal.SIGSTOP:
             os.kill(ranks.pids[-1], signal.SIGCONT)
