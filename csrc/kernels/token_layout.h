@@ -147,7 +147,7 @@ struct MetaLayout {
 struct ControlLayout {
   static constexpr size_t kHeaderBytes = 128;
   static constexpr size_t kSignalBytes = 128;
-  static constexpr size_t kEntryBytes = 144;
+  static constexpr size_t kEntryBytes = 256;
 
   size_t num_counts;
   size_t entry_bytes;  ///< one entry with its counts
