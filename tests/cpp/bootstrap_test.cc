@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "core/subgroup.h"
 #include "epcomm/error.h"
 #include "tests/cpp/ranks.h"
 
@@ -53,6 +54,28 @@ TEST(InProcessBootstrap, GivesUpOnARankThatDoesNotCome) {
   }
   EXPECT_GE(now_s() - start, kTimeout);
   EXPECT_LT(now_s() - start, kTimeout + 1);
+}
+
+// Subgroups of different sizes that make different numbers of exchanges, of different sizes.
+TEST(SubgroupBootstrap, GathersAmongItsRanks) {
+  const int first_of[] = {0, 0, 0, 3, 3, 5}, size_of[] = {3, 3, 3, 2, 2, 1};
+  run_threads(6, 30, [&](std::shared_ptr<Bootstrap> b) {
+    const int first = first_of[b->rank()], size = size_of[b->rank()];
+    for (int again = 0; again < 3; ++again) {
+      SubgroupBootstrap group(*b, first, size);
+      EXPECT_EQ(group.rank(), b->rank() - first);
+      EXPECT_EQ(group.size(), size);
+      for (int round = 0; round < 4 * size; ++round) {
+        std::vector<int> mine(static_cast<size_t>(first + round), b->rank() + 10 * round);
+        std::vector<int> all(mine.size() * static_cast<size_t>(size), -1);
+        group.all_gather(mine.data(), all.data(), mine.size() * sizeof(int));
+        for (size_t i = 0; i < all.size(); ++i)
+          ASSERT_EQ(all[i], first + static_cast<int>(i / mine.size()) + 10 * round);
+      }
+      group.finish();
+    }
+    b->barrier();  // the whole group is in step
+  });
 }
 
 }  // namespace
