@@ -105,7 +105,7 @@ else()
        ${PROJECT_SOURCE_DIR}/csrc/transport/nccl*.cc
        ${PROJECT_SOURCE_DIR}/csrc/transport/nvlink*.cc)
   # What knows NVSHMEM goes into a module of its own: cmake/nvshmem.cmake.
-  list(FILTER _cuda_sources EXCLUDE REGEX "/(link_nvshmem\\.cu|gpu_nvshmem\\.cc|gpu_symmetric_heap\\.cc)$")
+  list(FILTER _cuda_sources EXCLUDE REGEX "/(link_nvshmem\\.cu|rail_.*\\.cu|gpu_nvshmem.*\\.cc|gpu_symmetric_heap\\.cc)$")
   pybind11_add_module(_cuda MODULE NO_EXTRAS
     csrc/bindings/buffer_bindings.cc
     csrc/bindings/cuda_module.cc

@@ -48,11 +48,14 @@ else()
   set_target_properties(nvshmem_device PROPERTIES IMPORTED_LOCATION "${_nvshmem_dir}/lib/libnvshmem_device.a")
 
   set(_nvshmem_sources "")
-  foreach(_file IN ITEMS kernels/link_nvshmem.cu kernels/mark.cu kernels/route.cu kernels/small.cu
-                         transport/gpu_link_transport.cc transport/gpu_nvshmem.cc transport/gpu_route.cc
-                         transport/gpu_small_batches.cc transport/gpu_symmetric_heap.cc transport/gpu_watchdog.cc
-                         transport/rdma.cc transport/registry_nvshmem.cc
-                         bindings/buffer_bindings.cc bindings/nvshmem_module.cc bindings/py_bootstrap.cc)
+  foreach(_file IN ITEMS kernels/link_nvshmem.cu kernels/mark.cu kernels/place.cu kernels/rail_combine_nvshmem.cu
+                         kernels/rail_dispatch_nvshmem.cu kernels/rail_route.cu kernels/reduce.cu kernels/route.cu kernels/small.cu
+                         transport/gpu_capture.cc transport/gpu_driver.cc transport/gpu_link_transport.cc
+                         transport/gpu_mapping.cc transport/gpu_nvshmem.cc transport/gpu_nvshmem_windows.cc
+                         transport/gpu_route.cc transport/gpu_small_batches.cc transport/gpu_symmetric_heap.cc
+                         transport/gpu_watchdog.cc transport/gpu_window.cc transport/hierarchical_gpu.cc transport/rdma.cc
+                         transport/registry_nvshmem.cc bindings/buffer_bindings.cc bindings/nvshmem_module.cc
+                         bindings/py_bootstrap.cc bindings/torch_pool.cc)
     list(APPEND _nvshmem_sources ${PROJECT_SOURCE_DIR}/csrc/${_file})
   endforeach()
   pybind11_add_module(_nvshmem MODULE NO_EXTRAS ${_nvshmem_sources})
@@ -62,7 +65,7 @@ else()
   target_link_libraries(_nvshmem PRIVATE epcomm_core nvshmem_device nvshmem_host CUDA::cudart_static)
   target_compile_options(_nvshmem PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -Werror=all-warnings>)
   install(TARGETS _nvshmem DESTINATION epcomm)
-  set(EPCOMM_NVSHMEM_STATUS "built: transport rdma, device library ${_nvshmem_version}")  # read by nvshmem.py
+  set(EPCOMM_NVSHMEM_STATUS "built: transports hierarchical, rdma, device library ${_nvshmem_version}")  # read by nvshmem.py
 endif()
 
 if(EPCOMM_NVSHMEM STREQUAL "ON" AND NOT TARGET _nvshmem)

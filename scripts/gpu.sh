@@ -137,9 +137,9 @@ for wanted in $STEPS; do
         tests tests-two-hosts 150 tests/test_conformance.py -k "$MODES_K"
       ;;
     rdma)
-      # 16-bit, fp8 and quantised rows between all ranks; everything of tests/test_rdma.py.
-      rdma_k=${RDMA_K:-"test_rdma or (rdma-$((GPUS < 4 ? GPUS : 4)) and (bf16 or fp8))"}
-      rdma_tests=("${RDMA_TIMEOUT:-200}" tests/test_conformance.py tests/test_rdma.py -k "$rdma_k")
+      # 16-bit, fp8 and quantised rows between all ranks; nodes; everything of tests/test_rdma.py and test_hierarchical_gpu.py.
+      rdma_k=${RDMA_K:-"test_rdma or hierarchical or (rdma-$((GPUS < 4 ? GPUS : 4)) and (bf16 or fp8))"}
+      rdma_tests=("${RDMA_TIMEOUT:-300}" tests/test_conformance.py tests/test_rdma.py tests/test_hierarchical_gpu.py -k "$rdma_k")
       step rdma-softnic 120 make -C tests/softnic PYTHON="$PYTHON"
       EPCOMM_TEST_NVSHMEM=peer tests rdma-peer "${rdma_tests[@]}"
       EPCOMM_TEST_NVSHMEM=card tests rdma-card "${rdma_tests[@]}"
@@ -148,6 +148,9 @@ for wanted in $STEPS; do
         EPCOMM_TEST_NVSHMEM=nodes tests rdma-nodes "${rdma_tests[@]}"
       fi
       NVSHMEM_REMOTE_TRANSPORT=none bench rdma --transport rdma --adapter epcomm --tokens 1,8,32,64,128,256
+      # Two logical nodes, next to the same GPUs as one NVLink domain.
+      EPCOMM_RANKS_PER_NODE=$(((GPUS + 1) / 2)) NVSHMEM_REMOTE_TRANSPORT=none NVSHMEM_SYMMETRIC_SIZE=${NVSHMEM_SYMMETRIC_SIZE:-4G} \
+        bench hierarchical --transport hierarchical --adapter epcomm --tokens 4096 --operations dispatch,combine --modes fresh,no-sync,replay
       ;;
     bench) benches ;;
     *) echo "unknown step $wanted"; failed+=("$wanted") ;;

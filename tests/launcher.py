@@ -67,6 +67,8 @@ def _outcome(fn: Callable, args: tuple) -> Outcome:
 def _join(rank: int, num_ranks: int, store: str, device: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what a transport takes may depend on it
     if device == "rdma":
         import rdma_modes
 

@@ -65,6 +65,15 @@ TRANSPORTS = (
         slow_to_make=True,
         options=rdma_modes.OPTIONS,
     ),
+    Transport(
+        "hierarchical",
+        "cuda",
+        "rdma",
+        marks=(pytest.mark.gpu, pytest.mark.rdma),
+        slow_to_make=True,
+        nodes=((4, 2), (2, 1), (4, 1), (3, 2), (4, 3), (2, 2)),
+        options=(("chunk_tokens", 3), *rdma_modes.OPTIONS),
+    ),
 )
 RANKS = (1, 2, 3, 4, 7)
 QUANT_RANKS = (1, 2, 4, 8)  # the rows are wide, and quantisation knows nothing of ranks
@@ -88,7 +97,9 @@ def _grid() -> Iterator[Any]:
             known = dict.fromkeys((*transport.nodes, *MORE_NODES)) if WANTED_RANKS else ()
             sizes = [size for size in known if size[0] in WANTED_RANKS] or transport.nodes
         for i, (num_ranks, ranks_per_node) in enumerate(sizes):
-            name = f"{transport.name}{dict(transport.options).get('path', '')}-{num_ranks}"
+            name = f"{transport.name}{dict(transport.options).get('path', '')}"
+            name += "-gpu" if transport.nodes and transport.device == "cuda" else ""
+            name += f"-{num_ranks}"
             name += "" if ranks_per_node is None else f"by{ranks_per_node}"
             groups = [LAYOUTS] if transport.slow_to_make else [(one,) for one in LAYOUTS]
             for j, layouts in enumerate(groups):
@@ -163,8 +174,8 @@ def test_conformance(
     layouts: Sequence[Layout],
     fmt: Format,
 ) -> None:
-    if transport.name == "rdma" and not nvshmem.built_transports():
-        pytest.skip(f"no rdma in this build: {_core.nvshmem_status}")
+    if transport.pool == "rdma" and not nvshmem.built_transports():
+        pytest.skip(f"no NVSHMEM in this build: {_core.nvshmem_status}")
     pool = launcher.pool(transport.pool or transport.device)
     if num_ranks > pool.size:
         pytest.skip(f"needs {num_ranks} ranks, this machine has {pool.size}")

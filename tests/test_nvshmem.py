@@ -118,7 +118,7 @@ def test_a_file_that_is_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_a_build_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_core, "nvshmem_status", "not built: no CUDA")
     assert nvshmem.built_transports() == []
-    with pytest.raises(ValueError, match="no transport rdma: not built: no CUDA"):
+    with pytest.raises(ValueError, match="no transport over NVSHMEM: not built: no CUDA"):
         nvshmem.load()
     with pytest.raises(ValueError, match=r"'rdma'; this build has: cpu.*_nvshmem: not built"):
         native.module_of("rdma")
@@ -127,7 +127,9 @@ def test_a_build_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_build_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What is checked before the extension module is imported."""
-    monkeypatch.setattr(_core, "nvshmem_status", "built: transport rdma, device library 3.4.5")
+    monkeypatch.setattr(
+        _core, "nvshmem_status", "built: transports hierarchical, rdma, device library 3.4.5"
+    )
     monkeypatch.setenv("EPCOMM_NVSHMEM_LIB", str(tmp_path / "none"))
     assert nvshmem.device_library() == (3, 4, 5)
     shown = config.show_config()

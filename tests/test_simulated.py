@@ -8,6 +8,7 @@ import torch
 
 import launcher
 from cases import CASES, FORMATS
+from checks import Layout
 from simulated import needs_simulator
 from test_conformance import LAYOUTS, Transport, run_cases
 
@@ -46,6 +47,20 @@ def test_conformance(path: str, num_ranks: int, fmt: str) -> None:
     pool = launcher.pool("simulated")
     transport = transport_of(path)
     done = pool.run(num_ranks, run_cases, transport, None, LAYOUTS, FORMATS[fmt], timeout=300.0)
+    assert done == [len(CASES)] * num_ranks
+
+
+# Between nodes, over a simulated network card: ranks and ranks_per_node, even and uneven.
+NODES_GRID = [(4, 2, "bf16"), (2, 1, "packed"), (4, 1, "fp16"), (3, 2, "fp32")]
+
+
+@pytest.mark.parametrize(("num_ranks", "ranks_per_node", "fmt"), NODES_GRID)
+def test_nodes(num_ranks: int, ranks_per_node: int, fmt: str) -> None:
+    pool = launcher.pool("simulated")
+    transport = Transport("hierarchical", options=(("chunk_tokens", 3),))
+    layouts = (Layout("token"), Layout("expert", 8), Layout("padded"))
+    arguments = (transport, ranks_per_node, layouts, FORMATS[fmt])
+    done = pool.run(num_ranks, run_cases, *arguments, timeout=300.0)
     assert done == [len(CASES)] * num_ranks
 
 

@@ -11,7 +11,6 @@
 #include "bindings/py_bootstrap.h"
 #include "bindings/quant_bindings.h"
 #include "bindings/torch_pool.h"
-#include "epcomm/graph.h"
 #include "epcomm/peer_access.h"
 #include "epcomm/symmetric_memory.h"
 
@@ -62,9 +61,7 @@ void bind_peer_access(py::module_& m) {
 
 // See python/epcomm/symmetric.py.
 void bind_symmetric_memory(py::module_& m) {
-  using epcomm::Buffer;
   using epcomm::SymmetricMemory;
-  using gil = py::call_guard<py::gil_scoped_release>;
   py::class_<SymmetricMemory>(m, "SymmetricMemory", py::module_local())
       .def(py::init([](py::object bootstrap, size_t bytes, double timeout_s) {
              auto wrapped = std::make_unique<epcomm::PyBootstrap>(std::move(bootstrap));
@@ -83,17 +80,9 @@ void bind_symmetric_memory(py::module_& m) {
         if (piece.data == nullptr) return std::nullopt;
         return piece;
       });
-  m.def("set_pool_source", [](Buffer& source) {
-    epcomm::set_pool_source([&source](size_t bytes) { return source.allocate(bytes); });
-  });
   m.def("set_pool_source", [](SymmetricMemory& source) {
     epcomm::set_pool_source([&source](size_t bytes) { return source.allocate(bytes); });
   });
-  m.def("set_pool_source", [](const py::none&) { epcomm::set_pool_source(nullptr); });
-  m.def("retain_in_capture", [](const epcomm::Allocation& piece, uintptr_t stream) {
-    return epcomm::retain_in_capture(reinterpret_cast<void*>(stream), piece.owner);
-  });
-  m.def("release_uncaptured", &epcomm::release_uncaptured, gil());
 }
 
 }  // namespace
@@ -105,6 +94,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("archs") = EPCOMM_CUDA_ARCH_LIST;
   m.def("device_status", &device_status);
   epcomm::bind_buffer(m);
+  epcomm::bind_torch_pool(m);
   epcomm::bind_quant(
       m, {&epcomm::quantize_cuda, &epcomm::dequantize_cuda, &epcomm::global_scale_cuda});
   bind_peer_access(m);

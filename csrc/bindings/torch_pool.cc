@@ -6,6 +6,8 @@
 #include <mutex>
 #include <utility>
 
+#include "epcomm/graph.h"
+
 namespace epcomm {
 namespace {
 
@@ -25,6 +27,18 @@ Segments& segments() {
 
 void set_pool_source(std::function<Allocation(size_t)> allocate) {
   pool_source = std::move(allocate);
+}
+
+void bind_torch_pool(pybind11::module_& m) {
+  m.def("set_pool_source", [](Buffer& source) {
+    set_pool_source([&source](size_t bytes) { return source.allocate(bytes); });
+  });
+  m.def("set_pool_source", [](const pybind11::none&) { set_pool_source(nullptr); });
+  m.def("retain_in_capture", [](const Allocation& piece, uintptr_t stream) {
+    return retain_in_capture(reinterpret_cast<void*>(stream), piece.owner);
+  });
+  m.def("release_uncaptured", &release_uncaptured,
+        pybind11::call_guard<pybind11::gil_scoped_release>());
 }
 
 }  // namespace epcomm

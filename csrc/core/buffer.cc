@@ -447,8 +447,9 @@ namespace {
 
 LinkCounters& counters_of(Transport& transport, const std::string& name) {
   LinkCounters* counters = transport.link_counters();
-  EPCOMM_CHECK(counters != nullptr, "link counters are not offered by the " + name +
-                                        " transport; cpu and hierarchical count");
+  EPCOMM_CHECK(counters != nullptr,
+               "link counters are not offered by the " + name +
+                   " transport; cpu and hierarchical count, between processes");
   return *counters;
 }
 

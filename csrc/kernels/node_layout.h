@@ -45,6 +45,16 @@ struct NodeMap {
   EPCOMM_HOST_DEVICE constexpr bool forwards(int rank, int source) const {
     return !same_node(rank, source) && rail_peer(source, node(rank)) == rank;
   }
+  /// Sources that `rank` forwards for.
+  EPCOMM_HOST_DEVICE constexpr int num_sources(int rank) const {
+    return source_index(rank, num_ranks);
+  }
+  /// Number of a source among those that `rank` forwards for, by rank.
+  EPCOMM_HOST_DEVICE constexpr int source_index(int rank, int source) const {
+    int index = 0;
+    for (int s = 0; s < source; ++s) index += forwards(rank, s) ? 1 : 0;
+    return index;
+  }
   /// The two may exchange rows: one forwards for the other.
   EPCOMM_HOST_DEVICE constexpr bool on_rail(int a, int b) const {
     return forwards(a, b) || forwards(b, a);

@@ -66,6 +66,7 @@ struct PlanSendLayout {
   size_t topk_idx, row, slot, rank_count, expert_count, expert_offset, tokens_per_expert, num_recv;
   size_t announced, first_row;   ///< empty unless Dims::device
   size_t node_slot, node_count;  ///< empty unless Dims::num_nodes
+  size_t node_token;             ///< empty unless both
   size_t bytes;
 
   EPCOMM_HOST_DEVICE PlanSendLayout(const Dims& d, int64_t num_tokens) {
@@ -88,6 +89,7 @@ struct PlanSendLayout {
     first_row = take(d.device ? num_tokens * d.num_ranks : 0);
     node_slot = take(num_tokens * d.num_nodes);
     node_count = take(int64_t{d.num_ranks} * d.num_nodes);
+    node_token = take(d.device ? num_tokens * d.num_nodes : 0);
     bytes = at;
   }
 };
@@ -109,6 +111,7 @@ inline void set_send_block(PlanView& view, void* block, const PlanSendLayout& la
   view.first_row = at(layout.first_row);
   view.node_slot = at(layout.node_slot);
   view.node_count = at(layout.node_count);
+  view.node_token = at(layout.node_token);
 }
 
 /// Metadata of one received token, written by its source rank. A plan's receive block is an array

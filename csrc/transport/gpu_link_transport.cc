@@ -34,6 +34,19 @@ size_t widest_row(const Config& config) {
   return static_cast<size_t>(config.hidden) * static_cast<size_t>(dtype_bytes(config.dtype));
 }
 
+// Unlike memory of the host, memory of a GPU is taken when it is mapped: four full dispatches of
+// layout kToken, and two of kPadded where that is not out of all proportion.
+size_t received_arena_bytes(const TransportContext& context) {
+  if (context.options.window_bytes != 0) return context.options.window_bytes;
+  constexpr size_t kMostForPadded = size_t{2} << 30;
+  const Config& config = context.options.config;
+  const size_t row = widest_row(config) + MetaLayout(config.topk).record_bytes + kBlockAlignment;
+  const size_t tokens =
+      static_cast<size_t>(context.bootstrap.size()) * static_cast<size_t>(config.max_tokens);
+  const size_t padded = tokens * row * static_cast<size_t>(context.experts.max_local_experts());
+  return 4 * tokens * row + 2 * std::min(padded, kMostForPadded) + (size_t{64} << 20);
+}
+
 SmallLayout small_layout(const TransportContext& context, size_t begin, bool puts) {
   const Config& config = context.options.config;
   // Floats per slot (CombineArgs::by_token) can be wider than very short rows.

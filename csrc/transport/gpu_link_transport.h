@@ -26,6 +26,8 @@ namespace epcomm {
 Dims gpu_dims(const TransportContext& context);
 /// Bytes of a row of the Buffer's hidden and dtype.
 size_t widest_row(const Config& config);
+/// Memory for what calls return, where peers write it: window_bytes, or what some calls need.
+size_t received_arena_bytes(const TransportContext& context);
 /// Staging of small batches from an offset of the window on; puts: see LinkKernels.
 SmallLayout small_layout(const TransportContext& context, size_t begin, bool puts);
 /// Why the Buffer's calls cannot go the way of small batches; empty = they can. Alike on all ranks.
@@ -87,6 +89,8 @@ class GpuLinkTransport : public Transport {
   Dims dims(int topk) const;
   LinkArgs link(Operation operation) const;
   void check_capacity(const Plan& plan, const DispatchArgs& args) const;
+  /// Throws InvalidArgument for a row that is wider than those that staging is made for.
+  void check_fits_slot(int64_t row_bytes, int64_t scale_bytes) const;
   /// Until all ranks have entered the call of this token; throws what they refuse it for.
   void wait_entered(uint64_t token);
   void dispatch_small(const Plan& plan, const DispatchArgs& args);
@@ -125,7 +129,6 @@ class GpuLinkTransport : public Transport {
   }
   void raise_all_refusals();
   void check_phase(Phase phase, Operation operation);
-  void check_fits_slot(int64_t row_bytes, int64_t scale_bytes) const;
   void check_most_room(const Plan& plan, const DispatchArgs& args) const;
   RouteResult route_small(const RouteArgs& args);
 

@@ -12,19 +12,6 @@ namespace epcomm {
 namespace {
 
 constexpr size_t kPage = 4096;
-constexpr size_t kMostForPadded = size_t{2} << 30;
-
-// Unlike memory of the host, memory of a GPU is taken when it is mapped: four full dispatches of
-// layout kToken, and two of kPadded where that is not out of all proportion.
-size_t arena_bytes(const TransportContext& context) {
-  if (context.options.window_bytes != 0) return context.options.window_bytes;
-  const Config& config = context.options.config;
-  const size_t row = widest_row(config) + MetaLayout(config.topk).record_bytes + kBlockAlignment;
-  const size_t tokens =
-      static_cast<size_t>(context.bootstrap.size()) * static_cast<size_t>(config.max_tokens);
-  const size_t padded = tokens * row * static_cast<size_t>(context.experts.max_local_experts());
-  return 4 * tokens * row + 2 * std::min(padded, kMostForPadded) + (size_t{64} << 20);
-}
 
 LinkWindows windows_of(const std::shared_ptr<GpuWindow>& window, int num_ranks) {
   LinkWindows windows;
@@ -67,7 +54,7 @@ NvlinkLayout::NvlinkLayout(const TransportContext& context, const ControlLayout&
   weights = align_up(arrivals.end, kPage);
   staging = align_up(weights + tokens * static_cast<size_t>(config.topk) * sizeof(float), kPage);
   arena = align_up(staging + ranks * tokens * small.row_bytes, kPage);
-  bytes = arena + arena_bytes(context);
+  bytes = arena + received_arena_bytes(context);
 }
 
 NvlinkTransport::NvlinkTransport(const TransportContext& context, const ControlLayout& control,

@@ -11,9 +11,9 @@
 #include <utility>
 
 #include "core/checks.h"
-#include "core/vote.h"
 #include "transport/gpu_link_transport.h"
 #include "transport/gpu_nvshmem.h"
+#include "transport/gpu_nvshmem_windows.h"
 
 namespace epcomm {
 namespace {
@@ -22,8 +22,8 @@ class RdmaTransport final : public GpuLinkTransport {
  public:
   RdmaTransport(const TransportContext& context, const ControlLayout& control,
                 const SmallLayout& small, std::shared_ptr<NvshmemWindow> window)
-      : GpuLinkTransport(context, nvshmem_link_kernels(), windows_of(window, context.bootstrap),
-                         control, small, true),
+      : GpuLinkTransport(context, nvshmem_link_kernels(),
+                         nvshmem_windows(window, context.bootstrap), control, small, true),
         window_(std::move(window)) {}
   ~RdmaTransport() override {
     drain();
@@ -41,28 +41,8 @@ class RdmaTransport final : public GpuLinkTransport {
   size_t free_bytes() const override { return 0; }
 
  private:
-  static LinkWindows windows_of(const std::shared_ptr<NvshmemWindow>& window,
-                                const Bootstrap& group) {
-    LinkWindows windows;
-    windows.window[group.rank()] = window->own();
-    for (int r = 0; r < group.size(); ++r) windows.pe[r] = window->pe(r);
-    windows.owner = window;
-    return windows;
-  }
-
   std::shared_ptr<NvshmemWindow> window_;
 };
-
-// Collective. docs/rdma.md, "Over a network", says what is not proven.
-void check_mapped(Bootstrap& group, const NvshmemWindow& window) {
-  const auto failures = failures_of(group, [&] {
-    for (int r = 0; r < group.size(); ++r)
-      if (!window.mapped(r)) throw Error("rank " + std::to_string(r) + " is over a network");
-  });
-  throw_failures("making an rdma Buffer", failures,
-                 "NVSHMEM's network path has failed a test of this transport (docs/rdma.md): use "
-                 "transport='nccl', or transport_options={'network': 'unproven'} to try it");
-}
 
 }  // namespace
 
@@ -83,7 +63,7 @@ std::unique_ptr<Transport> make_rdma_transport(const TransportContext& context) 
   const ControlLayout control(gpu_dims(context));
   const SmallLayout small = small_layout(context, control.arena, nvshmem_link_kernels().puts);
   auto window = make_nvshmem_window(context.bootstrap, small.end, context.options.window_bytes);
-  if (!unproven) check_mapped(context.bootstrap, *window);
+  if (!unproven) check_mapped(context.bootstrap, *window, "rdma");
   return std::make_unique<RdmaTransport>(context, control, small, std::move(window));
 }
 

@@ -201,7 +201,9 @@ struct PlanView {
                                          ///< -1 = not sent; unused in kToken, where it is slot
   // Only where rows are forwarded inside their node; M = num_nodes.
   int32_t* node_slot = nullptr;   ///< [T, M] index among the tokens that this rank sends to a node
-  int32_t* node_count = nullptr;  ///< [R source, M] tokens
+  int32_t* node_count = nullptr;  ///< [R source, M] tokens; on a GPU only what this rank sends, and
+                                  ///< what it forwards inside its own node
+  int32_t* node_token = nullptr;  ///< GPU only: [M, T] token that is the m-th which goes to a node
   // The receive block, filled by dispatch: N records of MetaLayout, written by the source ranks;
   // behind them, where this rank forwards rows, one record of ForwardLayout for each.
   void* recv_meta = nullptr;

@@ -48,9 +48,9 @@ class Buffer:
         dtype: widest element type of token rows: bfloat16, float16 or float32.
         transport: "cpu", "hierarchical", "nccl", "nvlink" or "rdma", or "auto" to choose by the
             machine, alike on all ranks (EPCOMM_TRANSPORT overrides "auto"). "hierarchical" works on
-            tensors of the CPU. A GPU transport uses the device that is current when the Buffer is
-            made. The first Buffer with "rdma" must be over all ranks that will share one
-            (docs/rdma.md).
+            tensors of the GPU where torch sees one, else of the CPU. A GPU transport uses the
+            device that is current when the Buffer is made. The first Buffer with "rdma", or
+            "hierarchical" on GPUs, must be over all ranks that will share one (docs/rdma.md).
         expert_to_rank: owner rank of each expert; None = a contiguous split of
             ceil(num_experts / num_ranks) experts a rank, the last ranks getting the shorter rest.
             Local ids follow ascending expert ids.
@@ -63,7 +63,8 @@ class Buffer:
             with small batches, return memory of torch's allocator and ignore this; rdma, too, but
             takes this much symmetric memory when it needs more than it has.
         transport_options: choices of one transport, by name; nccl: "algorithm", "schedule",
-            "chunks" and "ctas" (docs/nccl.md); hierarchical: "chunk_tokens" (docs/hierarchical.md);
+            "chunks" and "ctas" (docs/nccl.md); hierarchical: "chunk_tokens", and on GPUs "network"
+            (docs/hierarchical.md);
             nvlink: "path" = "auto", "small" or "large" (docs/nvlink.md, "Small batches";
             `caps.small_batches` says which was taken); rdma: "network" (docs/rdma.md).
         statistics: count received tokens and the longest waits, for `statistics()`. Ranks may
@@ -160,7 +161,8 @@ class Buffer:
 
         Counted since the Buffer was made or the counters were last reset. Nodes are those of
         `ranks_per_node`. Not counted: signals, and the counts and addresses (a few hundred bytes a
-        peer) that ranks announce when they enter a call. Offered by "cpu" and "hierarchical".
+        peer) that ranks announce when they enter a call. Offered by "cpu", and by "hierarchical"
+        between processes.
 
         Args:
             reset: start again from 0 after this.

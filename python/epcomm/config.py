@@ -21,7 +21,7 @@ def _transports() -> list[str]:
     names: list[str] = list(_core.transports())
     with contextlib.suppress(ModuleNotFoundError):  # "cuda" says why
         names += importlib.import_module("._cuda", __package__).transports()
-    return names + nvshmem.built_transports()
+    return names + [name for name in nvshmem.built_transports() if name not in names]
 
 
 def show_config() -> dict[str, str]:

@@ -33,8 +33,12 @@ def load_cuda() -> ModuleType | None:
 
 
 def module_of(transport: str) -> ModuleType:
-    """The extension module that holds a transport. ValueError lists what this build has."""
-    if transport in _core.transports():
+    """The extension module that holds a transport. ValueError lists what this build has.
+
+    "hierarchical" is that between GPUs where torch sees one, else that between processes.
+    """
+    between_gpus = transport in nvshmem.TRANSPORTS and torch.cuda.is_available()
+    if transport in _core.transports() and not between_gpus:
         return _core
     cuda = load_cuda()
     if cuda is not None and transport in cuda.transports():
@@ -44,8 +48,14 @@ def module_of(transport: str) -> ModuleType:
         assert cuda is not None  # no build has NVSHMEM without it
         check_device(cuda)
         return nvshmem.load()
+    if transport in _core.transports():
+        raise ValueError(
+            f"transport is {transport!r}, and torch sees a GPU, but this build cannot use it: "
+            f"_nvshmem is {_core.nvshmem_status}; build epcomm with NVSHMEM (docs/rdma.md), or set "
+            "CUDA_VISIBLE_DEVICES to nothing to work on tensors of the CPU"
+        )
     has = _core.transports() + (cuda.transports() if cuda is not None else [])
-    has += nvshmem.built_transports()
+    has += [name for name in nvshmem.built_transports() if name not in has]
     raise ValueError(
         f"transport is {transport!r}; this build has: {', '.join(has)} "
         f"(_cuda: {_core.cuda_status}; _nvshmem: {_core.nvshmem_status})"

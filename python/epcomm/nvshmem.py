@@ -27,7 +27,7 @@ SONAME = "libnvshmem_host.so.3"
 OLDEST = (3, 4, 5)
 TOO_NEW = (3, 9, 0)
 
-TRANSPORTS = ("rdma",)
+TRANSPORTS = ("hierarchical", "rdma")
 
 Version = tuple[int, int, int]
 
@@ -40,7 +40,7 @@ def load() -> ModuleType:
             that the module does not go with; or NVSHMEM's use of NVLink multicast is undecided.
     """
     if not built_transports():
-        raise ValueError(f"this build has no transport rdma: {_core.nvshmem_status}")
+        raise ValueError(f"this build has no transport over NVSHMEM: {_core.nvshmem_status}")
     check_multicast()
     library, path = open_library()
     version = version_of(library)
@@ -149,9 +149,9 @@ def check_multicast() -> None:
     """
     if env.text("NVSHMEM_DISABLE_NVLS") is None:
         raise ValueError(
-            "NVSHMEM_DISABLE_NVLS is not set: set it to 1 before the first Buffer with transport "
-            "rdma is made, so that NVSHMEM leaves NVLink multicast alone, which epcomm does not "
-            "use; or to 0 to let NVSHMEM set it up"
+            "NVSHMEM_DISABLE_NVLS is not set: set it to 1 before the first Buffer over NVSHMEM is "
+            "made, so that NVSHMEM leaves NVLink multicast alone, which epcomm does not use; or to "
+            "0 to let NVSHMEM set it up"
         )
 
 

@@ -73,6 +73,7 @@ TEST(TokenLayout, SendBlockPointersAreTheOffsets) {
   EXPECT_EQ(offset(view.num_recv), layout.num_recv);
   EXPECT_EQ(offset(view.node_slot), layout.node_slot);
   EXPECT_EQ(offset(view.node_count), layout.node_count);
+  EXPECT_EQ(offset(view.node_token), layout.node_token);
 }
 
 // Every word of every record is its own: writing them all and reading them back finds nothing

@@ -1,6 +1,7 @@
 #include "tests/sim/nic.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <map>
 #include <stdexcept>
@@ -16,6 +17,7 @@ Cards& cards() {
   static Cards& cards = *new Cards;  // threads of cards may outlive statics
   return cards;
 }
+std::atomic<uint64_t> total_put_bytes{0};
 
 }  // namespace
 
@@ -62,6 +64,7 @@ void Nic::issue(Operation operation) {
 void Nic::put_signal(int pe, size_t to, size_t from, size_t bytes, size_t word, uint64_t value) {
   {
     std::lock_guard lock(mutex_);
+    total_put_bytes += bytes;
     issue({.pe = pe, .to = to, .from = from, .bytes = bytes});
     issue({.pe = pe, .after = issued_, .to = word, .value = value});
   }
@@ -75,6 +78,8 @@ void Nic::signal(int pe, size_t word, uint64_t value) {
   }
   changed_.notify_all();
 }
+
+uint64_t Nic::put_bytes() { return total_put_bytes; }
 
 uint64_t Nic::issued() const {
   std::lock_guard lock(mutex_);

@@ -33,6 +33,8 @@ class Nic {
   /// Has everything landed of which issued() spoke? Hurries it up.
   bool landed(uint64_t issued);
 
+  /// Bytes that the cards of all ranks have been told to put so far, signals not counted.
+  static uint64_t put_bytes();
   /// The card behind a window, by its address.
   static Nic& of(const char* window);
 
