@@ -43,14 +43,12 @@ struct RailDispatchArgs {
   const char* x;
   const char* scales;
   const float* topk_weights;  ///< null: weights of the records are left unwritten
-  /// Records, and slots of what is forwarded, are written, not kept from an earlier dispatch.
+  /// Records, and what stays of forwarded rows, are written, not kept from an earlier dispatch.
   bool records;
   DeviceExperts experts;
   PlanView plan;
   const int32_t* first_row;  ///< [T, R]: row at rank r that is written, -1 = not sent there
-  /// [sources, max_tokens, ranks of the node]: slots of the rows that this rank forwards, for the
-  /// combines of the plan; -1 = not forwarded there.
-  int32_t* forward_slot;
+  int32_t* forwarded;        ///< ForwardedLayout
 };
 /// Uses exactly num_sms SMs, all at the same time.
 void launch_rail_dispatch(const RailDispatchArgs& args, int num_sms, cudaStream_t stream);
@@ -64,9 +62,10 @@ struct RailEnterArgs {
 };
 void launch_rail_enter(const RailEnterArgs& args, cudaStream_t stream);
 
-/// The rest of a combine, when the kernels before have stored this rank's partial rows into the
-/// windows of its node: sums for the tokens of other nodes, which go back along the rail, then the
-/// tokens of this rank.
+/// The rest of a combine: sums for the tokens of other nodes, which go back along the rail, then
+/// the tokens of this rank. Of a rank of the node whose x has one row per received token, in its
+/// node window, the rows are loaded from there; others have stored their partial rows before, and
+/// say so in their entry (LinkEntry::pushed).
 struct RailCombineArgs {
   RailArgs rail;
   NodeWindowLayout node = NodeWindowLayout(NodeMap{}, 0, 0);
@@ -75,9 +74,11 @@ struct RailCombineArgs {
   int32_t hidden;
   int32_t num_tokens;
   PlanView plan;
-  const int32_t* forward_slot;  ///< as in RailDispatchArgs
-  const void* bias;             ///< [T, hidden], or null
-  void* out;                    ///< [T, hidden]
+  int32_t* forwarded;  ///< ForwardedLayout
+  bool weighted;       ///< with the weights that launch_rail_enter has exchanged
+  DeviceExperts experts;
+  const void* bias;  ///< [T, hidden], or null
+  void* out;         ///< [T, hidden]
 };
 /// Uses exactly num_sms SMs, all at the same time. The formula of Buffer::combine, by nodes.
 void launch_rail_combine(const RailCombineArgs& args, int num_sms, cudaStream_t stream);

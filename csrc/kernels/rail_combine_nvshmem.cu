@@ -1,4 +1,4 @@
-// Combine between nodes, behind the kernel that stores partial rows into the windows of the node.
+// Combine between nodes.
 //
 // enter: begins the call; with weights, sends those of this rank's tokens to all ranks, in pieces,
 // and waits for theirs.
@@ -6,15 +6,17 @@
 // for each of their tokens, and puts the sums back, in chunks; then adds up this rank's own tokens,
 // node by node, each when its sums have come.
 //
-// Buffers (kernels/rail_layout.h): weights of all ranks lie in this rank's window; partial rows of
-// the ranks of the node in its node window; sums go from its out areas to the in areas of the
-// sources. forward_slot, plan.slot [T, R], node_slot [T, M], rank_count, node_count and bias are
-// read; out is written.
+// Buffers (kernels/rail_layout.h): weights of all ranks lie in this rank's window. Rows of the
+// ranks of the node are loaded from their x, at the offset that they announced, row slot for a
+// token; or, of a rank that has pushed, its partial rows from this rank's node window. Sums go from
+// its out areas to the in areas of the sources. What stayed of forwarded rows, plan.slot [T, R],
+// topk_idx [T, K], node_slot [T, M], rank_count, node_count and bias are read; out is written.
 // Launch: num_sms blocks, one per SM, all at the same time (a cooperative launch). A warp takes
 // whole chunks, then whole tokens. Nobody waits for another node before all that it returns is on
 // its way.
-// Memory order: kernels/link.cuh, kernels/rail.cuh. Partial rows are stored by the kernels before,
-// which a fence at system scope and the signal of block 0 release.
+// Memory order: kernels/link.cuh, kernels/rail.cuh. x is acquired with the entries of its ranks.
+// Partial rows are stored by the kernels before, which a fence at system scope and the signal of
+// block 0 release.
 #include "kernels/elements.cuh"
 #include "kernels/launch.cuh"
 #include "kernels/partials.cuh"
@@ -75,88 +77,134 @@ __global__ void __launch_bounds__(kEnterThreads, 1)
   if (blockIdx.x == 0) wait_for_weights(args, call);
 }
 
-// Tokens that lower ranks have sent to each rank of this node: slots there less this are indices
-// among the tokens of one source. In shared memory.
-struct SentBefore {
-  int32_t source[kMaxLinkRanks][kMaxLinkRanks];  // of source i that this rank forwards for
-  int32_t own[kMaxLinkRanks];                    // of this rank
+// Where a block finds the rows of the ranks of its node, in shared memory.
+struct NodeSources {
+  const char* rows[kMaxLinkRanks];  // x of rank r of the node; of one that has pushed, its partials
+  uint32_t pushed;                  // bit r: partial rows, weights already applied
+  // Tokens that lower ranks have sent to rank r: slots there less this are indices among the tokens
+  // of one source. [0]: of this rank; [1 + i]: of source i that it forwards for.
+  int32_t sent_before[kMaxLinkRanks][kMaxLinkRanks];
 
   // By the whole block; ends with a barrier.
-  __device__ __forceinline__ void fill(const RailCombineArgs& args, const RailSources& sources,
-                                       int first, int size) {
-    const int num_ranks = args.dims.num_ranks;
+  __device__ __forceinline__ void fill(const RailCombineArgs& args, const LinkCall& call,
+                                       const RailSources& sources, int first, int size) {
+    const RailArgs& rail = args.rail;
+    const int lane = lane_index(), num_ranks = args.dims.num_ranks;
+    if (warp_index() == 0) {
+      const bool stored = lane < size && call.entry[first + lane].pushed != 0;
+      if (lane < size)
+        rows[lane] = stored ? rail.node_window[rail.link.rank]
+                            : rail.node_window[first + lane] + call.entry[first + lane].rows;
+      const uint32_t set = __ballot_sync(kFullWarp, stored);
+      if (lane == 0) pushed = set;
+    }
     for (int j = thread_index(); j < (sources.count + 1) * size; j += kThreads) {
       const int i = j / size, r = j % size;
-      const int s = i < sources.count ? sources.rank[i] : args.rail.link.rank;
+      const int s = i == 0 ? rail.link.rank : sources.rank[i - 1];
       int32_t sum = 0;
       for (int lower = 0; lower < s; ++lower)
         sum += args.plan.rank_count[lower * num_ranks + first + r];
-      (i < sources.count ? source[i] : own)[r] = sum;
+      sent_before[i][r] = sum;
     }
     __syncthreads();
   }
 };
 
-// Says that the kernels before have stored this rank's partial rows, and waits for those of the
-// node. By the whole block; ends with a barrier. False: the wait was given up.
-__device__ __forceinline__ bool exchange_partials(const RailCombineArgs& args, uint64_t epoch,
+// Says that the kernels before have stored this rank's partial rows, if they have, and waits for
+// those ranks of the node that push. By the whole block; ends with a barrier. False: the wait was
+// given up.
+__device__ __forceinline__ bool exchange_partials(const RailCombineArgs& args, const LinkCall& call,
                                                   int first, int size) {
   const RailArgs& rail = args.rail;
   const int r = thread_index(), rank = rail.link.rank;
   bool lost = false;
   if (r < size) {
-    if (blockIdx.x == 0) {
+    if (blockIdx.x == 0 && rail.link.entry.pushed != 0) {
       fence_system();
       store_release_system(reinterpret_cast<uint64_t*>(rail.node_window[first + r] +
                                                        NodeWindowLayout::signal(rank - first)),
-                           epoch);
+                           call.epoch);
     }
-    lost = !wait_signal(
-        rail.link, first + r,
-        reinterpret_cast<const uint64_t*>(rail.node_window[rank] + NodeWindowLayout::signal(r)),
-        epoch);
+    if (call.entry[first + r].pushed != 0)
+      lost = !wait_signal(
+          rail.link, first + r,
+          reinterpret_cast<const uint64_t*>(rail.node_window[rank] + NodeWindowLayout::signal(r)),
+          call.epoch);
   }
   if (__syncthreads_or(lost) == 0) return true;
   if (r == 0) rail_lost(rail);
   return false;
 }
 
-// The partial rows of one token in this rank's node window: lane r < size has the index of that of
-// rank r of the node, -1 = none, in one area.
-struct NodeRows {
-  const RailCombineArgs& args;
-  int area;
-  int64_t row_bytes;
+// One token in the ranks of the node. Lane r < size has its slot at rank r of the node, -1 = none;
+// with weights, lane k < K has the owner and the weight of slot k of the token.
+struct NodeToken {
+  int32_t slot = -1, owner = -1;
+  float weight = 0.0f;
 
-  __device__ __forceinline__ const char* at(int contributor, int32_t index) const {
-    return args.rail.node_window[args.rail.link.rank] +
-           args.node.partial_rows(contributor, area, static_cast<size_t>(row_bytes)) +
-           index * row_bytes;
-  }
-  // The rounded sum of the vectors v, v + 32, ..., ranks ascending.
-  template <Dtype kDtype>
-  __device__ __forceinline__ void sum(int32_t index, int v, int end, Batch& batch) const {
-    Sum<kDtype> sum;
-    sum.clear();
-    for (uint32_t rest = __ballot_sync(kFullWarp, index >= 0); rest != 0;) {
-      const int r = take_lowest(rest);
-      batch.load<RowMemory::kArrived>(at(r, __shfl_sync(kFullWarp, index, r)), v, end);
-      sum.add(batch);
-    }
-    sum.round_to(batch);
+  // ids, weights: of the token, [K].
+  __device__ __forceinline__ void weigh_by(const RailCombineArgs& args, const int32_t* ids,
+                                           const float* weights) {
+    const int lane = lane_index();
+    if (lane >= args.dims.topk) return;
+    const int32_t expert = ids[lane];
+    owner = expert >= 0 ? args.experts.rank[expert] : -1;
+    weight = weights[lane];
   }
 };
+
+__device__ __forceinline__ const float* weights_of(const RailCombineArgs& args, int source,
+                                                   int64_t token) {
+  const RailArgs& rail = args.rail;
+  return reinterpret_cast<const float*>(rail.link.window[rail.link.rank] +
+                                        rail.rail.source_weights(source)) +
+         token * args.dims.topk;
+}
+
+// The sum that the node has for the vectors v, v + 32, ... of a token of a source (0: this rank's
+// own; 1 + i), ranks ascending, rounded.
+template <Dtype kDtype>
+__device__ __forceinline__ void sum_node(const RailCombineArgs& args, const NodeSources& node,
+                                         int source, const NodeToken& token, int v, int end,
+                                         Batch& batch) {
+  const int64_t row_bytes = int64_t{args.hidden} * kElementBytes<kDtype>;
+  const int first = args.rail.map.first(args.rail.map.node(args.rail.link.rank));
+  Sum<kDtype> sum;
+  sum.clear();
+  for (uint32_t rest = __ballot_sync(kFullWarp, token.slot >= 0); rest != 0;) {
+    const int r = take_lowest(rest);
+    const int64_t slot = __shfl_sync(kFullWarp, token.slot, r);
+    if ((node.pushed >> r & 1) != 0) {
+      const char* partials =
+          node.rows[r] + args.node.partial_rows(r, source, static_cast<size_t>(row_bytes));
+      batch.load<RowMemory::kArrived>(partials + (slot - node.sent_before[source][r]) * row_bytes,
+                                      v, end);
+    } else {
+      batch.load<RowMemory::kArrived>(node.rows[r] + slot * row_bytes, v, end);
+      if (args.weighted) {
+        Sum<kDtype> partial;
+        partial.clear();
+        for (uint32_t slots = __ballot_sync(kFullWarp, token.owner == first + r); slots != 0;)
+          partial.add_weighted(batch, __shfl_sync(kFullWarp, token.weight, take_lowest(slots)));
+        partial.round_to(batch);
+      }
+    }
+    sum.add(batch);
+  }
+  sum.round_to(batch);
+}
 
 // Sums for the tokens of other nodes, by warp w of `warps`.
 template <Dtype kDtype>
 __device__ __forceinline__ void return_sums(const RailCombineArgs& args, uint64_t epoch,
-                                            const RailSources& sources, const SentBefore& before,
+                                            const RailSources& sources, const NodeSources& here,
                                             int w, int warps) {
   const RailArgs& rail = args.rail;
   const NodeMap& map = rail.map;
   const int rank = rail.link.rank, node = map.node(rank), size = map.size(node);
   const int lane = lane_index(), num_nodes = map.num_nodes();
   const int row_bytes = args.hidden * kElementBytes<kDtype>, vectors = row_bytes / kVectorBytes;
+  const ForwardedLayout kept{args.dims.topk, size, rail.rail.max_tokens};
   for (int j = w; j < rail.rail.max_chunks * sources.count; j += warps) {
     // The rails of a node begin with different sources.
     const int i = (j + map.local_rank(rank)) % sources.count, source = sources.rank[i];
@@ -165,18 +213,17 @@ __device__ __forceinline__ void return_sums(const RailCombineArgs& args, uint64_
     if (chunk.empty()) continue;
     const size_t at = static_cast<size_t>(chunk.begin) * static_cast<size_t>(row_bytes);
     const size_t from = rail.rail.out_area(i) + at;
-    const NodeRows rows{args, 1 + i, row_bytes};
     for (int m = chunk.begin; m < chunk.end; ++m) {
-      int32_t index = -1;
-      if (lane < size) {
-        index = args.forward_slot[(int64_t{i} * rail.rail.max_tokens + m) * size + lane];
-        if (index >= 0) index -= before.source[i][lane];
-      }
+      NodeToken token;
+      if (lane < size) token.slot = kept.slot(args.forwarded, i, m)[lane];
+      if (args.weighted)
+        token.weigh_by(args, kept.topk_idx(args.forwarded, i, m),
+                       weights_of(args, source, *kept.token(args.forwarded, i, m)));
       char* to = rail.link.window[rank] + from + int64_t{m - chunk.begin} * row_bytes;
-      for (int v = 0; v < vectors; v += Batch::kStep) {
+      for (int v = lane; v - lane < vectors; v += Batch::kStep) {
         Batch batch{};
-        rows.sum<kDtype>(index, v + lane, vectors, batch);
-        batch.store(to, v + lane, vectors);
+        sum_node<kDtype>(args, here, 1 + i, token, v, vectors, batch);
+        batch.store(to, v, vectors);
       }
     }
     const auto bytes =
@@ -189,22 +236,21 @@ __device__ __forceinline__ void return_sums(const RailCombineArgs& args, uint64_
 // This rank's tokens, by warp w of `warps`.
 template <Dtype kDtype>
 __device__ __forceinline__ void sum_tokens(const RailCombineArgs& args, uint64_t epoch,
-                                           const SentBefore& before, int w, int warps) {
+                                           const NodeSources& here, int w, int warps) {
   const RailArgs& rail = args.rail;
   const NodeMap& map = rail.map;
   const int rank = rail.link.rank, own = map.node(rank), first = map.first(own);
-  const int lane = lane_index(), num_nodes = map.num_nodes();
+  const int lane = lane_index(), num_nodes = map.num_nodes(), topk = args.dims.topk;
   const int64_t row_bytes = int64_t{args.hidden} * kElementBytes<kDtype>;
   const int vectors = static_cast<int>(row_bytes) / kVectorBytes;
-  const NodeRows rows{args, 0, row_bytes};
   for (int64_t t = w; t < args.num_tokens; t += warps) {
-    int32_t index = -1, node_slot = -1;
-    if (lane < map.size(own)) {
-      index = args.plan.slot[t * args.dims.num_ranks + first + lane];
-      if (index >= 0) index -= before.own[lane];
-    }
-    bool there = true;
+    NodeToken token;
+    if (lane < map.size(own)) token.slot = args.plan.slot[t * args.dims.num_ranks + first + lane];
+    if (args.weighted)
+      token.weigh_by(args, args.plan.topk_idx + t * topk, weights_of(args, rank, t));
+    int32_t node_slot = -1;
     if (lane < num_nodes) node_slot = args.plan.node_slot[t * num_nodes + lane];
+    bool there = true;
     if (node_slot >= 0 && lane != own)
       there = wait_signal<NvshmemLink>(
           rail.link, map.rail_peer(rank, lane),
@@ -212,19 +258,20 @@ __device__ __forceinline__ void sum_tokens(const RailCombineArgs& args, uint64_t
     __syncwarp();
     if (__all_sync(kFullWarp, there) == 0) return rail_lost(rail);
     const uint32_t nodes = __ballot_sync(kFullWarp, node_slot >= 0);
-    for (int at = 0; at < vectors; at += Batch::kStep) {
-      const int v = at + lane;
+    for (int v = lane; v - lane < vectors; v += Batch::kStep) {
+      Batch own_sum{}, batch{};
+      if ((nodes >> own & 1) != 0) sum_node<kDtype>(args, here, 0, token, v, vectors, own_sum);
       Sum<kDtype> sum;
       sum.clear();
-      Batch batch{};
       for (uint32_t rest = nodes; rest != 0;) {
         const int b = take_lowest(rest);
         const int64_t m = __shfl_sync(kFullWarp, node_slot, b);
-        if (b == own)
-          rows.sum<kDtype>(index, v, vectors, batch);
-        else
-          batch.load<RowMemory::kArrived>(
-              rail.link.window[rank] + rail.rail.in_area(b) + m * row_bytes, v, vectors);
+        if (b == own) {
+          sum.add(own_sum);
+          continue;
+        }
+        batch.load<RowMemory::kArrived>(
+            rail.link.window[rank] + rail.rail.in_area(b) + m * row_bytes, v, vectors);
         sum.add(batch);
       }
       if (args.bias != nullptr) {
@@ -242,19 +289,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     rail_combine_kernel(const __grid_constant__ RailCombineArgs args) {
   EPCOMM_SHARED(LinkCall, call);
   EPCOMM_SHARED(RailSources, sources);
-  EPCOMM_SHARED(SentBefore, before);
+  EPCOMM_SHARED(NodeSources, here);
   const RailArgs& rail = args.rail;
   const int node = rail.map.node(rail.link.rank);
   const int first = rail.map.first(node), size = rail.map.size(node);
   // The call was entered by an earlier kernel, which has told the host what it found.
   if (link_begin(rail.link, call) && link_agree<NvshmemLink>(rail.link, call, false) &&
-      exchange_partials(args, call.epoch, first, size)) {
+      exchange_partials(args, call, first, size)) {
     sources.fill(rail);
-    before.fill(args, sources, first, size);
+    here.fill(args, call, sources, first, size);
     const int w = warp_index() * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
     const int warps = kThreads / kWarpSize * static_cast<int>(gridDim.x);
-    return_sums<kDtype>(args, call.epoch, sources, before, w, warps);
-    sum_tokens<kDtype>(args, call.epoch, before, w, warps);
+    return_sums<kDtype>(args, call.epoch, sources, here, w, warps);
+    sum_tokens<kDtype>(args, call.epoch, here, w, warps);
   }
   link_finish<NvshmemLink>(rail.link, call);
 }

@@ -5,8 +5,8 @@
 // Buffers: x, scales [T, bytes], topk_weights [T, K] and the plan's send block are read. In this
 // rank's window: out areas are filled and put to in areas of forwarders (kernels/rail_layout.h). In
 // the node windows, at the offsets that rank r announced: rows, scales and records of recv_x,
-// recv_scales and recv_meta. forward_slot and the plan's node_count of what is forwarded are
-// written.
+// recv_scales and recv_meta. What stays of forwarded rows (ForwardedLayout) and their node_count in
+// the plan are written.
 // Launch: num_sms blocks, one per SM, all at the same time (a cooperative launch). The first warps
 // of a block move rows: those of this rank within the node, then those that arrive. The other warps
 // put: a chunk each, to the nodes in shifted order; then they write records and scales, in the same
@@ -247,6 +247,7 @@ __device__ __forceinline__ void forward_beside(const RailDispatchArgs& args, con
                                                const Here& here, const RailSources& sources, int w,
                                                int warps) {
   const int topk = args.dims.topk, lane = lane_index();
+  const ForwardedLayout kept{topk, here.size, args.rail.rail.max_tokens};
   Arrivals arrivals{args, sources, call.epoch};
   if (!arrivals.wait_for_counts()) return;
   if (w == 0 && args.records && lane < sources.count)  // combines ask for it
@@ -267,9 +268,11 @@ __device__ __forceinline__ void forward_beside(const RailDispatchArgs& args, con
             const int j = here.peer(lane) - here.first;
             slot = layout.slot(rows)[j];
             row = layout.first_row(rows)[j];
-            if (args.records)
-              args.forward_slot[(int64_t{chunk.area} * args.rail.rail.max_tokens + m) * here.size +
-                                j] = slot;
+            if (args.records) kept.slot(args.forwarded, chunk.area, m)[j] = slot;
+          }
+          if (args.records) {
+            if (lane < topk) kept.topk_idx(args.forwarded, chunk.area, m)[lane] = slots.expert;
+            if (lane == 0) *kept.token(args.forwarded, chunk.area, m) = slots.token;
           }
           deliver_beside(args, call, here, slots, slot, row, rows + layout.scales_at);
         }

@@ -35,6 +35,31 @@ struct RailRow {
   EPCOMM_HOST_DEVICE int32_t* first_row(char* row) const { return slot(row) + node_size; }
 };
 
+/// What stays of each row at the rank that has forwarded it, for the combines of the plan, in
+/// 4-byte words; behind the records of a plan's receive block:
+///   [0, n)       slot, as in RailRow
+///   [n, n + K)   topk_idx: global expert ids
+///   [n + K]      token: its index on the source rank
+struct ForwardedLayout {
+  int32_t topk, node_size, max_tokens;
+
+  EPCOMM_HOST_DEVICE int32_t words() const { return node_size + topk + 1; }
+  EPCOMM_HOST_DEVICE size_t bytes(int num_sources) const {
+    return static_cast<size_t>(num_sources) * static_cast<size_t>(max_tokens) *
+           static_cast<size_t>(words()) * sizeof(int32_t);
+  }
+  /// Row m of a source, by its number among those that the rank forwards for.
+  EPCOMM_HOST_DEVICE int32_t* slot(int32_t* block, int source, int64_t m) const {
+    return block + (int64_t{source} * max_tokens + m) * words();
+  }
+  EPCOMM_HOST_DEVICE int32_t* topk_idx(int32_t* block, int source, int64_t m) const {
+    return slot(block, source, m) + node_size;
+  }
+  EPCOMM_HOST_DEVICE int32_t* token(int32_t* block, int source, int64_t m) const {
+    return topk_idx(block, source, m) + topk;
+  }
+};
+
 /// Areas and signals in the window of every rank, alike on all; from offset `begin` on.
 ///   in   what rail peers put here. dispatch: rows to forward, an area for each source by
 ///        NodeMap::source_index; combine: sums for this rank's tokens, an area for each node

@@ -7,7 +7,7 @@
 // In memory that the GPUs of one node load and store, and no other:
 //   node      NodeWindowLayout: partial rows of a combine
 //   arena     what Buffer::allocate hands out: received rows, and the plans' receive blocks. Behind
-//             the records of the received tokens lie the slots of what this rank forwards.
+//             the records of the received tokens lie those of ForwardedLayout.
 #include "transport/hierarchical_gpu.h"
 
 #include <algorithm>
@@ -137,16 +137,15 @@ class HierarchicalGpuTransport final : public GpuLinkTransport {
   RouteResult route(const RouteArgs& args) override;
   void dispatch(const Plan& plan, const DispatchArgs& args) override;
   void combine(const Plan& plan, const CombineArgs& args) override;
-  size_t forward_bytes(const Plan&) const override {
-    return static_cast<size_t>(map_.num_sources(rank_)) * static_cast<size_t>(config_.max_tokens) *
-           static_cast<size_t>(size_) * sizeof(int32_t);
+  size_t forward_bytes(const Plan& plan) const override {
+    return ForwardedLayout{plan.topk, size_, config_.max_tokens}.bytes(map_.num_sources(rank_));
   }
   Allocation allocate(size_t bytes) override { return arena_.allocate(bytes); }
   size_t free_bytes() const override { return arena_.largest_free(); }
 
  private:
   RailArgs rail(Operation operation) const;
-  int32_t* forward_slot(const Plan& plan) const;
+  int32_t* forwarded(const Plan& plan) const;
   uint64_t offset_of(const void* p) const {
     return p == nullptr ? 0 : static_cast<uint64_t>(static_cast<const char*>(p) - own_node());
   }
@@ -182,7 +181,7 @@ RailArgs HierarchicalGpuTransport::rail(Operation operation) const {
 }
 
 // Behind as many records as the receive block was made for.
-int32_t* HierarchicalGpuTransport::forward_slot(const Plan& plan) const {
+int32_t* HierarchicalGpuTransport::forwarded(const Plan& plan) const {
   const int64_t capacity = plan.result.num_recv_tokens >= 0
                                ? int64_t{plan.result.num_recv_tokens}
                                : int64_t{num_ranks_} * config_.max_tokens;
@@ -204,7 +203,7 @@ void HierarchicalGpuTransport::check_outputs(const Plan& plan, const DispatchArg
                    inside(args.recv_scales, int64_t{args.row_capacity} * args.scale_bytes) &&
                    inside(plan.view.recv_meta, block),
                "recv_x, recv_scales and recv_meta must lie in memory from Buffer::allocate and "
-               "hold what the plan receives, and the slots of what this rank forwards");
+               "hold what the plan receives, and what stays of rows that this rank forwards");
 }
 
 void HierarchicalGpuTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
@@ -229,7 +228,7 @@ void HierarchicalGpuTransport::dispatch(const Plan& plan, const DispatchArgs& ar
     entry.rows = offset_of(args.recv_x);
     entry.scales = offset_of(args.recv_scales);
     entry.meta = offset_of(plan.view.recv_meta);
-    k.forward_slot = forward_slot(plan);
+    k.forwarded = forwarded(plan);
   }
   k.dims = dims(plan.topk);
   k.rows = {args.row_bytes, args.scale_bytes};
@@ -274,11 +273,17 @@ void HierarchicalGpuTransport::combine(const Plan& plan, const CombineArgs& args
   entry_field(entry, CallField::kWeighted) = args.topk_weights != nullptr ? 1 : 0;
   entry_field(entry, CallField::kRows) = args.by_token ? 1 : 0;
   entry.num_tokens = plan.num_tokens;
+  // Where a token has one row and that lies in the window, the ranks of the node load the rows from
+  // where they are. Others are summed here first, and stored where they are wanted.
+  const bool one_row = args.by_token || plan.layout == Layout::kToken;
+  const bool pushed = !one_row || !arena_.contains(args.x, 1);
+  if (!pushed) entry.rows = offset_of(args.x);
+  entry.pushed = pushed ? 1 : 0;
   enter.topk = plan.topk;
   enter.num_tokens = plan.num_tokens;
   enter.topk_weights = args.topk_weights;
   launch_rail_enter(enter, stream);
-  store_partials(plan, args);
+  if (pushed) store_partials(plan, args);
   RailCombineArgs k{};
   k.rail = enter.rail;
   k.node = layouts_.node;
@@ -287,7 +292,9 @@ void HierarchicalGpuTransport::combine(const Plan& plan, const CombineArgs& args
   k.hidden = args.hidden;
   k.num_tokens = plan.num_tokens;
   k.plan = plan.view;
-  k.forward_slot = forward_slot(plan);
+  k.forwarded = forwarded(plan);
+  k.weighted = args.topk_weights != nullptr;
+  k.experts = route_.experts();
   k.bias = args.bias;
   k.out = args.out;
   launch_rail_combine(k, args.num_sms > 0 ? args.num_sms : kCombineSms, stream);

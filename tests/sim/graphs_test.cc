@@ -70,7 +70,7 @@ class GraphedCalls {
     const int row_bytes = batch_.hidden * static_cast<int>(sizeof(float));
     route_.stream = stream_;
     Plan plan = buffer.route(route_);
-    meta_ = testing::memory_for(buffer, buffer.recv_meta_bytes(batch_.topk, tokens));
+    meta_ = testing::memory_for(buffer, buffer.recv_block_bytes(plan, tokens));
     rows_ = testing::memory_for(buffer, static_cast<size_t>(rows) * static_cast<size_t>(row_bytes));
     if (meta_.data == nullptr || rows_.data == nullptr) throw Error("the test's window is full");
     plan = plan.with_recv_block(meta_.data);
