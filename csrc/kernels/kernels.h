@@ -130,8 +130,8 @@ struct PlaceArgs {
   DeviceExperts experts;
   PlanView plan;
   /// Where received token n's payload, scales and record are: source s's tokens start at
-  /// source[s].x, in order. Null x (layout kToken): payload and scales are in recv_x and
-  /// recv_scales already. Null meta: the record is in plan.recv_meta already.
+  /// source[s].x, in order. Null x: payload and scales are in recv_x and recv_scales already, in
+  /// the token's first row. Null meta: the record is in plan.recv_meta already.
   PackTarget source[kMaxPackRanks];
   char* recv_x;
   char* recv_scales;

@@ -23,6 +23,23 @@ namespace {
 
 static_assert(sizeof(GatheredArgs) <= kMaxKernelArgs);
 
+// The payload is in the first row that carries the token: copies it to the others.
+__device__ __forceinline__ uint32_t duplicate_payload(const PlaceArgs& args, const RowJob& job,
+                                                      int32_t row) {
+  const uint32_t firsts = distinct_rows(row);
+  uint32_t others = firsts;
+  if (firsts == 0) return 0;
+  const int64_t first = __shfl_sync(kFullWarp, row, take_lowest(others));
+  if (others == 0) return firsts;
+  const char* from = args.recv_x + first * args.rows.row_bytes;
+  Batch batch;
+  batch.load(from, job.begin + lane_index(), job.end);
+  copy_payload(args, job, from, row, others, batch);
+  if (job.leads && args.rows.scale_bytes != 0)
+    place_scales(args, args.recv_scales + first * args.rows.scale_bytes, row, others);
+  return firsts;
+}
+
 // Sets entries [begin, end) of the outputs to "none", by threads first, first + step, ...
 __device__ __forceinline__ void clear_entries(const PlaceArgs& args, int64_t begin, int64_t end,
                                               int64_t first, int64_t step) {
@@ -68,8 +85,8 @@ __global__ void __launch_bounds__(kRowThreads, 1)
     const RowJob job = jobs.at(j);
     const int s = ranges.source(job.row, num_ranks);
     const PackTarget& source = args.source[s];
-    const bool in_place = source.x == nullptr;
-    if (in_place && !job.leads) continue;
+    const bool by_token = args.layout == Layout::kToken, in_place = source.x == nullptr;
+    if (in_place && by_token && !job.leads) continue;
     const int32_t n = job.row + ranges.to_recv[s];
     if (n >= args.recv_capacity) continue;
     const int64_t i = job.row + ranges.to_source[s];
@@ -77,9 +94,11 @@ __global__ void __launch_bounds__(kRowThreads, 1)
         source.meta == nullptr ? meta.row(args.plan.recv_meta, n) : meta.row(source.meta, i);
     TokenSlots slots;
     if (lane < topk) slots.row = valid_row(args, meta.row(record, 0)[lane]);
-    const uint32_t firsts =
-        in_place ? distinct_rows(slots.row)
-                 : place_payload(args, job, source.x + i * args.rows.row_bytes, slots.row);
+    uint32_t firsts;
+    if (!in_place)
+      firsts = place_payload(args, job, source.x + i * args.rows.row_bytes, slots.row);
+    else
+      firsts = by_token ? distinct_rows(slots.row) : duplicate_payload(args, job, slots.row);
     if (!job.leads) continue;
     if (source.scales != nullptr && args.rows.scale_bytes != 0)
       place_scales(args, source.scales + i * args.rows.scale_bytes, slots.row, firsts);

@@ -121,8 +121,8 @@ class HierarchicalGpuTransport final : public GpuLinkTransport {
         rails_(std::move(rails)),
         node_(std::move(node)),
         arena_(*node_, layouts_.node.end) {
-    caps_.symmetric_outputs = true;
-    caps_.forwards = true;
+    caps_.symmetric_outputs = caps_.forwards = true;
+    caps_.sends_ahead = caps_.column_scales = false;
   }
   ~HierarchicalGpuTransport() override {
     drain();
