@@ -403,10 +403,12 @@ void Buffer::dispatch(const Plan& plan, const DispatchArgs& args) {
     EPCOMM_CHECK((args.scale_bytes > 0) == (args.scales != nullptr) || plan.num_tokens == 0,
                  "scales and scale_bytes must be given together");
   }
-  check_scale_columns(state_->caps,
-                      plan.layout == Layout::kPadded ? int64_t{num_ranks()} * config().max_tokens
-                                                     : int64_t{args.row_capacity},
-                      args);
+  // A rank that lacks room must still enter: the others are to learn of it.
+  if (args.needed_bytes == 0)
+    check_scale_columns(state_->caps,
+                        plan.layout == Layout::kPadded ? int64_t{num_ranks()} * config().max_tokens
+                                                       : int64_t{args.row_capacity},
+                        args);
   EPCOMM_CHECK(args.needed_bytes != 0 || plan.attached, "plan has no receive block attached");
   state_->check_phase(args.phase);
   transport.dispatch(plan, args);

@@ -255,6 +255,15 @@ __device__ __forceinline__ void link_mark_begun(const LinkArgs& link, const Link
   mark_progress(link, call, 0);
 }
 
+/// Whether a rank's entry ends the call for all: it wants something else, cannot have it, or has no
+/// room.
+__device__ __forceinline__ bool refuses(const LinkArgs& link, const LinkEntry& entry) {
+  bool refused = entry.needed_bytes != 0 || entry.short_rows != 0 || entry.bad_index != 0;
+  for (int f = 0; f < LinkEntry::kSignatureWords; ++f)
+    refused |= entry.signature[f] != link.entry.signature[f];
+  return refused;
+}
+
 /// Waits for the entries of all ranks and compares them: by every block, all threads. Returns true
 /// if all ranks want the same and have room; call holds their entries then, and `pieces` of each
 /// have arrived. tells: the host learns what they found; once per call. Ends with a barrier.
@@ -269,9 +278,7 @@ __device__ __forceinline__ bool link_agree(const LinkArgs& link, LinkCall& call,
     if (!lost) {
       const LinkEntry& entry = call.entry[r] = *reinterpret_cast<const LinkEntry*>(
           link.window[link.rank] + link.control.entry(r, call.epoch));
-      refused = entry.needed_bytes != 0 || entry.short_rows != 0 || entry.bad_index != 0;
-      for (int f = 0; f < LinkEntry::kSignatureWords; ++f)
-        refused |= entry.signature[f] != link.entry.signature[f];
+      refused = refuses(link, entry);
     }
     // A rank that wants something else may send other pieces.
     if constexpr (!Link::kMapped)
@@ -315,15 +322,20 @@ __device__ __forceinline__ bool link_enter(const LinkArgs& link, LinkCall& call,
 }
 
 /// Goes on with a call that an earlier kernel on the stream has entered: by every block, all
-/// threads. False: that kernel has given up. Ends with a barrier.
+/// threads. False: that kernel has given up, or the call was refused. Ends with a barrier.
 __device__ __forceinline__ bool link_resume(const LinkArgs& link, LinkCall& call) {
   const int r = thread_index();
   if (!link_begin(link, call)) return false;
-  if (r < link.num_ranks)
-    call.entry[r] = *reinterpret_cast<const LinkEntry*>(link.window[link.rank] +
-                                                        link.control.entry(r, call.epoch));
+  bool refused = false;
+  if (r < link.num_ranks) {
+    const LinkEntry& entry = call.entry[r] = *reinterpret_cast<const LinkEntry*>(
+        link.window[link.rank] + link.control.entry(r, call.epoch));
+    refused = refuses(link, entry);
+  }
+  if (__syncthreads_or(refused) == 0) return true;
+  if (r == 0) call.bad = LinkCall::kRefused;
   __syncthreads();
-  return true;
+  return false;
 }
 
 /// Signals that what earlier kernels on the stream have stored into the peers' staging rows is

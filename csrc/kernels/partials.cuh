@@ -66,7 +66,7 @@ struct PartialToken {
       : row(-1), weight(0.0f), weighted(weights != nullptr) {
     if (lane_index() < meta.topk) {
       row = meta.row(record, 0)[lane_index()];
-      if (weighted) weight = weights[lane_index()];
+      if (weighted && row >= 0) weight = weights[lane_index()];
     }
     if (only_row >= 0) row = only_row;
     summands = weighted ? __ballot_sync(kFullWarp, row >= 0) : distinct_rows(row);

@@ -236,7 +236,7 @@ bool GpuLinkTransport::settle(Plan& plan) {
   }
   expect_settle(false);
   const uint64_t epoch = plan.result.epoch;
-  if (takes_small_) await([&] { return route_.has_totals(tokens_); });
+  if (takes_small_ && !refused) await([&] { return route_.has_totals(tokens_); });
   plan.result = takes_small_ ? route_.totals_result(unsettled_) : route_.result(unsettled_, 1);
   plan.result.epoch = epoch;
   return !refused;

@@ -12,7 +12,6 @@ namespace {
 // Blocks that bring the link to its limit (docs/nvlink.md); more would only take SMs from others.
 constexpr int kDispatchSms = 16;
 constexpr int kQuantisingSms = 20;  // where the link waits for arithmetic
-constexpr int kPlacingSms = 16;     // beside them, to copy what arrives to further rows
 constexpr int kCombineSms = 24;
 constexpr int kSummingSms = 48;  // where rows are summed before they cross the link
 
@@ -90,7 +89,8 @@ void NvlinkTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
   send.most_senders = sending_sms;
   send.place = route_.place_args(plan, args);
   send.arrivals = layout_.arrivals;
-  const int usual_sms = sending_sms + (send.places ? kPlacingSms : 0);
+  // As many again copy what arrives to further rows.
+  const int usual_sms = send.places ? 2 * sending_sms : sending_sms;
   const int num_sms = args.num_sms > 0 ? args.num_sms : usual_sms;
   // With counts on the host every entry of layout kToken that the caller gets has a token. Cleared
   // before the peers are let in.

@@ -202,6 +202,7 @@ def _send(
             # Nothing of the first attempt is kept: the second may need its room.
             plan = changed(plan, recv_block=None)
             received.clear()
+            args.recv_scale_columns = 0
             del meta
             return _send(end, plan, moved, args)
         received = _received_part(end, plan, received)
