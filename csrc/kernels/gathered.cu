@@ -50,7 +50,8 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
     for (int i = slots + thread_index(); i < all; i += kSmallThreads) ids[i] = -1;
     report_bad_id(args, first_bad);
   }
-  send_rows<GatheredLink, Quant::kNone, Dtype::kBfloat16>(args, GatheredStart());
+  const BlockRows own(args.num_tokens, SmallBlocks(Phase::kSend).senders);
+  send_rows<GatheredLink, Quant::kNone, Dtype::kBfloat16>(args, own, GatheredStart());
 }
 
 __global__ void __launch_bounds__(kSmallThreads, 1)
@@ -63,7 +64,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   }
   prepare_route(args, GroupRoute(args));
   __syncthreads();
-  receive<GatheredLink>(args, call, true, false);
+  receive<GatheredLink>(args, SmallBlocks(Phase::kReceive), call, true);
 }
 
 }  // namespace

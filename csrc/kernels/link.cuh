@@ -266,9 +266,9 @@ __device__ __forceinline__ bool refuses(const LinkArgs& link, const LinkEntry& e
 
 /// Waits for the entries of all ranks and compares them: by every block, all threads. Returns true
 /// if all ranks want the same and have room; call holds their entries then, and `pieces` of each
-/// have arrived. tells: the host learns what they found; once per call. Ends with a barrier.
+/// have arrived. tells: the host learns what this block has found. Ends with a barrier.
 template <class Link = PeerLink>
-__device__ __forceinline__ bool link_agree(const LinkArgs& link, LinkCall& call, bool tells = true,
+__device__ __forceinline__ bool link_agree(const LinkArgs& link, LinkCall& call, bool tells,
                                            [[maybe_unused]] int pieces = 0) {
   const int r = thread_index();
   bool lost = false, refused = false;
@@ -285,7 +285,6 @@ __device__ __forceinline__ bool link_agree(const LinkArgs& link, LinkCall& call,
       for (int p = 0; p < pieces && !lost && !refused; ++p)
         lost = !wait_signal<Link>(link, r, &from->piece[p], call.epoch);
   }
-  tells &= call.block == 0;
   // One barrier where all is well: call.bad is still 0.
   if (__syncthreads_or(lost || refused)) {
     lost = __syncthreads_or(lost) != 0;
@@ -318,7 +317,7 @@ __device__ __forceinline__ bool link_enter(const LinkArgs& link, LinkCall& call,
     if (thread_index() == 0) link_mark_begun(link, call);
     link_announce<Link>(link, call.epoch, announce, words, pieces, {short_rows});
   }
-  return link_agree<Link>(link, call, true, pieces.count);
+  return link_agree<Link>(link, call, call.block == 0, pieces.count);
 }
 
 /// Goes on with a call that an earlier kernel on the stream has entered: by every block, all
@@ -423,34 +422,37 @@ __device__ __forceinline__ void link_finish(const LinkArgs& link, LinkCall& call
     link_close(link, call);
 }
 
-/// Ends a call without waiting for peers: by every block, all threads. agreed: of link_agree. If it
-/// is false, `done` is signalled all the same, for peers that disagree and are in a call that waits
-/// for it. completed: this thread has given up no wait since. What a block has to say of itself
-/// goes with its arrival: the last has nothing to ask then.
+/// Ends a call without waiting for peers: by every block, all threads. agreed: of link_agree, or
+/// true of a block that did not ask. If a block says false, `done` is signalled all the same, for
+/// peers that disagree and are in a call that waits for it. completed: this thread has given up no
+/// wait since. What a block has to say of itself goes with its arrival: the last has nothing to ask
+/// then.
 template <class Link = PeerLink>
 __device__ __forceinline__ void link_leave(const LinkArgs& link, LinkCall& call, bool agreed,
                                            bool completed = true) {
-  constexpr uint32_t kLostBlock = 1 << 16;  // above the number of blocks
-  const bool releases = !Link::kMapped || !agreed;
+  constexpr uint32_t kLostBlock = 1 << 10, kRefusingBlock = 1 << 20;  // there are fewer SMs
   const bool lost = __syncthreads_or(!completed || call.bad == LinkCall::kLost) != 0;
   const int r = thread_index();
   if (r == 0) {
-    const uint32_t own = lost ? kLostBlock + 1 : 1;
+    const uint32_t own = 1 + (lost ? kLostBlock : 0) + (agreed ? 0 : kRefusingBlock);
+    const bool releases = !Link::kMapped || !agreed;
     if (releases) fence_system();
     const uint32_t arrived = atomicAdd(&link.state->arrived, own) + own;
-    if (releases) fence_system();
     call.last = arrived % kLostBlock == gridDim.x;
     if (call.last != 0) {
       link.state->arrived = 0;
-      call.bad = arrived >= kLostBlock ? LinkCall::kLost : 0;
-      if (!releases && call.bad == 0) link_close(link, call);
+      call.bad = arrived % kRefusingBlock >= kLostBlock ? LinkCall::kLost
+                 : arrived >= kRefusingBlock            ? LinkCall::kRefused
+                                                        : 0;
+      if (Link::kMapped && call.bad == 0) link_close(link, call);
     }
   }
-  if (!releases) return;
   __syncthreads();
-  if (call.last == 0 || call.bad != 0) return;  // lost: the host is to notice
+  if (call.last == 0 || call.bad == LinkCall::kLost) return;  // lost: the host is to notice
+  if (Link::kMapped && call.bad == 0) return;
+  fence_system();
   link_quiet<Link>(link);
-  if (!agreed) {
+  if (call.bad != 0) {
     if (r < link.num_ranks)
       link_signal<Link>(link, r, own_inbox(link, offsetof(LinkInbox, done)), call.epoch);
     link_quiet<Link>(link);

@@ -1,5 +1,9 @@
-// What the kernels for small batches share: which rows of a batch a block sends, and the signals
-// that say that they have been stored.
+// What the kernels for small batches share: which blocks send and which receive, which rows of a
+// batch a block sends, and the signals that say that they have been stored.
+//
+// In a whole call the first half of the blocks sends and the others receive, so that nothing that
+// has to be done before rows can be taken waits until this rank's own are on their way. A half of a
+// call, and a grid of one block, has all of its blocks do all there is to do.
 //
 // Row i of a batch belongs to share i % kShares, and a share to one block of its source. The block
 // stores its rows, then signals its shares; a warp of the receiver waits for the share of the row
@@ -32,16 +36,47 @@ __host__ __device__ constexpr int mask_words(int max_tokens) {
 
 constexpr int kSmallUnroll = 8;  ///< vectors of a row that a lane copies in one go
 
+/// The parts that the blocks of the grid have in a call.
+struct SmallBlocks {
+  int senders;   ///< blocks 0 to senders - 1
+  int receiver;  ///< number of this block among those that receive; negative: it does not
+  int receivers;
+
+  __device__ __forceinline__ explicit SmallBlocks(Phase phase) {
+    const int blocks = static_cast<int>(gridDim.x);
+    senders = phase == Phase::kReceive ? 0 : blocks;
+    receivers = phase == Phase::kSend ? 0 : blocks;
+    receiver = phase == Phase::kSend ? -1 : static_cast<int>(blockIdx.x);
+    if (phase != Phase::kAll || blocks == 1) return;
+    senders = (blocks + 1) / 2;
+    receivers -= senders;
+    receiver -= senders;
+  }
+  __device__ __forceinline__ bool sends() const { return static_cast<int>(blockIdx.x) < senders; }
+  __device__ __forceinline__ bool receives() const { return receiver >= 0; }
+
+  // Threads and warps of all blocks that receive, numbered.
+  __device__ __forceinline__ int threads() const { return receivers * kSmallThreads; }
+  __device__ __forceinline__ int warps() const { return receivers * kSmallWarps; }
+  __device__ __forceinline__ int thread() const {
+    return receiver * kSmallThreads + thread_index();
+  }
+  // So that the first few lie in as many blocks.
+  __device__ __forceinline__ int spread_thread() const {
+    return thread_index() * receivers + receiver;
+  }
+  __device__ __forceinline__ int spread_warp() const { return warp_index() * receivers + receiver; }
+};
+
 /// The rows of a batch that this block sends, in order of shares. Block 0 announces, and sends rows
-/// only if there is no other.
+/// only if there is no other sender.
 struct BlockRows {
   static constexpr int kShares = SmallLayout::kShares;
   int first, step;
   int shares;  ///< of this block: first, first + step, ...
   int count;
 
-  __device__ explicit BlockRows(int rows)
-      : first(static_cast<int>(blockIdx.x)), step(static_cast<int>(gridDim.x)) {
+  __device__ BlockRows(int rows, int senders) : first(static_cast<int>(blockIdx.x)), step(senders) {
     if (step > 1) {
       first = first > 0 ? first - 1 : kShares;
       --step;
@@ -60,9 +95,9 @@ struct BlockRows {
   }
 };
 
-/// Rows cut into jobs, for the warps of a block or of the grid: into as many parts as have the
-/// warps done soonest, counted in batches of `unroll` vectors a lane. RowJob::row is a number below
-/// rows.
+/// Rows cut into jobs, for the warps of a block or of all that receive: into as many parts as have
+/// the warps done soonest, counted in batches of `unroll` vectors a lane. RowJob::row is a number
+/// below rows.
 struct SmallJobs {
   static constexpr int kMostParts = 16;
   int parts, units, vectors;
@@ -72,10 +107,9 @@ struct SmallJobs {
   static __device__ SmallJobs of_block(int rows, int row_bytes, int unroll, int least_parts = 1) {
     return SmallJobs(rows, row_bytes, unroll, least_parts, warp_index(), kSmallWarps);
   }
-  static __device__ SmallJobs of_grid(int rows, int row_bytes, int unroll) {
-    const int blocks = static_cast<int>(gridDim.x);
-    return SmallJobs(rows, row_bytes, unroll, 1,
-                     warp_index() * blocks + static_cast<int>(blockIdx.x), kSmallWarps * blocks);
+  static __device__ SmallJobs of_receivers(const SmallBlocks& blocks, int rows, int row_bytes,
+                                           int unroll) {
+    return SmallJobs(rows, row_bytes, unroll, 1, blocks.spread_warp(), blocks.warps());
   }
   __device__ __forceinline__ RowJob at(int job) const {
     const int row = job / parts, part = job - row * parts;
@@ -114,14 +148,13 @@ __device__ __forceinline__ const uint64_t* row_signal(const LinkArgs& link,
 }
 
 /// Says that this block's rows are stored, by all threads; where the link puts, puts each with a
-/// signal of its own, so that none must land before another. rows(r) gives how many rows all blocks
-/// together send to rank r, piece(r, i) where the i-th of them is (0 bytes = rank r does not get
-/// it). Begins with a barrier.
+/// signal of its own, so that none must land before another. own: of any number of rows. rows(r)
+/// gives how many rows all blocks together send to rank r, piece(r, i) where the i-th of them is (0
+/// bytes = rank r does not get it). Begins with a barrier.
 template <class Link, class Rows, class Piece>
 __device__ __forceinline__ void signal_shares(const LinkArgs& link, const SmallLayout& small,
-                                              uint64_t epoch, Rows rows,
+                                              uint64_t epoch, const BlockRows& own, Rows rows,
                                               [[maybe_unused]] Piece piece) {
-  const BlockRows own(0);
   __syncthreads();
   if constexpr (Link::kMapped) {
     for (int i = thread_index(); i < own.shares * link.num_ranks; i += kSmallThreads) {

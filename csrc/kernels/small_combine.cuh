@@ -1,13 +1,14 @@
 // Combine of a small batch, in one kernel: the ranks that have a token's rows add them up and store
 // one partial row into the window of the token's owner, which sums the partial rows of all ranks.
 //
-// Does, block by block:
+// Blocks that send (kernels/small.cuh):
 //   1. Block 0 sends the weights of this rank's tokens, if there are any, to all ranks, with the
-//      entry of the call. With weights all blocks then wait for those of the others.
+//      entry of the call. With weights all of them then wait for those of the others.
 //   2. Partial rows: those of the block's shares of every source's tokens, as fp8 if asked, then
 //      their signals.
-//   3. Waits for the entries of all ranks. Sums each of this rank's tokens when its partial rows
-//      have arrived, in the order of ranks, then adds the bias.
+// Blocks that receive:
+//   3. Wait for the entries of all ranks. Sum each of this rank's tokens when its partial rows have
+//      arrived, in the order of ranks, then add the bias.
 // The send half is 1 and 2, the receive half 3.
 //
 // Buffers: x, plan.recv_meta, plan.rank_count, topk_weights, plan.slot, bias are read. In the
@@ -15,7 +16,7 @@
 // window, of all ranks: the same. out is written.
 // Launch: num_sms blocks of 512 threads, one per SM, all of which must find room at some time:
 // blocks wait for other blocks, of this rank, too. Sending, warps share the rows of their block;
-// summing, all warps of the grid share all tokens, cut into parts.
+// summing, all warps that receive share all tokens, cut into parts.
 // Memory order: weights are released by `entered` (kernels/link.cuh), partial rows by the signals
 // of their shares (kernels/small.cuh).
 #pragma once
@@ -73,14 +74,14 @@ struct BlockPartials {
   int32_t rows;    // of all
 
   // received: [R] in shared memory, filled for whoever meets a barrier with the block's first warp.
-  __device__ BlockPartials(const SmallCombineArgs& args, int32_t* received)
+  __device__ BlockPartials(const SmallCombineArgs& args, int senders, int32_t* received)
       : num_ranks(args.dims.num_ranks), rank(args.link.rank) {
     const int lane = lane_index();
     const int32_t tokens = lane < num_ranks ? received_from(args, lane) : 0;
     if (warp_index() == 0 && lane < num_ranks) received[lane] = tokens;
     source = (rank + 1 + lane) % num_ranks;
     before = __shfl_sync(kFullWarp, up_to_here(tokens) - tokens, source);
-    const int32_t own = BlockRows(__shfl_sync(kFullWarp, tokens, source)).count;
+    const int32_t own = BlockRows(__shfl_sync(kFullWarp, tokens, source), senders).count;
     end = up_to_here(lane < num_ranks ? own : 0);
     rows = __shfl_sync(kFullWarp, end, kWarpSize - 1);
   }
@@ -174,8 +175,8 @@ __device__ __forceinline__ void store_partial(const SmallCombineArgs& args,
 // call goes on; what it returns. start is looked at only when the first records have been asked
 // for. Nothing is sent if the link is lost.
 template <class Link, Quant kQuant, Dtype kDtype, class Begin>
-__device__ __forceinline__ bool send_partials(const SmallCombineArgs& args, const LinkStart& start,
-                                              Begin begin) {
+__device__ __forceinline__ bool send_partials(const SmallCombineArgs& args, int senders,
+                                              const LinkStart& start, Begin begin) {
   EPCOMM_SHARED(int32_t[kMaxLinkRanks], received);
   const LinkArgs& link = args.link;
   const int topk = args.dims.topk;
@@ -184,8 +185,8 @@ __device__ __forceinline__ bool send_partials(const SmallCombineArgs& args, cons
   const auto sent_bytes =
       static_cast<uint32_t>(kFp8 ? fp8_row_bytes(args.hidden) : static_cast<size_t>(row_bytes));
   const MetaLayout meta(topk);
-  const BlockRows own(0);
-  const BlockPartials partials(args, received);
+  const BlockRows own(0, senders);
+  const BlockPartials partials(args, senders, received);
   int least_parts = 1;
   if constexpr (kFp8) least_parts = least_quant_parts<kQuant, kDtype>(row_bytes / kVectorBytes);
   const auto jobs = SmallJobs::of_block(partials.rows, row_bytes, kUnroll, least_parts);
@@ -234,7 +235,7 @@ __device__ __forceinline__ bool send_partials(const SmallCombineArgs& args, cons
   }
   if (!begin()) return false;
   signal_shares<Link>(
-      link, args.small, epoch, [&](int s) { return received[s]; },
+      link, args.small, epoch, own, [&](int s) { return received[s]; },
       [&](int s, int i) {
         const int32_t n = partials.received_token(s, i);
         return piece_of(s, i, *meta.token(args.plan.recv_meta, n));
@@ -242,9 +243,10 @@ __device__ __forceinline__ bool send_partials(const SmallCombineArgs& args, cons
   return true;
 }
 
-// The tokens of this rank, by all warps of the grid. False: the warp has given up a wait.
+// The tokens of this rank, by all warps that receive. False: the warp has given up a wait.
 template <class Link, Quant kQuant, Dtype kDtype>
-__device__ __forceinline__ bool sum_partials(const SmallCombineArgs& args, uint64_t epoch) {
+__device__ __forceinline__ bool sum_partials(const SmallCombineArgs& args,
+                                             const SmallBlocks& blocks, uint64_t epoch) {
   EPCOMM_SHARED(int32_t[kMaxPackRanks], sent_before);
   constexpr int kRowsAtOnce = 4;
   using Arrived = std::conditional_t<kQuant == Quant::kFp8, ArrivedFp8<kDtype>, ArrivedRow<kDtype>>;
@@ -255,7 +257,8 @@ __device__ __forceinline__ bool sum_partials(const SmallCombineArgs& args, uint6
   const char* window = link.window[link.rank];
   const char* bias = static_cast<const char*>(args.bias);
   char* out = static_cast<char*>(args.out);
-  const auto jobs = SmallJobs::of_grid(args.num_tokens, static_cast<int>(row_bytes), kUnroll);
+  const auto jobs =
+      SmallJobs::of_receivers(blocks, args.num_tokens, static_cast<int>(row_bytes), kUnroll);
   for (int j = jobs.first; j < jobs.count; j += jobs.step) {
     const RowJob job = jobs.at(j);
     const int64_t t = job.row;
@@ -296,26 +299,33 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   EPCOMM_SHARED(LinkCall, call);
   const LinkArgs& link = args.link;
   const LinkStart start(link);
-  const bool weighted = args.topk_weights != nullptr, marks = blockIdx.x == 0;
-  const bool sends = args.phase != Phase::kReceive, begins_late = sends && !weighted && !marks;
+  const SmallBlocks blocks(args.phase);
+  const bool weighted = args.topk_weights != nullptr, announces = blockIdx.x == 0;
+  const int pieces = weighted ? 1 : 0;
+  const bool marks_first = args.phase == Phase::kAll || weighted;  // before the first wait
+  // A block that sends rows begins when they are on their way, but for weights, which it waits for.
+  const bool begins_late = blocks.sends() && !weighted && !announces;
   bool going = begins_late || link_begin(link, call, start);
-  if (going && sends) {
-    if (marks) announce<Link>(args, call.epoch);
-    if (weighted) {
-      if (marks && thread_index() == 0) link_mark_begun(link, call);
-      going = link_agree<Link>(link, call, args.phase == Phase::kAll, 1);
+  if (going && blocks.sends()) {
+    if (announces) {
+      if (thread_index() == 0 && marks_first) link_mark_begun(link, call);
+      announce<Link>(args, call.epoch);
     }
+    if (weighted) going = link_agree<Link>(link, call, false, pieces);
     if (going)
-      going = send_partials<Link, kQuant, kDtype>(
-          args, start, [&] { return !begins_late || link_begin(link, call, start); });
+      going = send_partials<Link, kQuant, kDtype>(args, blocks.senders, start, [&] {
+        return !begins_late || link_begin(link, call, start);
+      });
   }
   if (args.phase == Phase::kSend) return;
-  const bool waited = weighted && args.phase == Phase::kAll;
-  if (going && !waited) {
-    if (marks && !weighted && thread_index() == 0) link_mark_begun(link, call);
-    going = link_agree<Link>(link, call, true, weighted ? 1 : 0);
+  bool completed = true;
+  if (blocks.receives()) {
+    if (going && !marks_first && blocks.thread() == 0) link_mark_begun(link, call);
+    // Of a block that has sent, too, for the host.
+    if (call.bad != LinkCall::kLost)
+      going = link_agree<Link>(link, call, blocks.receiver == 0, pieces);
+    if (going) completed = sum_partials<Link, kQuant, kDtype>(args, blocks, call.epoch);
   }
-  const bool completed = !going || sum_partials<Link, kQuant, kDtype>(args, call.epoch);
   link_leave<Link>(link, call, going, completed);
 }
 

@@ -1,14 +1,14 @@
-// Dispatch of a small batch, in one kernel: expert ids and rows go out together, and every block
-// works the routing of all ranks out from the ids while the rows are under way.
+// Dispatch of a small batch, in one kernel: expert ids and rows go out together, and the blocks
+// that receive work the routing of all ranks out from the ids while the rows are under way.
 //
-// Does, block by block:
+// Blocks that send (kernels/small.cuh):
 //   1. Block 0 sends the ids and weights of all tokens to all ranks, with the entry of the call.
 //   2. Rows: those of the block's shares, each once per destination rank, quantised in registers if
-//      asked.
-//   3. Waits for the entries of all ranks, and has their ids. From them (kernels/small_route.cuh):
-//      bit masks of all ranks' tokens, counts, the rows of every layout. Then signals the rows of
-//      2 (a send half, a link that puts, or a rank with few tokens has done so at once), fills the
-//      plan, and clears what no token will write.
+//      asked. Then their signals.
+// Blocks that receive:
+//   3. Wait for the entries of all ranks, and have their ids. From them (kernels/small_route.cuh):
+//      bit masks of all ranks' tokens, counts, the rows of every layout. Fill the plan, and clear
+//      what no token will write.
 //   4. Each received token, when it has arrived, goes to the rows that carry it.
 // The send half is 1 and 2, the receive half 3 and 4.
 //
@@ -16,7 +16,7 @@
 // window, at SmallLayout of this rank and epoch: ids, weights, rows. From this rank's window, of
 // all sources: the same. Written: the plan, its records, and the outputs of place.
 // Launch: num_sms blocks of 512 threads, one per SM. Sending, warps share the rows of their block;
-// receiving, all warps of the grid share all rows, cut into parts. Rows go through registers.
+// receiving, all warps that do share all rows, cut into parts. Rows go through registers.
 // Host guarantees: max_tokens is at most kTileTokens, small_shared_bytes at most kMaxSmallShared.
 // Memory order: ids are released by `entered` (kernels/link.cuh), rows by the signals of their
 // shares (kernels/small.cuh). Blocks wait for other blocks, of this rank, too, so all of them must
@@ -161,7 +161,8 @@ __device__ __forceinline__ void send_scales(const SmallDispatchArgs& args, int t
 // Uses the shared memory of routing, which begins after the next barrier. Start: LinkStart, which
 // is looked at only when the first row has been asked for. Nothing is sent if the link is lost.
 template <class Link, Quant kQuant, Dtype kDtype, class Start>
-__device__ __forceinline__ void send_rows(const SmallDispatchArgs& args, const Start& start) {
+__device__ __forceinline__ void send_rows(const SmallDispatchArgs& args, const BlockRows& own,
+                                          const Start& start) {
   constexpr bool kQuantised = kQuant != Quant::kNone;
   const LinkArgs& link = args.link;
   const int x_bytes =
@@ -170,7 +171,6 @@ __device__ __forceinline__ void send_rows(const SmallDispatchArgs& args, const S
   if constexpr (kQuantised) least_parts = least_quant_parts<kQuant, kDtype>(x_bytes / kVectorBytes);
   const GlobalScale global = make_global_scale(kQuant == Quant::kNvfp4 ? *args.global_scale : 1.0f);
   char* staged = dynamic_shared() + warp_index() * kStagedScaleBytes;
-  const BlockRows own(args.num_tokens);
   constexpr int kVectors = kQuantised ? kUnroll : kSmallUnroll;
   const auto jobs = SmallJobs::of_block(own.count, x_bytes, kVectors, least_parts);
   for (int j = jobs.first; j < jobs.count; j += jobs.step) {
@@ -227,18 +227,19 @@ __device__ __forceinline__ LinkPiece staged_row(const SmallDispatchArgs& args, u
 }
 
 template <class Link>
-__device__ __forceinline__ void signal_rows(const SmallDispatchArgs& args, uint64_t epoch) {
+__device__ __forceinline__ void signal_rows(const SmallDispatchArgs& args, const BlockRows& own,
+                                            uint64_t epoch) {
   signal_shares<Link>(
-      args.link, args.small, epoch, [&](int) { return args.num_tokens; },
+      args.link, args.small, epoch, own, [&](int) { return args.num_tokens; },
       [&](int peer, int t) { return staged_row(args, epoch, peer, t); });
 }
 
 // ---- receiving ----
 
-// What the call delivers to this rank's experts, by the whole grid.
+// What the call delivers to this rank's experts, by all blocks that receive.
 __device__ __forceinline__ void count_received(const SmallDispatchArgs& args,
-                                               const GroupRoute& route) {
-  for (int e = spread_thread(); e < args.place.dims.num_experts; e += grid_threads())
+                                               const SmallBlocks& blocks, const GroupRoute& route) {
+  for (int e = blocks.spread_thread(); e < args.place.dims.num_experts; e += blocks.threads())
     if (route.experts.owner(e) == route.rank)
       add_received(args.link.statistics, args.place.experts.local[e], route.experts.total(e));
 }
@@ -256,18 +257,18 @@ __device__ __forceinline__ void clear_entries(const PlaceArgs& place, int64_t be
                step);
 }
 
-__device__ __forceinline__ void clear_rest(const SmallDispatchArgs& args, const GroupRoute& route,
-                                           const RouteTotals& totals) {
+__device__ __forceinline__ void clear_rest(const SmallDispatchArgs& args, const SmallBlocks& blocks,
+                                           const GroupRoute& route, const RouteTotals& totals) {
   const PlaceArgs& place = args.place;
   if (place.recv_topk_idx == nullptr && place.recv_topk_weights == nullptr) return;
   const int topk = route.topk;
   if (route.by_token)
     return clear_entries(place, int64_t{totals.rank[route.rank]} * topk,
-                         int64_t{place.recv_capacity} * topk, grid_thread(), grid_threads());
+                         int64_t{place.recv_capacity} * topk, blocks.thread(), blocks.threads());
   const bool padded = place.layout == Layout::kPadded;
   const int32_t alignment = args.expert_alignment;
   // The rest of an expert's group, by a warp.
-  for (int e = spread_warp(); e < place.dims.num_experts; e += grid_warps()) {
+  for (int e = blocks.spread_warp(); e < place.dims.num_experts; e += blocks.warps()) {
     if (route.experts.owner(e) != route.rank) continue;
     const int32_t start = route.experts.start(e), total = route.experts.total(e);
     const int32_t group = padded ? route.num_ranks * args.small.max_tokens
@@ -275,7 +276,8 @@ __device__ __forceinline__ void clear_rest(const SmallDispatchArgs& args, const 
     clear_entries(place, start + total, min(start + group, place.row_capacity), lane_index(),
                   kWarpSize);
   }
-  if (!padded) clear_entries(place, totals.rows, place.row_capacity, grid_thread(), grid_threads());
+  if (!padded)
+    clear_entries(place, totals.rows, place.row_capacity, blocks.thread(), blocks.threads());
 }
 
 // Where source's token t goes here, with what came with its id; lane k has slot k. n: received
@@ -301,17 +303,18 @@ __device__ __forceinline__ TokenSlots slots_of(const SmallDispatchArgs& args,
   return slots;
 }
 
-// What arrives goes to its rows, by all warps of the grid. What is known without the row is written
-// while it is waited for. False: the warp has given up a wait.
+// What arrives goes to its rows, by all warps that receive. What is known without the row is
+// written while it is waited for. False: the warp has given up a wait.
 template <class Link>
-__device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args, const GroupRoute& route,
+__device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args,
+                                             const SmallBlocks& blocks, const GroupRoute& route,
                                              uint64_t epoch, const SourceRanges& ranges) {
   const PlaceArgs& place = args.place;
   const LinkArgs& link = args.link;
   const int lane = lane_index();
   const MetaLayout meta(route.topk);
-  const auto jobs =
-      SmallJobs::of_grid(ranges.end[route.num_ranks - 1], place.rows.row_bytes, kSmallUnroll);
+  const auto jobs = SmallJobs::of_receivers(blocks, ranges.end[route.num_ranks - 1],
+                                            place.rows.row_bytes, kSmallUnroll);
   for (int j = jobs.first; j < jobs.count; j += jobs.step) {
     const RowJob job = jobs.at(j);
     const int s = ranges.source(job.row, route.num_ranks);
@@ -343,8 +346,8 @@ __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args, cons
 // agreed: all ranks want the same and are there. Else nobody has sent anything. False: the warp has
 // given up a wait.
 template <class Link>
-__device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const LinkCall& call,
-                                        bool agreed, [[maybe_unused]] bool signals) {
+__device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const SmallBlocks& blocks,
+                                        const LinkCall& call, bool agreed) {
   EPCOMM_SHARED(SourceRanges, ranges);
   EPCOMM_SHARED(RouteTotals, totals);
   const GroupRoute route(args);
@@ -354,18 +357,15 @@ __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const Lin
     return SourceCount{0, tokens, tokens};
   });
   auto tokens = [&](int s) { return ranges.end[s] + ranges.to_source[s]; };
-  route_group(args, route, call.epoch, totals, tokens);
-  if constexpr (Link::kMapped) {
-    if (signals) signal_rows<Link>(args, call.epoch);
-  }
-  if (agreed && args.totals != nullptr && blockIdx.x == 0) tell_totals(args, route, totals);
+  route_group(args, blocks, route, call.epoch, totals, tokens);
+  if (agreed && args.totals != nullptr && blocks.receiver == 0) tell_totals(args, route, totals);
   if (args.fresh) {
-    write_counts(args, route, totals);
-    write_places(args, route, agreed);
+    write_counts(args, blocks, route, totals);
+    write_places(args, blocks, route, agreed);
   }
-  if (args.link.statistics.received_tokens != nullptr) count_received(args, route);
-  clear_rest(args, route, totals);
-  return receive_rows<Link>(args, route, call.epoch, ranges);
+  if (args.link.statistics.received_tokens != nullptr) count_received(args, blocks, route);
+  clear_rest(args, blocks, route, totals);
+  return receive_rows<Link>(args, blocks, route, call.epoch, ranges);
 }
 
 template <class Link, Quant kQuant, Dtype kDtype>
@@ -373,34 +373,32 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
     small_dispatch_kernel(const __grid_constant__ SmallDispatchArgs args) {
   EPCOMM_SHARED(LinkCall, call);
   EPCOMM_SHARED(int32_t, first_bad);
-  // A release waits until what was stored has arrived. Nobody reads rows before he has routed, so
-  // that the block may as well route meanwhile; but few rows have arrived before the ids have.
-  constexpr int kFewTokens = 16;
-  const bool signals_late =
-      Link::kMapped && args.phase == Phase::kAll && args.num_tokens > kFewTokens;
   const LinkArgs& link = args.link;
   const LinkStart start(link);
-  const bool sends = args.phase != Phase::kReceive, announces = blockIdx.x == 0;
-  bool going = true;
-  if (announces || !sends) going = link_begin(link, call, start);
-  if (going && sends) {
-    if (announces) announce<Link>(args, call.epoch, first_bad);
-    send_rows<Link, kQuant, kDtype>(args, start);
-    // Scales that wait to be sent lie where routing begins: either way a barrier.
-    if (announces)
-      __syncthreads();
-    else
-      going = link_begin(link, call, start);
-    if (going && !signals_late) signal_rows<Link>(args, call.epoch);
+  const SmallBlocks blocks(args.phase);
+  const bool announces = blockIdx.x == 0;
+  // A block that sends rows begins when they are on their way.
+  const bool begins_late = blocks.sends() && !announces;
+  bool going = begins_late || link_begin(link, call, start);
+  if (going && blocks.sends()) {
+    if (announces) {
+      if (thread_index() == 0 && args.phase == Phase::kAll) link_mark_begun(link, call);
+      announce<Link>(args, call.epoch, first_bad);
+    }
+    const BlockRows own(args.num_tokens, blocks.senders);
+    send_rows<Link, kQuant, kDtype>(args, own, start);
+    if (begins_late) going = link_begin(link, call, start);
+    if (going) signal_rows<Link>(args, own, call.epoch);
   }
   if (args.phase == Phase::kSend) return;
-  prepare_route(args, GroupRoute(args));
-  if (going) {
-    if (blockIdx.x == 0 && thread_index() == 0) link_mark_begun(link, call);
-    going = link_agree<Link>(link, call, true, num_pieces(args));
+  bool agreed = going, completed = true;
+  if (blocks.receives()) {
+    if (going && args.phase == Phase::kReceive && blocks.thread() == 0) link_mark_begun(link, call);
+    prepare_route(args, GroupRoute(args));
+    if (going) agreed = link_agree<Link>(link, call, blocks.receiver == 0, num_pieces(args));
+    completed = receive<Link>(args, blocks, call, agreed);
   }
-  const bool completed = receive<Link>(args, call, going, going && signals_late);
-  link_leave<Link>(link, call, going, completed);
+  link_leave<Link>(link, call, agreed, completed);
 }
 
 using SmallDispatchKernel = void (*)(SmallDispatchArgs);

@@ -1,5 +1,5 @@
-// Routing of a small batch: every block works it out for the tokens of all ranks, from the expert
-// ids that they have sent, in its own shared memory.
+// Routing of a small batch: every block that receives works it out for the tokens of all ranks,
+// from the expert ids that they have sent, in its own shared memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,22 +14,6 @@
 #include "kernels/small.h"
 
 namespace epcomm {
-
-__device__ __forceinline__ int grid_thread() {
-  return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-}
-__device__ __forceinline__ int grid_threads() { return static_cast<int>(gridDim.x * blockDim.x); }
-// Numbers the threads (or warps) of the grid so that the first few lie in as many blocks, in their
-// last warps: a block's first warp waits until rows are written, to signal them.
-__device__ __forceinline__ int spread_thread() {
-  return (kSmallThreads - 1 - thread_index()) * static_cast<int>(gridDim.x) +
-         static_cast<int>(blockIdx.x);
-}
-__device__ __forceinline__ int spread_warp() {
-  return (kSmallWarps - 1 - warp_index()) * static_cast<int>(gridDim.x) +
-         static_cast<int>(blockIdx.x);
-}
-__device__ __forceinline__ int grid_warps() { return grid_threads() / kWarpSize; }
 
 // The routing of all ranks' tokens, in the shared memory of every block.
 struct GroupRoute {
@@ -91,7 +75,8 @@ __device__ __forceinline__ void prepare_route(const SmallDispatchArgs& args,
 
 // Masks, bases and starts, by the whole block; tokens(s) of each source. Ends with a barrier.
 template <class Tokens>
-__device__ __forceinline__ void route_group(const SmallDispatchArgs& args, const GroupRoute& route,
+__device__ __forceinline__ void route_group(const SmallDispatchArgs& args,
+                                            const SmallBlocks& blocks, const GroupRoute& route,
                                             uint64_t epoch, RouteTotals& totals, Tokens tokens) {
   constexpr int kIdsInFlight = 8;
   const int num_ranks = route.num_ranks, columns = route.shape.columns;
@@ -124,7 +109,7 @@ __device__ __forceinline__ void route_group(const SmallDispatchArgs& args, const
   __syncthreads();
   if (padded) return;
   for (int r = warp_index(); r < num_ranks; r += kSmallWarps) {
-    const bool reports = args.fresh && blockIdx.x == 0 && r == route.rank;
+    const bool reports = args.fresh && blocks.receiver == 0 && r == route.rank;
     if (route.by_token && !reports) continue;
     const int32_t end =
         line_up_groups(route.experts, r, args.expert_alignment, [&](int e, int32_t start) {
@@ -150,40 +135,42 @@ __device__ __forceinline__ void tell_totals(const SmallDispatchArgs& args, const
       tell(1 + args.place.experts.local[e], route.experts.total(e));
 }
 
-// The plan's counts, by the whole grid.
-__device__ __forceinline__ void write_counts(const SmallDispatchArgs& args, const GroupRoute& route,
+// The plan's counts, by all blocks that receive.
+__device__ __forceinline__ void write_counts(const SmallDispatchArgs& args,
+                                             const SmallBlocks& blocks, const GroupRoute& route,
                                              const RouteTotals& totals) {
   const PlanView& plan = args.place.plan;
   const int num_ranks = route.num_ranks, num_experts = args.place.dims.num_experts;
-  for (int i = spread_thread(); i < num_ranks * num_ranks; i += grid_threads()) {
+  for (int i = blocks.spread_thread(); i < num_ranks * num_ranks; i += blocks.threads()) {
     const int s = i / num_ranks, r = i - s * num_ranks;
     plan.rank_count[i] = route.count(s, r, totals.rank[r]);
   }
-  for (int i = spread_thread(); i < num_ranks * num_experts; i += grid_threads()) {
+  for (int i = blocks.spread_thread(); i < num_ranks * num_experts; i += blocks.threads()) {
     const int s = i / num_experts, e = i - s * num_experts;
     plan.expert_count[i] = route.count(s, num_ranks + e, route.experts.total(e));
   }
   const bool padded = args.place.layout == Layout::kPadded;
-  for (int e = spread_thread(); e < num_experts; e += grid_threads()) {
+  for (int e = blocks.spread_thread(); e < num_experts; e += blocks.threads()) {
     if (route.experts.owner(e) != route.rank) continue;
     const int local = args.place.experts.local[e];
     plan.tokens_per_expert[local] = route.experts.total(e);
     if (padded) plan.expert_offset[local] = route.experts.start(e);
   }
-  if (spread_thread() != 0) return;
+  if (blocks.thread() != 0) return;
   *plan.num_recv = totals.rank[route.rank];
   const int local_experts = args.place.dims.local_experts;
   if (padded) plan.expert_offset[local_experts] = local_experts * num_ranks * args.small.max_tokens;
 }
 
-// Where the tokens of this rank go: plan.row, slot and first_row, by the whole grid, a warp a
-// token. agreed: else nothing is sent.
-__device__ __forceinline__ void write_places(const SmallDispatchArgs& args, const GroupRoute& route,
+// Where the tokens of this rank go: plan.row, slot and first_row, by all blocks that receive, a
+// warp a token. agreed: else nothing is sent.
+__device__ __forceinline__ void write_places(const SmallDispatchArgs& args,
+                                             const SmallBlocks& blocks, const GroupRoute& route,
                                              bool agreed) {
   const PlanView& plan = args.place.plan;
   const RouteTile own = route.tile(route.rank);
   const int lane = lane_index(), topk = route.topk, num_ranks = route.num_ranks;
-  for (int t = spread_warp(); t < args.num_tokens; t += grid_warps()) {
+  for (int t = blocks.spread_warp(); t < args.num_tokens; t += blocks.warps()) {
     // Block 0 (or the send half) has filled plan.topk_idx before it signalled this rank's entry.
     const int32_t expert = agreed && lane < topk ? plan.topk_idx[t * topk + lane] : -1;
     const int owner = expert >= 0 ? route.experts.owner(expert) : -1;
