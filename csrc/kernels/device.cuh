@@ -68,6 +68,23 @@ __device__ __forceinline__ uint64_t load_relaxed_system(const uint64_t* p) {
   asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(p) : "memory");
   return value;
 }
+__device__ __forceinline__ void store_relaxed_system(uint64_t* p, uint64_t value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
+}
+/// Of memory that a peer may write meanwhile: each word of 4 bytes is as it was or as it will be.
+__device__ __forceinline__ uint32_t load_relaxed_system(const uint32_t* p) {
+  uint32_t value;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
+__device__ __forceinline__ uint4 load_relaxed_system(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
 __device__ __forceinline__ void fence_system() { __threadfence_system(); }
 
 // The same between threads of a block, for words in its shared memory.

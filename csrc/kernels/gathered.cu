@@ -43,11 +43,6 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   make_mark(mark);
   if (blockIdx.x == 0) {
     store_ids<GatheredLink>(args, 0, first_bad);
-    auto* ids = reinterpret_cast<int32_t*>(args.link.window[args.link.rank] +
-                                           args.small.source_ids(args.link.rank, 0));
-    const int slots = args.num_tokens * args.place.dims.topk;
-    const int all = args.small.max_tokens * args.place.dims.topk;
-    for (int i = slots + thread_index(); i < all; i += kSmallThreads) ids[i] = -1;
     report_bad_id(args, first_bad);
   }
   const BlockRows own(args.num_tokens, SmallBlocks(Phase::kSend).senders);
@@ -64,7 +59,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   }
   prepare_route(args, GroupRoute(args));
   __syncthreads();
-  receive<GatheredLink>(args, SmallBlocks(Phase::kReceive), call, true);
+  receive<GatheredLink>(args, SmallBlocks(Phase::kReceive), call, true, true);
 }
 
 }  // namespace

@@ -106,6 +106,12 @@ __device__ __forceinline__ void link_put_signal(const LinkArgs& link, int peer,
     link_signal<Link>(link, peer, word, epoch);
 }
 
+/// Of a wait that has begun at `begin`, from time to time: whether it is to be given up.
+__device__ __forceinline__ bool gives_up(const LinkArgs& link, uint64_t begin) {
+  return load_relaxed_system(&link.report->abort) != 0 ||
+         global_time_ns() - begin > link.timeout_ns;
+}
+
 /// Waits for a signal of source. notes: the time counts in the statistics; of threads that wait for
 /// the same, one should say so. False if it was given up: the host said so, or it took too long.
 template <class Link = PeerLink>
@@ -115,13 +121,32 @@ __device__ __forceinline__ bool wait_signal(const LinkArgs& link, int source,
   if (Link::reached(signal, epoch)) return true;
   const uint64_t begin = global_time_ns();
   for (int spin = 1; !Link::reached(signal, epoch); ++spin) {
-    if (spin % kSpinsPerLook != 0) continue;
-    if (load_relaxed_system(&link.report->abort) != 0 || global_time_ns() - begin > link.timeout_ns)
-      return false;
+    if (spin % kSpinsPerLook == 0 && gives_up(link, begin)) return false;
   }
   if (notes && link.statistics.max_wait_ns != nullptr)
     note_wait(link.statistics, source, global_time_ns() - begin);
   return true;
+}
+
+/// Waits for a word of source that carries the epoch. By a warp; lanes that need none pass null.
+/// Returns what the lane's word says. lost: set in all lanes if it was given up.
+__device__ __forceinline__ uint32_t wait_tagged(const LinkArgs& link, int source,
+                                                const uint64_t* tagged, uint64_t epoch,
+                                                bool& lost) {
+  uint64_t begin = 0;
+  for (int spin = 1;; ++spin) {
+    const uint64_t word = tagged != nullptr ? load_relaxed_system(tagged) : 0;
+    if (__all_sync(kFullWarp, tagged == nullptr || TaggedWord::is_of(word, epoch))) {
+      if (begin != 0 && lane_index() == 0 && link.statistics.max_wait_ns != nullptr)
+        note_wait(link.statistics, source, global_time_ns() - begin);
+      return static_cast<uint32_t>(word);
+    }
+    if (begin == 0) begin = global_time_ns();
+    if (spin % kSpinsPerLook == 0 && __any_sync(kFullWarp, gives_up(link, begin))) {
+      lost = true;
+      return 0;
+    }
+  }
 }
 
 /// Counts one more call begun (0) or ended (1). The host's memory is written, not read: a kernel
@@ -145,6 +170,15 @@ __device__ __forceinline__ void write_entry(const LinkArgs& link, uint64_t epoch
                                             const int32_t* announce, int words,
                                             const EntryNews& news) {
   char* window = link.window[owner];
+  const bool troubled = link.entry.needed_bytes != 0 || news.short_rows != 0 || news.bad_index != 0;
+  if (const int i = lane_index(); i < LinkBrief::kWords) {
+    const auto value = static_cast<uint32_t>(i < LinkBrief::kNumTokens    ? link.entry.signature[i]
+                                             : i == LinkBrief::kNumTokens ? link.entry.num_tokens
+                                                                          : int32_t{troubled});
+    store_relaxed_system(
+        reinterpret_cast<uint64_t*>(window + link.control.brief(link.rank, epoch)) + i,
+        TaggedWord::of(epoch, value));
+  }
   copy_words<uint4>(window + link.control.counts(link.rank, epoch),
                     reinterpret_cast<const char*>(announce), words * 4);
   copy_words<uint4>(window + link.control.entry(link.rank, epoch),
@@ -217,12 +251,20 @@ enum class BlockOrder {
 /// called, so that a kernel may issue others first.
 struct LinkStart {
   __device__ __forceinline__ explicit LinkStart(const LinkArgs& link)
-      : last_(link.state->epoch), lost_(link.state->lost) {}
+      : last_(link.state->epoch),
+        lost_(link.state->lost),
+        even_clean_(link.state->clean[0]),
+        odd_clean_(link.state->clean[1]) {}
   __device__ __forceinline__ uint64_t epoch() const { return from_here_on(last_) + 1; }
   __device__ __forceinline__ bool lost() const { return from_here_on(lost_) != 0; }
+  /// LinkState::clean, of this epoch.
+  __device__ __forceinline__ bool clean() const {
+    return (epoch() % 2 == 0 ? even_clean_ : odd_clean_) != 0;
+  }
 
  private:
   uint64_t last_, lost_;
+  uint32_t even_clean_, odd_clean_;
 };
 
 /// Begins a call, or a phase of one: by every block, all threads. False: the link is lost. A thread
@@ -444,7 +486,13 @@ __device__ __forceinline__ void link_leave(const LinkArgs& link, LinkCall& call,
       call.bad = arrived % kRefusingBlock >= kLostBlock ? LinkCall::kLost
                  : arrived >= kRefusingBlock            ? LinkCall::kRefused
                                                         : 0;
-      if (Link::kMapped && call.bad == 0) link_close(link, call);
+      if constexpr (Link::kMapped) {
+        // Of a refused call nobody has read what was staged.
+        const uint32_t clean = call.bad == 0;
+        if (call.bad != LinkCall::kLost && link.state->clean[call.epoch & 1] != clean)
+          link.state->clean[call.epoch & 1] = clean;
+        if (call.bad == 0) link_close(link, call);
+      }
     }
   }
   __syncthreads();
@@ -458,6 +506,33 @@ __device__ __forceinline__ void link_leave(const LinkArgs& link, LinkCall& call,
     link_quiet<Link>(link);
   }
   if (r == 0) link_close(link, call);
+}
+
+/// As link_agree, where what is compared has come with the brief entries: by every block of a
+/// kernel for small batches. Fills num_tokens of call.entry only, where all is well.
+template <class Link>
+__device__ __forceinline__ bool link_agree_briefly(const LinkArgs& link, LinkCall& call, bool tells,
+                                                   int pieces) {
+  if constexpr (!Link::kMapped) return link_agree<Link>(link, call, tells, pieces);
+  bool lost = false, doubtful = false;
+  const int lane = lane_index(), warps = static_cast<int>(blockDim.x) / kWarpSize;
+  for (int s = warp_index(); s < link.num_ranks && !lost; s += warps) {
+    const auto* words = reinterpret_cast<const uint64_t*>(link.window[link.rank] +
+                                                          link.control.brief(s, call.epoch));
+    const bool asks = lane < LinkBrief::kWords;
+    const uint32_t value = wait_tagged(link, s, asks ? words + lane : nullptr, call.epoch, lost);
+    if (lane < LinkBrief::kNumTokens)
+      doubtful |= value != static_cast<uint32_t>(link.entry.signature[lane]);
+    if (lane == LinkBrief::kNumTokens) call.entry[s].num_tokens = static_cast<int32_t>(value);
+    if (lane == LinkBrief::kTroubled) doubtful |= value != 0;
+  }
+  if (__syncthreads_or(lost || doubtful) == 0) {
+    if (thread_index() == 0 && link.token != 0 && tells)
+      store_release_system(&link.report->entered, link.token);
+    return true;
+  }
+  // The whole entries say what is the matter.
+  return link_agree<Link>(link, call, tells, pieces);
 }
 
 }  // namespace epcomm

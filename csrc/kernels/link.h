@@ -46,6 +46,14 @@ struct alignas(16) LinkEntry {
 };
 static_assert(sizeof(LinkEntry) % 16 == 0 && sizeof(LinkEntry) <= ControlLayout::kEntryBytes);
 
+/// What of an entry can be had at once (ControlLayout::brief): its signature, and these words.
+struct LinkBrief {
+  static constexpr int kNumTokens = LinkEntry::kSignatureWords;
+  static constexpr int kTroubled = kNumTokens + 1;  ///< not 0: the whole entry says what is wrong
+  static constexpr int kWords = kTroubled + 1;
+};
+static_assert(LinkBrief::kWords * sizeof(uint64_t) <= ControlLayout::kBriefBytes);
+
 /// Written by one source rank only; lies in the window of the rank that reads it.
 struct LinkInbox {
   uint64_t entered;  ///< epoch of the newest entry
@@ -57,14 +65,17 @@ struct LinkInbox {
 static_assert(sizeof(LinkInbox) <= ControlLayout::kSignalBytes);
 
 /// Of one rank, in its device memory. Kernels of one call run one after another.
-struct alignas(32) LinkState {
-  // What every block reads as it begins, in one sector of memory.
+struct alignas(64) LinkState {
+  // What every block reads as it begins, in one line of memory.
   uint64_t epoch;     ///< of the last call that ended
   uint64_t marks[2];  ///< how often LinkArgs::progress was told of calls begun, calls ended
   uint32_t lost;      ///< not 0: a wait was given up; nothing is sent or waited for any more
   uint32_t arrived;   ///< blocks of the running kernel that have no more to do
   uint32_t started;   ///< blocks of the running kernel that have a number (LinkCall::block)
   uint32_t pieces;    ///< of the running kernel, that its warps have come for
+  /// By the parity of the epoch: not 0 = staging for small batches is all SmallLayout::kUnwritten
+  /// between calls. It is not at first, and not after a call that was refused.
+  uint32_t clean[2];
   uint32_t taken[kMaxLinkRanks];  ///< received tokens of each source, likewise
   uint32_t route_refused;         ///< not 0: the last exchange was refused, or given up
 };

@@ -41,27 +41,37 @@ __device__ __forceinline__ void copy_payload(const PlaceArgs& args, const RowJob
   }
 }
 
-/// The scales of a row, which is to be `to`, as columns.
-__device__ __forceinline__ void place_scale_columns(const PlaceArgs& args, const char* from,
-                                                    int32_t to) {
-  const int units = args.rows.scale_bytes / 4;
-  const int32_t group = to / args.group_rows;
-  char* column = args.recv_scales + group * units * args.scale_column_bytes +
-                 int64_t{to - group * args.group_rows} * 4;
-  for (int u = lane_index(); u < units; u += kWarpSize)
-    *reinterpret_cast<uint32_t*>(column + u * args.scale_column_bytes) =
-        reinterpret_cast<const uint32_t*>(from)[u];
+/// Word w of the scales of a row that is to be `to`, to its place.
+__device__ __forceinline__ void place_scale_word(const PlaceArgs& args, int32_t to, int w,
+                                                 uint32_t word) {
+  const int scale_bytes = args.rows.scale_bytes;
+  if (args.scale_column_bytes != 0) {
+    const int32_t group = to / args.group_rows;
+    char* column =
+        args.recv_scales + (int64_t{group} * (scale_bytes / 4) + w) * args.scale_column_bytes;
+    *reinterpret_cast<uint32_t*>(column + int64_t{to - group * args.group_rows} * 4) = word;
+    return;
+  }
+  char* at = args.recv_scales + int64_t{to} * scale_bytes + w * 4;
+  if (scale_bytes % 4 == 0 && reinterpret_cast<uintptr_t>(args.recv_scales) % 4 == 0) {
+    *reinterpret_cast<uint32_t*>(at) = word;
+    return;
+  }
+  for (int b = 0; b < 4 && w * 4 + b < scale_bytes; ++b) at[b] = static_cast<char>(word >> 8 * b);
 }
 
+/// The scales at from to the rows of the lanes in firsts; lane k holds slot k's row.
 __device__ __forceinline__ void place_scales(const PlaceArgs& args, const char* from, int32_t row,
                                              uint32_t firsts) {
   while (firsts != 0) {
     const int32_t to = __shfl_sync(kFullWarp, row, take_lowest(firsts));
-    if (args.scale_column_bytes != 0)
-      place_scale_columns(args, from, to);
-    else
+    if (args.scale_column_bytes == 0) {
       copy_bytes(args.recv_scales + int64_t{to} * args.rows.scale_bytes, from,
                  args.rows.scale_bytes);
+      continue;
+    }
+    for (int w = lane_index(); w < args.rows.scale_bytes / 4; w += kWarpSize)
+      place_scale_word(args, to, w, reinterpret_cast<const uint32_t*>(from)[w]);
   }
 }
 

@@ -99,21 +99,17 @@ struct RouteExperts {
   }
 };
 
-/// Sets the bits of one word's tokens, by a warp: lane i has token 32 * word + i. id(k) gives the
-/// lane's expert in slot k, -1 = none; slots first, first + step, ... below topk, kIdsInFlight of
-/// them loaded at a time.
-template <int kIdsInFlight = 4, class Id>
-__device__ __forceinline__ void mark_word(const RouteTile& tile, const RouteExperts& experts,
-                                          int word, int first, int step, int topk, Id id) {
+/// Sets the bits of one word's tokens, by a warp: lane i has token 32 * word + i. ids(k, expert)
+/// fills the lane's experts in slots k, k + step, ... (of those below topk; -1 = none),
+/// kIdsInFlight of them, for k = first and on.
+template <int kIdsInFlight, class Ids>
+__device__ __forceinline__ void mark_word_of(const RouteTile& tile, const RouteExperts& experts,
+                                             int word, int first, int step, int topk, Ids ids) {
   const uint32_t bit = 1u << lane_index();
   uint64_t ranks = 0;
   for (; first < topk; first += kIdsInFlight * step) {
     int32_t expert[kIdsInFlight];
-#pragma unroll
-    for (int i = 0; i < kIdsInFlight; ++i) {
-      const int k = first + i * step;
-      expert[i] = k < topk ? id(k) : -1;
-    }
+    ids(first, expert);
 #pragma unroll
     for (int i = 0; i < kIdsInFlight; ++i) {
       if (expert[i] < 0) continue;
@@ -126,6 +122,18 @@ __device__ __forceinline__ void mark_word(const RouteTile& tile, const RouteExpe
     const uint32_t there = __ballot_sync(kFullWarp, (ranks >> r & 1) != 0);
     if (there != 0 && lane_index() == 0) atomicOr(&tile.mask(word, r), there);
   }
+}
+
+/// The same; id(k) gives the lane's expert in slot k.
+template <int kIdsInFlight = 4, class Id>
+__device__ __forceinline__ void mark_word(const RouteTile& tile, const RouteExperts& experts,
+                                          int word, int first, int step, int topk, Id id) {
+  mark_word_of<kIdsInFlight>(tile, experts, word, first, step, topk,
+                             [&](int k, int32_t (&expert)[kIdsInFlight]) {
+#pragma unroll
+                               for (int i = 0; i < kIdsInFlight; ++i)
+                                 expert[i] = k + i * step < topk ? id(k + i * step) : -1;
+                             });
 }
 
 /// Lines up the aligned groups of one rank's experts, in order of experts; by a warp. put(e, start)

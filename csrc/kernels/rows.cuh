@@ -55,6 +55,7 @@ struct RowJobs {
 enum class RowMemory {
   kConstant,  ///< nobody writes them while the kernel runs
   kArrived,   ///< a peer wrote them while the kernel ran; the lane has acquired its signal
+  kArriving,  ///< a peer may write them still
 };
 
 /// The vectors v, v + 32, ... of a row that a lane holds at a time.
@@ -72,6 +73,8 @@ struct BatchOf {
       if (v + u * kWarpSize >= end) continue;
       if constexpr (kMemory == RowMemory::kConstant)
         data[u] = load_streaming(p);
+      else if constexpr (kMemory == RowMemory::kArriving)
+        data[u] = load_relaxed_system(reinterpret_cast<const uint4*>(p));
       else
         data[u] = *reinterpret_cast<const uint4*>(p);
     }
@@ -81,6 +84,22 @@ struct BatchOf {
     for (int u = 0; u < kVectors; ++u)
       if (v + u * kWarpSize < end)
         store_streaming(row + int64_t{v + u * kWarpSize} * kVectorBytes, data[u]);
+  }
+  /// Stores one value to all of them.
+  static __device__ __forceinline__ void fill(char* row, int v, int end, const uint4& value) {
+#pragma unroll
+    for (int u = 0; u < kVectors; ++u)
+      if (v + u * kWarpSize < end)
+        store_streaming(row + int64_t{v + u * kWarpSize} * kVectorBytes, value);
+  }
+  /// Whether is(vector) holds of all of them.
+  template <class Is>
+  __device__ __forceinline__ bool all(int v, int end, Is is) const {
+    bool every = true;
+#pragma unroll
+    for (int u = 0; u < kVectors; ++u)
+      if (v + u * kWarpSize < end) every &= is(data[u]);
+    return every;
   }
 };
 using Batch = BatchOf<kUnroll>;

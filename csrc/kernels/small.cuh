@@ -10,9 +10,13 @@
 // it is about to read. So no grid waits for all of its blocks, and ranks may use different numbers
 // of blocks.
 //
-// Memory order: the threads of a block store rows, meet at a barrier, then one thread per (share,
-// rank) releases the signal at system scope, which covers the whole block. Each lane that reads the
-// rows has acquired the signal itself, or is ordered by __syncwarp after a lane that has.
+// Memory order: staging is kUnwritten (SmallLayout) between calls. Rows are stored in words of 4
+// bytes or more, and a receiver polls the words themselves: one that is not kUnwritten is what the
+// sender has stored, and nothing else has to be ordered with it. The receiver makes it kUnwritten
+// again before its kernel ends, and the next sender knows of that end (kernels/small.h). Where a
+// row holds kUnwritten itself, or staging is not clean, its signal decides: the threads of a block
+// store rows, meet at a barrier, then one thread per (share, rank) releases the signal at system
+// scope, which covers the whole block; each lane that reads the rows then has acquired it.
 //
 // A link that puts (kernels/link.cuh) has the rows stored into this rank's own window, and one warp
 // per (share, rank) puts those that the rank gets, each with a signal.
@@ -101,11 +105,13 @@ struct BlockRows {
 struct SmallJobs {
   static constexpr int kMostParts = 16;
   int parts, units, vectors;
+  int unit;  ///< vectors; parts begin at multiples of it
   int first, step, count;
 
   /// Of the rows that a block sends. least_parts: of a row, however many rows there are.
-  static __device__ SmallJobs of_block(int rows, int row_bytes, int unroll, int least_parts = 1) {
-    return SmallJobs(rows, row_bytes, unroll, least_parts, warp_index(), kSmallWarps);
+  static __device__ SmallJobs of_block(int rows, int row_bytes, int unroll, int least_parts = 1,
+                                       int unit = kWarpSize) {
+    return SmallJobs(rows, row_bytes, unroll, least_parts, warp_index(), kSmallWarps, unit);
   }
   static __device__ SmallJobs of_receivers(const SmallBlocks& blocks, int rows, int row_bytes,
                                            int unroll) {
@@ -113,20 +119,21 @@ struct SmallJobs {
   }
   __device__ __forceinline__ RowJob at(int job) const {
     const int row = job / parts, part = job - row * parts;
-    return {row, units * part / parts * kWarpSize,
-            min(units * (part + 1) / parts * kWarpSize, vectors), part == 0};
+    return {row, units * part / parts * unit, min(units * (part + 1) / parts * unit, vectors),
+            part == 0};
   }
 
  private:
   __device__ __forceinline__ SmallJobs(int rows, int row_bytes, int unroll, int least_parts,
-                                       int first_, int step_)
-      : parts(1), first(first_), step(step_) {
+                                       int first_, int step_, int unit_ = kWarpSize)
+      : parts(1), unit(unit_), first(first_), step(step_) {
     vectors = row_bytes / kVectorBytes;
-    units = (vectors + kWarpSize - 1) / kWarpSize;
+    units = (vectors + unit - 1) / unit;
+    const int unit_loads = unit / kWarpSize;
     int least_batches = 0;
     for (int p = 1; p <= kMostParts && (p == 1 || p <= units); p *= 2) {
       const int rounds = (rows * p + step - 1) / step;
-      const int batches = rounds * (((units + p - 1) / p + unroll - 1) / unroll);
+      const int batches = rounds * (((units + p - 1) / p * unit_loads + unroll - 1) / unroll);
       // As many warps as there are, but no round more.
       if (p != 1 && (batches > least_batches || (batches == least_batches && rounds > 1))) continue;
       parts = p;
@@ -191,5 +198,128 @@ __device__ __forceinline__ bool rows_arrived(const LinkArgs& link, const SmallLa
   if (lane_index() == 0) atomicExch(&link.state->lost, 1u);
   return false;
 }
+
+__device__ __forceinline__ bool is_written(const uint4& v) {
+  constexpr uint32_t kUnwritten = SmallLayout::kUnwritten;
+  return v.x != kUnwritten && v.y != kUnwritten && v.z != kUnwritten && v.w != kUnwritten;
+}
+__device__ __forceinline__ uint4 unwritten_vector() {
+  constexpr uint32_t kUnwritten = SmallLayout::kUnwritten;
+  return make_uint4(kUnwritten, kUnwritten, kUnwritten, kUnwritten);
+}
+
+/// By one thread: word i of an array of TaggedWord.
+__device__ __forceinline__ void store_tagged(char* words, int i, uint64_t epoch, uint32_t value) {
+  store_relaxed_system(reinterpret_cast<uint64_t*>(words) + i, TaggedWord::of(epoch, value));
+}
+
+/// The lane's weight of source's, by a warp; lanes that need none pass null. lost: set if a wait
+/// was given up.
+template <class Link>
+__device__ __forceinline__ float tagged_weight(const LinkArgs& link, int source,
+                                               const uint64_t* word, uint64_t epoch, bool& lost) {
+  if constexpr (Link::kMapped) return __uint_as_float(wait_tagged(link, source, word, epoch, lost));
+  return word != nullptr ? __uint_as_float(static_cast<uint32_t>(*word)) : 0.0f;
+}
+
+/// Makes words [begin, end) of a staged row unwritten, by a warp.
+__device__ __forceinline__ void unwrite(char* row, size_t begin, size_t end) {
+  auto* words = reinterpret_cast<uint32_t*>(row);
+  for (size_t i = begin + static_cast<size_t>(lane_index()); i < end; i += kWarpSize)
+    words[i] = SmallLayout::kUnwritten;
+}
+
+/// Rows of staging, taken out as they arrive. All functions by a whole warp; false in all lanes if
+/// a wait was given up.
+template <class Link>
+struct StagedRows {
+  const LinkArgs& link;
+  const SmallLayout& small;
+  uint64_t epoch;
+  bool clean;  ///< LinkState::clean
+
+  __device__ __forceinline__ char* row(int source, int64_t t) const {
+    return link.window[link.rank] + small.row(source, epoch, t);
+  }
+
+  /// Until what load() loads is there. load() loads, and says whether the lane has found nothing
+  /// unwritten; source, i: of the row (of this lane's), as in rows_arrived.
+  template <class Load>
+  __device__ __forceinline__ bool wait(int source, int i, Load load) const {
+    const int first = __shfl_sync(kFullWarp, source, 0);
+    const bool notes = lane_index() == 0 || source != first;
+    uint64_t begin = 0, end = 0;
+    bool told = i < 0, all_told = false;
+    for (int spin = 1;; ++spin) {
+      const bool there = load() && clean;
+      if (__all_sync(kFullWarp, there) || all_told) break;
+      if (begin == 0) begin = global_time_ns();
+      if (!told && (told = Link::reached(row_signal<Link>(link, small, source, i), epoch)))
+        end = global_time_ns();
+      // What one lane has acquired others load.
+      __syncwarp();
+      all_told = __all_sync(kFullWarp, told);
+      if (spin % kSpinsPerLook == 0 && __any_sync(kFullWarp, gives_up(link, begin))) {
+        if (lane_index() == 0) atomicExch(&link.state->lost, 1u);
+        return false;
+      }
+    }
+    if (begin != 0 && i >= 0 && notes && link.statistics.max_wait_ns != nullptr)
+      note_wait(link.statistics, source, (end != 0 ? end : global_time_ns()) - begin);
+    return true;
+  }
+
+  /// Takes the vectors v, v + 32, ... below end of source's row i, which lies at from.
+  template <int kVectors>
+  __device__ __forceinline__ bool take(int source, int i, char* from, int v, int end,
+                                       BatchOf<kVectors>& batch) const {
+    if constexpr (!Link::kMapped) {
+      batch.template load<RowMemory::kArrived>(from, v, end);
+    } else {
+      const bool taken = wait(source, i, [&] {
+        batch.template load<RowMemory::kArriving>(from, v, end);
+        return batch.all(v, end, is_written);
+      });
+      if (!taken) return false;
+      batch.fill(from, v, end, unwritten_vector());
+    }
+    return true;
+  }
+
+  /// Takes words of row i of source, at from; put(w, word) gets each, and is called by all lanes of
+  /// the warp, with w >= words where there is none.
+  template <class Put>
+  __device__ __forceinline__ bool take_words(int source, int i, char* from, int words,
+                                             Put put) const {
+    auto* at = reinterpret_cast<uint32_t*>(from);
+    for (int w = lane_index(); w - lane_index() < words; w += kWarpSize) {
+      uint32_t word = 0;
+      if constexpr (Link::kMapped) {
+        const bool taken = wait(source, i, [&] {
+          if (w < words) word = load_relaxed_system(at + w);
+          return word != SmallLayout::kUnwritten;
+        });
+        if (!taken) return false;
+        if (w < words) at[w] = SmallLayout::kUnwritten;
+      } else if (w < words) {
+        word = at[w];
+      }
+      put(w, word);
+    }
+    return true;
+  }
+
+  /// Makes staging clean where it was not: what no call has taken. taken(s, t) gives the bytes of
+  /// source s's row t that this one takes. By all warps that receive.
+  template <class Taken>
+  __device__ __forceinline__ void clean_up(const SmallBlocks& blocks, int num_ranks,
+                                           Taken taken) const {
+    if (!Link::kMapped || clean) return;
+    for (int j = blocks.spread_warp(); j < num_ranks * small.max_tokens; j += blocks.warps()) {
+      const int s = j / small.max_tokens, t = j - s * small.max_tokens;
+      unwrite(row(s, t), taken(s, t) / sizeof(uint32_t), small.row_bytes / sizeof(uint32_t));
+    }
+  }
+};
 
 }  // namespace epcomm

@@ -13,12 +13,13 @@
 //
 // Buffers: x, plan.recv_meta, plan.rank_count, topk_weights, plan.slot, bias are read. In the
 // window of a token's owner, at SmallLayout of this rank and epoch: weights, rows. From this rank's
-// window, of all ranks: the same. out is written.
+// window, of all ranks: the same; the rows are unwritten afterwards. out is written.
 // Launch: num_sms blocks of 512 threads, one per SM, all of which must find room at some time:
 // blocks wait for other blocks, of this rank, too. Sending, warps share the rows of their block;
 // summing, all warps that receive share all tokens, cut into parts.
-// Memory order: weights are released by `entered` (kernels/link.cuh), partial rows by the signals
-// of their shares (kernels/small.cuh).
+// Memory order: weights are words that carry the epoch, partial rows are taken as
+// kernels/small.cuh says. Where the link puts, weights are released by `entered`
+// (kernels/link.cuh), partial rows by their signals.
 #pragma once
 
 #include <type_traits>
@@ -46,14 +47,15 @@ __device__ __forceinline__ void announce(const SmallCombineArgs& args, uint64_t 
     for (int i = thread_index(); i < slots; i += kSmallThreads) {
       const float weight = args.topk_weights[i];
       for (int r = 0; r < (Link::kMapped ? link.num_ranks : 1); ++r)
-        reinterpret_cast<float*>(link.window[(link.rank + r) % link.num_ranks] +
-                                 args.small.source_weights(link.rank, epoch))[i] = weight;
+        store_tagged(link.window[(link.rank + r) % link.num_ranks] +
+                         args.small.source_weights(link.rank, epoch),
+                     i, epoch, __float_as_uint(weight));
     }
   }
-  __syncthreads();  // the entry's signal releases what all threads have stored
+  __syncthreads();
   const LinkPieces pieces = {
       {same_place(args.small.source_weights(link.rank, epoch),
-                  static_cast<size_t>(args.num_tokens * args.dims.topk) * sizeof(float)),
+                  static_cast<size_t>(args.num_tokens * args.dims.topk) * sizeof(uint64_t)),
        {}},
       args.topk_weights != nullptr ? 1 : 0};
   link_announce<Link>(link, epoch, nullptr, 0, pieces);
@@ -213,6 +215,7 @@ __device__ __forceinline__ bool send_partials(const SmallCombineArgs& args, int 
   Next next = fetch(jobs.first);
   epoch = start.epoch();
   const bool sends = !start.lost();
+  bool lost = false;
   for (int j = jobs.first; j < jobs.count; j += jobs.step) {
     const RowJob job = jobs.at(j);
     const Next now = next;
@@ -222,10 +225,14 @@ __device__ __forceinline__ bool send_partials(const SmallCombineArgs& args, int 
     if (place.bytes == 0 || !sends) continue;
     const bool weighted = args.topk_weights != nullptr;
     float weight = 0.0f;
-    if (weighted && lane_index() < topk)
-      weight = reinterpret_cast<const float*>(
-          link.window[link.rank] +
-          args.small.source_weights(s, epoch))[now.token * topk + lane_index()];
+    if (weighted && !lost) {
+      const auto* weights = reinterpret_cast<const uint64_t*>(link.window[link.rank] +
+                                                              args.small.source_weights(s, epoch));
+      weight = tagged_weight<Link>(
+          link, s, lane_index() < topk ? weights + now.token * topk + lane_index() : nullptr, epoch,
+          lost);
+    }
+    if (lost) continue;
     const PartialToken token(args.by_token ? now.at.n : now.row, weight, weighted);
     char* to = link.window[Link::kMapped ? s : link.rank] + place.from;
     if (weighted)
@@ -233,6 +240,7 @@ __device__ __forceinline__ bool send_partials(const SmallCombineArgs& args, int 
     else
       store_partial<kQuant, false, kDtype>(args, token, job, to);
   }
+  if (lost && lane_index() == 0) atomicExch(&link.state->lost, 1u);
   if (!begin()) return false;
   signal_shares<Link>(
       link, args.small, epoch, own, [&](int s) { return received[s]; },
@@ -246,15 +254,15 @@ __device__ __forceinline__ bool send_partials(const SmallCombineArgs& args, int 
 // The tokens of this rank, by all warps that receive. False: the warp has given up a wait.
 template <class Link, Quant kQuant, Dtype kDtype>
 __device__ __forceinline__ bool sum_partials(const SmallCombineArgs& args,
-                                             const SmallBlocks& blocks, uint64_t epoch) {
+                                             const SmallBlocks& blocks,
+                                             const StagedRows<Link>& rows) {
   EPCOMM_SHARED(int32_t[kMaxPackRanks], sent_before);
-  constexpr int kRowsAtOnce = 4;
+  constexpr int kRowsAtOnce = 3;
   using Arrived = std::conditional_t<kQuant == Quant::kFp8, ArrivedFp8<kDtype>, ArrivedRow<kDtype>>;
   const LinkArgs& link = args.link;
   const int num_ranks = args.dims.num_ranks, lane = lane_index();
   count_sent_before(sent_before, args.plan.rank_count, num_ranks, link.rank);
   const int64_t row_bytes = int64_t{args.hidden} * kElementBytes<kDtype>;
-  const char* window = link.window[link.rank];
   const char* bias = static_cast<const char*>(args.bias);
   char* out = static_cast<char*>(args.out);
   const auto jobs =
@@ -263,23 +271,40 @@ __device__ __forceinline__ bool sum_partials(const SmallCombineArgs& args,
     const RowJob job = jobs.at(j);
     const int64_t t = job.row;
     const TokenRanks at_rank(args.plan.slot + t * num_ranks, sent_before, num_ranks);
-    // A share counts the rows that one rank sends to this one: lane r waits for rank r.
-    if (!rows_arrived<Link>(link, args.small, epoch, lane, at_rank.low)) return false;
+    // A share counts the rows that one rank sends to this one: lane r has the signal of rank r.
+    if (!Link::kMapped && !rows_arrived<Link>(link, args.small, rows.epoch, lane, at_rank.low))
+      return false;
     for (int at = job.begin; at < job.end; at += Batch::kStep) {
       const int v = at + lane;
       Sum<kDtype> sum;
       sum.clear();
       for (uint64_t rest = at_rank.ranks(); rest != 0;) {
         Arrived arrived[kRowsAtOnce] = {};  // so that none lives from one round to the next
-        const int rows = min(__popcll(rest), kRowsAtOnce);
+        const int count = min(__popcll(rest), kRowsAtOnce);
+        const uint64_t first = rest;
+        auto load = [&] {
+          bool there = true;
+          rest = first;
+#pragma unroll
+          for (int i = 0; i < kRowsAtOnce; ++i)
+            if (i < count)
+              there &= arrived[i].load(rows.row(take_lowest(rest), t), args.hidden, v, job.end);
+          return there;
+        };
+        if constexpr (!Link::kMapped)
+          load();
+        else if (!rows.wait(lane, at_rank.low, load))
+          return false;
+        if constexpr (Link::kMapped) {
+          uint64_t taken = first;
+#pragma unroll
+          for (int i = 0; i < kRowsAtOnce; ++i)
+            if (i < count)
+              Arrived::unwrite(rows.row(take_lowest(taken), t), args.hidden, v, job.end);
+        }
 #pragma unroll
         for (int i = 0; i < kRowsAtOnce; ++i)
-          if (i < rows)
-            arrived[i].load(window + args.small.row(take_lowest(rest), epoch, t), args.hidden, v,
-                            job.end);
-#pragma unroll
-        for (int i = 0; i < kRowsAtOnce; ++i)
-          if (i < rows) arrived[i].add_to(sum);
+          if (i < count) arrived[i].add_to(sum);
       }
       Batch batch{};
       if (bias != nullptr) {
@@ -290,6 +315,11 @@ __device__ __forceinline__ bool sum_partials(const SmallCombineArgs& args,
       batch.store(out + t * row_bytes, v, job.end);
     }
   }
+  const size_t taken =
+      kQuant == Quant::kFp8 ? fp8_row_bytes(args.hidden) : static_cast<size_t>(row_bytes);
+  rows.clean_up(blocks, num_ranks, [&](int s, int t) {
+    return t < args.num_tokens && args.plan.slot[t * num_ranks + s] >= 0 ? taken : 0;
+  });
   return true;
 }
 
@@ -311,7 +341,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
       if (thread_index() == 0 && marks_first) link_mark_begun(link, call);
       announce<Link>(args, call.epoch);
     }
-    if (weighted) going = link_agree<Link>(link, call, false, pieces);
+    if (weighted) going = link_agree_briefly<Link>(link, call, false, pieces);
     if (going)
       going = send_partials<Link, kQuant, kDtype>(args, blocks.senders, start, [&] {
         return !begins_late || link_begin(link, call, start);
@@ -323,8 +353,10 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
     if (going && !marks_first && blocks.thread() == 0) link_mark_begun(link, call);
     // Of a block that has sent, too, for the host.
     if (call.bad != LinkCall::kLost)
-      going = link_agree<Link>(link, call, blocks.receiver == 0, pieces);
-    if (going) completed = sum_partials<Link, kQuant, kDtype>(args, blocks, call.epoch);
+      going = link_agree_briefly<Link>(link, call, blocks.receiver == 0, pieces);
+    if (going)
+      completed = sum_partials<Link, kQuant, kDtype>(
+          args, blocks, StagedRows<Link>{link, args.small, call.epoch, start.clean()});
   }
   link_leave<Link>(link, call, going, completed);
 }

@@ -14,13 +14,14 @@
 //
 // Buffers: topk_idx [T, K] (or plan.topk_idx), topk_weights, x, scales are read. In every rank's
 // window, at SmallLayout of this rank and epoch: ids, weights, rows. From this rank's window, of
-// all sources: the same. Written: the plan, its records, and the outputs of place.
-// Launch: num_sms blocks of 512 threads, one per SM. Sending, warps share the rows of their block;
-// receiving, all warps that do share all rows, cut into parts. Rows go through registers.
-// Host guarantees: max_tokens is at most kTileTokens, small_shared_bytes at most kMaxSmallShared.
-// Memory order: ids are released by `entered` (kernels/link.cuh), rows by the signals of their
-// shares (kernels/small.cuh). Blocks wait for other blocks, of this rank, too, so all of them must
-// find room at some time.
+// all sources: the same; the rows are unwritten afterwards. Written: the plan, its records, and the
+// outputs of place. Launch: num_sms blocks of 512 threads, one per SM. Sending, warps share the
+// rows of their block; receiving, all warps that do share all rows, cut into parts. Rows go through
+// registers. Host guarantees: max_tokens is at most kTileTokens, small_shared_bytes at most
+// kMaxSmallShared. Memory order: ids and weights are words that carry the epoch, rows are taken as
+// kernels/small.cuh says, so that nothing waits until stores were acknowledged. Where the link
+// puts, ids are released by `entered` (kernels/link.cuh), rows by their signals. Blocks wait for
+// other blocks, of this rank, too, so all of them must find room at some time.
 #pragma once
 
 #include <algorithm>
@@ -59,16 +60,18 @@ __device__ __forceinline__ int num_pieces(const SmallDispatchArgs& args) {
 // ---- sending ----
 
 // By a block: ids and weights to all ranks, or, where the link does not map them, to this rank's
-// own window. first_bad: the first slot with a bad id. Ends with a barrier.
+// own window; -1 for tokens that there are not. first_bad: the first slot with a bad id. Ends with
+// a barrier.
 template <class Link>
 __device__ __forceinline__ void store_ids(const SmallDispatchArgs& args, uint64_t epoch,
                                           int32_t& first_bad) {
   const LinkArgs& link = args.link;
   const int slots = args.num_tokens * args.place.dims.topk;
+  const int all_slots = args.small.max_tokens * args.place.dims.topk;
   if (thread_index() == 0) first_bad = kNoBadId;
   __syncthreads();
   constexpr int kAhead = 4;  // slots that a thread has in flight
-  for (int first = thread_index(); first < slots; first += kAhead * kSmallThreads) {
+  for (int first = thread_index(); first < all_slots; first += kAhead * kSmallThreads) {
     int64_t ids[kAhead];
     float weights[kAhead];
 #pragma unroll
@@ -80,16 +83,17 @@ __device__ __forceinline__ void store_ids(const SmallDispatchArgs& args, uint64_
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
       const int i = first + u * kSmallThreads;
-      if (i >= slots) break;
+      if (i >= all_slots) break;
       if (!good_id(args, ids[u])) atomicMin(&first_bad, i);
       const int32_t expert = good_id(args, ids[u]) ? static_cast<int32_t>(ids[u]) : -1;
-      if (args.fresh) args.place.plan.topk_idx[i] = expert;
+      if (args.fresh && i < slots) args.place.plan.topk_idx[i] = expert;
       for (int r = 0; r < (Link::kMapped ? link.num_ranks : 1); ++r) {
         char* window = link.window[(link.rank + r) % link.num_ranks];
-        reinterpret_cast<int32_t*>(window + args.small.source_ids(link.rank, epoch))[i] = expert;
-        if (args.topk_weights != nullptr)
-          reinterpret_cast<float*>(window + args.small.source_weights(link.rank, epoch))[i] =
-              weights[u];
+        store_tagged(window + args.small.source_ids(link.rank, epoch), i, epoch,
+                     static_cast<uint32_t>(expert));
+        if (args.topk_weights != nullptr && i < slots)
+          store_tagged(window + args.small.source_weights(link.rank, epoch), i, epoch,
+                       __float_as_uint(weights[u]));
       }
     }
   }
@@ -116,8 +120,8 @@ __device__ __forceinline__ void announce(const SmallDispatchArgs& args, uint64_t
                                          int32_t& first_bad) {
   const LinkArgs& link = args.link;
   const int slots = args.num_tokens * args.place.dims.topk;
-  store_ids<Link>(args, epoch, first_bad);  // the entry's signal releases what all threads stored
-  const size_t bytes = static_cast<size_t>(slots) * sizeof(int32_t);
+  store_ids<Link>(args, epoch, first_bad);
+  const size_t bytes = static_cast<size_t>(slots) * sizeof(uint64_t);
   const LinkPieces pieces = {{same_place(args.small.source_ids(link.rank, epoch), bytes),
                               same_place(args.small.source_weights(link.rank, epoch), bytes)},
                              num_pieces(args)};
@@ -148,14 +152,24 @@ __device__ __forceinline__ void for_ranks(const LinkArgs& link, uint32_t ranks, 
   for (uint32_t rest = ranks & lower; rest != 0;) to(link.window[take_lowest(rest)]);
 }
 
-// Scales that were passed in.
+// Scales that were passed in: whole words, whatever their address.
 __device__ __forceinline__ void send_scales(const SmallDispatchArgs& args, int t, size_t slot,
                                             uint32_t ranks) {
   const int row_bytes = args.place.rows.row_bytes, scale_bytes = args.place.rows.scale_bytes;
   if (scale_bytes == 0) return;
-  for_ranks(args.link, ranks, [&](char* window) {
-    copy_bytes(window + slot + row_bytes, args.scales + int64_t{t} * scale_bytes, scale_bytes);
-  });
+  const char* from = args.scales + int64_t{t} * scale_bytes;
+  for (int begin = lane_index() * 4; begin < scale_bytes; begin += kWarpSize * 4) {
+    uint32_t word = 0;
+    if (reinterpret_cast<uintptr_t>(from) % 4 == 0 && begin + 4 <= scale_bytes) {
+      word = *reinterpret_cast<const uint32_t*>(from + begin);
+    } else {
+      for (int b = 0; b < 4 && begin + b < scale_bytes; ++b)
+        word |= static_cast<uint32_t>(static_cast<uint8_t>(from[begin + b])) << 8 * b;
+    }
+    for_ranks(args.link, ranks, [&](char* window) {
+      *reinterpret_cast<uint32_t*>(window + slot + row_bytes + begin) = word;
+    });
+  }
 }
 
 // Uses the shared memory of routing, which begins after the next barrier. Start: LinkStart, which
@@ -172,7 +186,11 @@ __device__ __forceinline__ void send_rows(const SmallDispatchArgs& args, const B
   const GlobalScale global = make_global_scale(kQuant == Quant::kNvfp4 ? *args.global_scale : 1.0f);
   char* staged = dynamic_shared() + warp_index() * kStagedScaleBytes;
   constexpr int kVectors = kQuantised ? kUnroll : kSmallUnroll;
-  const auto jobs = SmallJobs::of_block(own.count, x_bytes, kVectors, least_parts);
+  using Rows = BatchOf<kVectors>;
+  // Parts of rows that are quantised begin where a word of scales does, of any format.
+  constexpr int kUnit = kQuantised ? Rows::kStep : kWarpSize;
+  static_assert(!kQuantised || kUnit * kVectorBytes / 4 % (4 * 128) == 0);
+  const auto jobs = SmallJobs::of_block(own.count, x_bytes, kVectors, least_parts, kUnit);
   for (int j = jobs.first; j < jobs.count; j += jobs.step) {
     const RowJob job = jobs.at(j);
     const int t = own.at(job.row);
@@ -184,7 +202,6 @@ __device__ __forceinline__ void send_rows(const SmallDispatchArgs& args, const B
       layout = make_quant_layout(kQuant, args.hidden);
       range = ScaleRange::of<kQuant, kDtype>(job, jobs.vectors, layout);
     }
-    using Rows = BatchOf<kVectors>;
     for (int at = job.begin; at < job.end; at += Rows::kStep) {
       const int v = at + lane_index();
       Rows batch;
@@ -281,26 +298,43 @@ __device__ __forceinline__ void clear_rest(const SmallDispatchArgs& args, const 
 }
 
 // Where source's token t goes here, with what came with its id; lane k has slot k. n: received
-// token.
+// token. lost: set if a wait was given up.
+template <class Link>
 __device__ __forceinline__ TokenSlots slots_of(const SmallDispatchArgs& args,
                                                const GroupRoute& route, uint64_t epoch, int source,
-                                               int t, int32_t n) {
+                                               int t, int32_t n, bool& lost) {
   const PlaceArgs& place = args.place;
   const int lane = lane_index(), i = t * route.topk + lane;
   TokenSlots slots;
   slots.token = t;
+  if (args.topk_weights != nullptr) {
+    const auto* weights = reinterpret_cast<const uint64_t*>(
+        args.link.window[args.link.rank] + args.small.source_weights(source, epoch));
+    slots.weight = tagged_weight<Link>(args.link, source, lane < route.topk ? weights + i : nullptr,
+                                       epoch, lost);
+  }
   if (lane >= route.topk) return slots;
-  slots.expert = valid_expert(place, ids_of(args, epoch, source)[i]);
-  const char* window = args.link.window[args.link.rank];
+  slots.expert = valid_expert(place, static_cast<int32_t>(ids_of(args, epoch, source)[i]));
   const MetaLayout meta(route.topk);
-  if (args.topk_weights != nullptr)
-    slots.weight =
-        reinterpret_cast<const float*>(window + args.small.source_weights(source, epoch))[i];
-  else if (!args.records)
+  if (args.topk_weights == nullptr && !args.records)
     slots.weight = meta.topk_weights(place.plan.recv_meta, n)[lane];
   if (slots.expert >= 0 && route.experts.owner(slots.expert) == route.rank)
     slots.row = valid_row(place, route.row(route.tile(source), slots.expert, t));
   return slots;
+}
+
+// The scales of source's row t to the rows of the lanes in firsts.
+template <class Link>
+__device__ __forceinline__ bool receive_scales(const PlaceArgs& place, const StagedRows<Link>& rows,
+                                               int source, int t, int32_t row, uint32_t firsts) {
+  const int words = (place.rows.scale_bytes + 3) / 4;
+  return rows.take_words(source, t, rows.row(source, t) + place.rows.row_bytes, words,
+                         [&](int w, uint32_t word) {
+                           for (uint32_t rest = firsts; rest != 0;) {
+                             const int32_t to = __shfl_sync(kFullWarp, row, take_lowest(rest));
+                             if (w < words) place_scale_word(place, to, w, word);
+                           }
+                         });
 }
 
 // What arrives goes to its rows, by all warps that receive. What is known without the row is
@@ -308,7 +342,8 @@ __device__ __forceinline__ TokenSlots slots_of(const SmallDispatchArgs& args,
 template <class Link>
 __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args,
                                              const SmallBlocks& blocks, const GroupRoute& route,
-                                             uint64_t epoch, const SourceRanges& ranges) {
+                                             const StagedRows<Link>& rows,
+                                             const SourceRanges& ranges) {
   const PlaceArgs& place = args.place;
   const LinkArgs& link = args.link;
   const int lane = lane_index();
@@ -322,24 +357,42 @@ __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args,
     const RouteTile tile = route.tile(s);
     if (!tile.has(route.rank, t)) continue;
     const int32_t n = tile.place(route.rank, t);
-    if (n >= place.recv_capacity) continue;
-    const TokenSlots slots = slots_of(args, route, epoch, s, t, n);
-    const uint32_t firsts = distinct_rows(slots.row);
-    if (job.leads) {
+    // A row for which there is no room is taken all the same.
+    const bool fits = n < place.recv_capacity;
+    bool lost = false;
+    const TokenSlots slots = slots_of<Link>(args, route, rows.epoch, s, t, fits ? n : 0, lost);
+    if (lost) {
+      if (lane == 0) atomicExch(&link.state->lost, 1u);
+      return false;
+    }
+    const uint32_t firsts = fits ? distinct_rows(slots.row) : 0;
+    if (job.leads && fits) {
       if (args.records)
         write_record(meta, meta.row(place.plan.recv_meta, n), slots, args.topk_weights != nullptr);
       place_outputs(place, n, slots, (firsts >> lane & 1) != 0);
     }
     // One lane is enough, where more would cost more than one load.
-    if (!rows_arrived<Link>(link, args.small, epoch, s, Link::kMapped || lane == 0 ? t : -1))
+    if (!Link::kMapped && !rows_arrived<Link>(link, args.small, rows.epoch, s, lane == 0 ? t : -1))
       return false;
-    const char* from = link.window[link.rank] + args.small.row(s, epoch, t);
-    BatchOf<kSmallUnroll> batch{};
-    batch.load<RowMemory::kArrived>(from, job.begin + lane, job.end);
-    if (job.leads && place.rows.scale_bytes != 0)
-      place_scales(place, from + place.rows.row_bytes, slots.row, firsts);
-    copy_payload<RowMemory::kArrived>(place, job, from, slots.row, firsts, batch);
+    char* from = rows.row(s, t);
+    using Rows = BatchOf<kSmallUnroll>;
+    for (int at = job.begin; at < job.end; at += Rows::kStep) {
+      Rows batch{};
+      const int v = at + lane;
+      if (!rows.take(s, t, from, v, job.end, batch)) return false;
+      for (uint32_t rest = firsts; rest != 0;) {
+        const int64_t to = __shfl_sync(kFullWarp, slots.row, take_lowest(rest));
+        batch.store(place.recv_x + to * place.rows.row_bytes, v, job.end);
+      }
+    }
+    if (job.leads && place.rows.scale_bytes != 0 &&
+        !receive_scales(place, rows, s, t, slots.row, firsts))
+      return false;
   }
+  rows.clean_up(blocks, route.num_ranks, [&](int s, int t) -> size_t {
+    const bool taken = t < ranges.end[s] + ranges.to_source[s] && route.tile(s).has(route.rank, t);
+    return taken ? static_cast<size_t>(place.rows.row_bytes + place.rows.scale_bytes + 3) : 0;
+  });
   return true;
 }
 
@@ -347,7 +400,7 @@ __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args,
 // given up a wait.
 template <class Link>
 __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const SmallBlocks& blocks,
-                                        const LinkCall& call, bool agreed) {
+                                        const LinkCall& call, bool agreed, bool clean) {
   EPCOMM_SHARED(SourceRanges, ranges);
   EPCOMM_SHARED(RouteTotals, totals);
   const GroupRoute route(args);
@@ -357,7 +410,7 @@ __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const Sma
     return SourceCount{0, tokens, tokens};
   });
   auto tokens = [&](int s) { return ranges.end[s] + ranges.to_source[s]; };
-  route_group(args, blocks, route, call.epoch, totals, tokens);
+  const bool routed = route_group<Link>(args, blocks, route, call.epoch, totals, tokens);
   if (agreed && args.totals != nullptr && blocks.receiver == 0) tell_totals(args, route, totals);
   if (args.fresh) {
     write_counts(args, blocks, route, totals);
@@ -365,7 +418,9 @@ __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const Sma
   }
   if (args.link.statistics.received_tokens != nullptr) count_received(args, blocks, route);
   clear_rest(args, blocks, route, totals);
-  return receive_rows<Link>(args, blocks, route, call.epoch, ranges);
+  if (!agreed) return true;
+  const StagedRows<Link> rows{args.link, args.small, call.epoch, clean};
+  return routed && receive_rows<Link>(args, blocks, route, rows, ranges);
 }
 
 template <class Link, Quant kQuant, Dtype kDtype>
@@ -395,8 +450,9 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   if (blocks.receives()) {
     if (going && args.phase == Phase::kReceive && blocks.thread() == 0) link_mark_begun(link, call);
     prepare_route(args, GroupRoute(args));
-    if (going) agreed = link_agree<Link>(link, call, blocks.receiver == 0, num_pieces(args));
-    completed = receive<Link>(args, blocks, call, agreed);
+    if (going)
+      agreed = link_agree_briefly<Link>(link, call, blocks.receiver == 0, num_pieces(args));
+    completed = receive<Link>(args, blocks, call, agreed, start.clean());
   }
   link_leave<Link>(link, call, agreed, completed);
 }

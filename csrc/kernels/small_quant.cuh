@@ -7,6 +7,7 @@
 #include "kernels/partials.cuh"
 #include "kernels/quant.cuh"
 #include "kernels/rows.cuh"
+#include "kernels/small.cuh"
 
 namespace epcomm {
 
@@ -33,11 +34,19 @@ struct QuantBatch {
   __device__ __forceinline__ QuantBatch(const Batch& batch, const GlobalScale& global) {
     quantize_vectors<kQuant, kDtype>(batch.data, global, made);
   }
-  /// q: codes of the row.
+  /// q: codes of the row. In words of 4 bytes at least: a receiver may take each when it has come.
   __device__ __forceinline__ void store(char* q, int v, int end) const {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
-      if (v + u * kWarpSize < end) store_codes<kQuant, kDtype>(q, v + u * kWarpSize, made[u]);
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = v + u * kWarpSize;
+      if constexpr (QuantLanes<kQuant, kDtype>::kCodeBytes == 2) {
+        const uint32_t next = __shfl_down_sync(kFullWarp, made[u].codes[0], 1);
+        if (i < end && i % 2 == 0)
+          reinterpret_cast<uint32_t*>(q)[i / 2] = (made[u].codes[0] & 0xffff) | next << 16;
+      } else if (i < end) {
+        store_codes<kQuant, kDtype>(q, i, made[u]);
+      }
+    }
   }
   /// scales: of the row.
   __device__ __forceinline__ void store_scales(char* scales, int v, int end) const {
@@ -68,13 +77,18 @@ __device__ __forceinline__ void store_sum_fp8(const Sum<kDtype>& sum, char* q, c
   }
 }
 
-/// The vectors v, v + 32, ... of a row that a peer has stored.
+/// The vectors v, v + 32, ... of a row that a peer stores.
 template <Dtype kDtype>
 struct ArrivedRow {
   Batch batch;
 
-  __device__ __forceinline__ void load(const char* row, int /*hidden*/, int v, int end) {
-    batch.load<RowMemory::kArrived>(row, v, end);
+  /// Says whether all that was loaded has been written; by a warp, as what follows.
+  __device__ __forceinline__ bool load(const char* row, int /*hidden*/, int v, int end) {
+    batch.load<RowMemory::kArriving>(row, v, end);
+    return batch.all(v, end, is_written);
+  }
+  static __device__ __forceinline__ void unwrite(char* row, int /*hidden*/, int v, int end) {
+    Batch::fill(row, v, end, unwritten_vector());
   }
   __device__ __forceinline__ void add_to(Sum<kDtype>& sum) const { sum.add(batch); }
 };
@@ -83,23 +97,39 @@ struct ArrivedRow {
 template <Dtype kDtype>
 struct ArrivedFp8 {
   using Lanes = QuantLanes<Quant::kFp8, kDtype>;
+  static constexpr int kCodeWords = Lanes::kCodeBytes / 4;
   uint32_t codes[kUnroll][2];
   float scale[kUnroll];
 
-  __device__ __forceinline__ void load(const char* row, int hidden, int v, int end) {
-    const float* scales = reinterpret_cast<const float*>(row + hidden);
+  __device__ __forceinline__ bool load(const char* row, int hidden, int v, int end) {
+    const auto* words = reinterpret_cast<const uint32_t*>(row);
+    bool there = true;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int i = v + u * kWarpSize;
       if (i >= end) continue;
-      if constexpr (Lanes::kCodeBytes == 8) {
-        const uint2 pair = reinterpret_cast<const uint2*>(row)[i];
-        codes[u][0] = pair.x;
-        codes[u][1] = pair.y;
-      } else {
-        codes[u][0] = reinterpret_cast<const uint32_t*>(row)[i];
+#pragma unroll
+      for (int w = 0; w < kCodeWords; ++w) {
+        codes[u][w] = load_relaxed_system(words + i * kCodeWords + w);
+        there &= codes[u][w] != SmallLayout::kUnwritten;
       }
-      scale[u] = scales[group_of<Quant::kFp8, kDtype>(i)];
+      const uint32_t bits =
+          load_relaxed_system(words + hidden / 4 + group_of<Quant::kFp8, kDtype>(i));
+      there &= bits != SmallLayout::kUnwritten;
+      scale[u] = __uint_as_float(bits);
+    }
+    return there;
+  }
+  static __device__ __forceinline__ void unwrite(char* row, int hidden, int v, int end) {
+    auto* words = reinterpret_cast<uint32_t*>(row);
+    __syncwarp();  // lanes share scales
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = v + u * kWarpSize;
+      if (i >= end) continue;
+#pragma unroll
+      for (int w = 0; w < kCodeWords; ++w) words[i * kCodeWords + w] = SmallLayout::kUnwritten;
+      words[hidden / 4 + group_of<Quant::kFp8, kDtype>(i)] = SmallLayout::kUnwritten;
     }
   }
   __device__ __forceinline__ void add_to(Sum<kDtype>& sum) const {

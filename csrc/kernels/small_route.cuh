@@ -57,10 +57,10 @@ struct RouteTotals {
   int32_t rows;                 // of layout kExpert: end of the last group of this rank
 };
 
-__device__ __forceinline__ const int32_t* ids_of(const SmallDispatchArgs& args, uint64_t epoch,
-                                                 int source) {
-  return reinterpret_cast<const int32_t*>(args.link.window[args.link.rank] +
-                                          args.small.source_ids(source, epoch));
+__device__ __forceinline__ const uint64_t* ids_of(const SmallDispatchArgs& args, uint64_t epoch,
+                                                  int source) {
+  return reinterpret_cast<const uint64_t*>(args.link.window[args.link.rank] +
+                                           args.small.source_ids(source, epoch));
 }
 
 // What can be done before there are ids, by the whole block. A barrier must follow before
@@ -74,20 +74,49 @@ __device__ __forceinline__ void prepare_route(const SmallDispatchArgs& args,
 }
 
 // Masks, bases and starts, by the whole block; tokens(s) of each source. Ends with a barrier.
-template <class Tokens>
-__device__ __forceinline__ void route_group(const SmallDispatchArgs& args,
+// False: the warp has given up a wait for ids.
+template <class Link, class Tokens>
+__device__ __forceinline__ bool route_group(const SmallDispatchArgs& args,
                                             const SmallBlocks& blocks, const GroupRoute& route,
                                             uint64_t epoch, RouteTotals& totals, Tokens tokens) {
   constexpr int kIdsInFlight = 8;
   const int num_ranks = route.num_ranks, columns = route.shape.columns;
+  bool lost = false;
   for (int i = warp_index(); i < num_ranks * route.words; i += kSmallWarps) {
     const int s = i / route.words, word = i - s * route.words;
     const int t = word * kWarpSize + lane_index();
-    const int32_t* ids = ids_of(args, epoch, s) + int64_t{t} * route.topk;
-    const bool there = t < tokens(s);
-    mark_word<kIdsInFlight>(route.tile(s), route.experts, word, 0, 1, route.topk,
-                            [&](int k) { return there ? valid_expert(args.place, ids[k]) : -1; });
+    const uint64_t* ids = ids_of(args, epoch, s) + int64_t{t} * route.topk;
+    const bool there = t < tokens(s) && !lost;
+    auto load = [&](int first, int32_t (&expert)[kIdsInFlight]) {
+      uint64_t id[kIdsInFlight];
+      bool arrived = true;
+      // Stored before the entry was, but in no order with it.
+      for (uint64_t begin = 0, spin = 1;; ++spin) {
+#pragma unroll
+        for (int i = 0; i < kIdsInFlight; ++i)
+          if (there && first + i < route.topk)
+            id[i] = Link::kMapped ? load_relaxed_system(ids + first + i) : ids[first + i];
+        if constexpr (!Link::kMapped) break;
+#pragma unroll
+        for (int i = 0; i < kIdsInFlight; ++i)
+          if (there && first + i < route.topk) arrived &= TaggedWord::is_of(id[i], epoch);
+        if (__all_sync(kFullWarp, arrived)) break;
+        arrived = true;
+        if (begin == 0) begin = global_time_ns();
+        if (spin % kSpinsPerLook != 0 || !__any_sync(kFullWarp, gives_up(args.link, begin)))
+          continue;
+        lost = true;
+        break;
+      }
+#pragma unroll
+      for (int i = 0; i < kIdsInFlight; ++i)
+        expert[i] = there && !lost && first + i < route.topk
+                        ? valid_expert(args.place, static_cast<int32_t>(id[i]))
+                        : -1;
+    };
+    mark_word_of<kIdsInFlight>(route.tile(s), route.experts, word, 0, 1, route.topk, load);
   }
+  if (lost && lane_index() == 0) atomicExch(&args.link.state->lost, 1u);
   __syncthreads();
   const bool padded = args.place.layout == Layout::kPadded;
   for (int column = thread_index(); column < columns; column += kSmallThreads) {
@@ -107,7 +136,7 @@ __device__ __forceinline__ void route_group(const SmallDispatchArgs& args,
         padded ? args.place.experts.local[e] * num_ranks * args.small.max_tokens : 0;
   }
   __syncthreads();
-  if (padded) return;
+  if (padded) return !lost;
   for (int r = warp_index(); r < num_ranks; r += kSmallWarps) {
     const bool reports = args.fresh && blocks.receiver == 0 && r == route.rank;
     if (route.by_token && !reports) continue;
@@ -121,6 +150,7 @@ __device__ __forceinline__ void route_group(const SmallDispatchArgs& args,
     if (reports) args.place.plan.expert_offset[args.place.dims.local_experts] = end;
   }
   __syncthreads();
+  return !lost;
 }
 
 // What this rank receives, for a host that waits for it; by a block.

@@ -142,14 +142,27 @@ struct MetaLayout {
   }
 };
 
+/// A value with the epoch in which it was written, in one word of 8 bytes: whoever reads the word
+/// knows whether it has come, and needs no signal. The lower half of the epoch is enough: all words
+/// are written again long before it has gone round.
+struct TaggedWord {
+  EPCOMM_HOST_DEVICE static constexpr uint64_t of(uint64_t epoch, uint32_t value) {
+    return epoch << 32 | value;
+  }
+  EPCOMM_HOST_DEVICE static constexpr bool is_of(uint64_t word, uint64_t epoch) {
+    return static_cast<uint32_t>(word >> 32) == static_cast<uint32_t>(epoch);
+  }
+};
+
 /// Control area at the start of every rank's window, on transports whose peers store into it: a
 /// header, then one inbox per source rank, then the memory that allocate() hands out. An inbox is
-/// the signals of its source, then two entries (what the source announces when it enters a call;
-/// alternating by the parity of the epoch), each followed by the counts that routing announces:
-/// int32 tokens to each rank, to each expert, to each node (where rows are forwarded).
+/// the signals of its source, two briefs and two entries (what the source announces when it enters
+/// a call; alternating by the parity of the epoch), the latter followed by the counts that routing
+/// announces: int32 tokens to each rank, to each expert, to each node (where rows are forwarded).
 struct ControlLayout {
   static constexpr size_t kHeaderBytes = 128;
   static constexpr size_t kSignalBytes = 128;
+  static constexpr size_t kBriefBytes = 128;
   static constexpr size_t kEntryBytes = 256;
 
   size_t num_counts;
@@ -162,15 +175,19 @@ struct ControlLayout {
     num_counts = d.device ? static_cast<size_t>(announcement.words())
                           : static_cast<size_t>(d.num_ranks + d.num_experts + d.num_nodes);
     entry_bytes = align_up(kEntryBytes + num_counts * sizeof(int32_t), kBlockAlignment);
-    inbox_bytes = kSignalBytes + 2 * entry_bytes;
+    inbox_bytes = kSignalBytes + 2 * (kBriefBytes + entry_bytes);
     arena = align_up(kHeaderBytes + inbox_bytes * static_cast<size_t>(d.num_ranks), 4096);
   }
   /// Offset in the window of the inbox that source writes.
   EPCOMM_HOST_DEVICE size_t inbox(int source) const {
     return kHeaderBytes + static_cast<size_t>(source) * inbox_bytes;
   }
+  /// TaggedWord [kBriefBytes / 8]: the part of an entry that is read without waiting for a signal.
+  EPCOMM_HOST_DEVICE size_t brief(int source, uint64_t epoch) const {
+    return inbox(source) + kSignalBytes + (epoch & 1) * kBriefBytes;
+  }
   EPCOMM_HOST_DEVICE size_t entry(int source, uint64_t epoch) const {
-    return inbox(source) + kSignalBytes + (epoch & 1) * entry_bytes;
+    return inbox(source) + kSignalBytes + 2 * kBriefBytes + (epoch & 1) * entry_bytes;
   }
   /// int32 [num_counts]; on a GPU the whole announcement (AnnounceLayout).
   EPCOMM_HOST_DEVICE size_t counts(int source, uint64_t epoch) const {
@@ -216,6 +233,9 @@ struct SmallLayout {
   /// Token (or row) i of a batch belongs to share i % kShares. A share has a signal of its own, its
   /// number; or, where the link puts, row i has signal i.
   static constexpr int kShares = 128, kSignals = 256;
+  /// Every 4 bytes of a staged row, before somebody writes it and after its receiver has read it:
+  /// a word that differs has come. One that does not has come when the row's signal says so.
+  static constexpr uint32_t kUnwritten = 0xf7f7f7f7;
 
   size_t signals, ids, weights, rows;  ///< offsets in the window
   size_t outbox;                       ///< see outbox_row
@@ -240,11 +260,11 @@ struct SmallLayout {
     return signals +
            (static_cast<size_t>(source) * kSignals + static_cast<size_t>(i)) * sizeof(uint64_t);
   }
-  /// int32 [T, K]: expert ids of source's tokens; -1 = none.
+  /// TaggedWord [max_tokens, K]: expert ids of source's tokens; -1 = none.
   EPCOMM_HOST_DEVICE size_t source_ids(int source, uint64_t epoch) const {
     return ids + slot(source, epoch) * slots_bytes();
   }
-  /// float [T, K]: weights of source's tokens.
+  /// TaggedWord [T, K]: weights of source's tokens, fp32.
   EPCOMM_HOST_DEVICE size_t source_weights(int source, uint64_t epoch) const {
     return weights + slot(source, epoch) * slots_bytes();
   }
@@ -267,7 +287,7 @@ struct SmallLayout {
     return (epoch & 1) * static_cast<size_t>(num_ranks) + static_cast<size_t>(source);
   }
   EPCOMM_HOST_DEVICE size_t slots_bytes() const {
-    return align_up(static_cast<size_t>(max_tokens) * static_cast<size_t>(topk) * sizeof(int32_t),
+    return align_up(static_cast<size_t>(max_tokens) * static_cast<size_t>(topk) * sizeof(uint64_t),
                     kBlockAlignment);
   }
 };

@@ -55,6 +55,19 @@ inline uint64_t load_relaxed_system(const uint64_t* p,
   sim::grid().poll("load_relaxed_system", where);
   return __atomic_load_n(p, __ATOMIC_RELAXED);
 }
+inline uint32_t load_relaxed_system(const uint32_t* p,
+                                    const sim::Where& where = sim::Where::current()) {
+  sim::grid().poll("load_relaxed_system", where);
+  return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+inline uint4 load_relaxed_system(const uint4* p, const sim::Where& where = sim::Where::current()) {
+  sim::grid().poll("load_relaxed_system", where);
+  return {__atomic_load_n(&p->x, __ATOMIC_RELAXED), __atomic_load_n(&p->y, __ATOMIC_RELAXED),
+          __atomic_load_n(&p->z, __ATOMIC_RELAXED), __atomic_load_n(&p->w, __ATOMIC_RELAXED)};
+}
+inline void store_relaxed_system(uint64_t* p, uint64_t value) {
+  __atomic_store_n(p, value, __ATOMIC_RELAXED);
+}
 inline void fence_system() { __threadfence_system(); }
 inline void store_release_block(int32_t* p, int32_t value) {
   sim::grid().hold_back();
