@@ -314,8 +314,8 @@ struct StagedRows {
   template <class Taken>
   __device__ __forceinline__ void clean_up(const SmallBlocks& blocks, int num_ranks,
                                            Taken taken) const {
-    if (!Link::kMapped || clean) return;
-    for (int j = blocks.spread_warp(); j < num_ranks * small.max_tokens; j += blocks.warps()) {
+    const int rows = Link::kMapped && !clean ? num_ranks * small.max_tokens : 0;
+    for (int j = blocks.spread_warp(); j < rows; j += blocks.warps()) {
       const int s = j / small.max_tokens, t = j - s * small.max_tokens;
       unwrite(row(s, t), taken(s, t) / sizeof(uint32_t), small.row_bytes / sizeof(uint32_t));
     }

@@ -89,24 +89,21 @@ __device__ __forceinline__ bool route_group(const SmallDispatchArgs& args,
     const bool there = t < tokens(s) && !lost;
     auto load = [&](int first, int32_t (&expert)[kIdsInFlight]) {
       uint64_t id[kIdsInFlight];
-      bool arrived = true;
-      // Stored before the entry was, but in no order with it.
-      for (uint64_t begin = 0, spin = 1;; ++spin) {
+      auto load_all = [&] {
+        bool arrived = true;
 #pragma unroll
-        for (int i = 0; i < kIdsInFlight; ++i)
-          if (there && first + i < route.topk)
-            id[i] = Link::kMapped ? load_relaxed_system(ids + first + i) : ids[first + i];
-        if constexpr (!Link::kMapped) break;
-#pragma unroll
-        for (int i = 0; i < kIdsInFlight; ++i)
-          if (there && first + i < route.topk) arrived &= TaggedWord::is_of(id[i], epoch);
-        if (__all_sync(kFullWarp, arrived)) break;
-        arrived = true;
+        for (int i = 0; i < kIdsInFlight; ++i) {
+          if (!there || first + i >= route.topk) continue;
+          id[i] = load_relaxed_system(ids + first + i);
+          arrived &= !Link::kMapped || TaggedWord::is_of(id[i], epoch);
+        }
+        return arrived;
+      };
+      // Where the link maps, stored before the entry was, but in no order with it.
+      uint64_t begin = 0;
+      for (int spin = 1; !__all_sync(kFullWarp, load_all()) && !lost; ++spin) {
         if (begin == 0) begin = global_time_ns();
-        if (spin % kSpinsPerLook != 0 || !__any_sync(kFullWarp, gives_up(args.link, begin)))
-          continue;
-        lost = true;
-        break;
+        if (spin % kSpinsPerLook == 0) lost = __any_sync(kFullWarp, gives_up(args.link, begin));
       }
 #pragma unroll
       for (int i = 0; i < kIdsInFlight; ++i)
