@@ -21,6 +21,7 @@ WAYS = (
     {"algorithm": "static", "schedule": "shifted"},
     {"algorithm": "static", "schedule": "gathered"},
     {"algorithm": "small"},
+    {"algorithm": "small", "schedule": "grouped"},
     {"algorithm": "allgather"},
 )
 TIMEOUT_S = 20.0

@@ -69,6 +69,7 @@ def test_nodes(num_ranks: int, ranks_per_node: int, fmt: str) -> None:
 NCCL_GRID = [
     ((), 2, "fp8"),
     ((("chunks", 3),), 3, "fp8"),
+    ((("algorithm", "small"), ("schedule", "shifted")), 3, "bf16"),
     ((("algorithm", "static"), ("schedule", "gathered")), 2, "packed"),
     ((("algorithm", "static"),), 4, "bf16"),
     ((("algorithm", "allgather"),), 3, "fp32"),

@@ -46,10 +46,11 @@ NcclOptions parse(const std::map<std::string, std::string>& given) {
       if (!known.contains(value)) throw refuse("auto, exact, static, small or allgather");
       o.algorithm = known.at(value);
     } else if (name == "schedule") {
-      const std::map<std::string, Schedule> known = {{"grouped", Schedule::kGrouped},
+      const std::map<std::string, Schedule> known = {{"auto", Schedule::kAuto},
+                                                     {"grouped", Schedule::kGrouped},
                                                      {"shifted", Schedule::kShifted},
                                                      {"gathered", Schedule::kGathered}};
-      if (!known.contains(value)) throw refuse("grouped, shifted or gathered");
+      if (!known.contains(value)) throw refuse("auto, grouped, shifted or gathered");
       o.schedule = known.at(value);
     } else if (name == "chunks") {
       o.chunks = value == "auto" ? 0 : parse_number(value, kMaxChunks, refuse("auto or 1 to 8"));
@@ -97,7 +98,7 @@ NcclTransport::NcclTransport(const TransportContext& context)
   EPCOMM_CHECK(
       options_.schedule != Schedule::kGathered || num_ranks_ == 2,
       "transport_options['schedule'] is 'gathered', which is for 2 ranks; this group has " +
-          std::to_string(num_ranks_) + ": expected grouped or shifted");
+          std::to_string(num_ranks_) + ": expected auto, grouped or shifted");
   const size_t ranks = static_cast<size_t>(num_ranks_),
                tokens = static_cast<size_t>(config_.max_tokens);
   weights_ = DeviceMemory((ranks + 1) * tokens * static_cast<size_t>(config_.topk) * sizeof(float));
@@ -110,8 +111,8 @@ NcclTransport::NcclTransport(const TransportContext& context)
   send_ = DeviceMemory((ranks * tokens + 1) * row);
   stage_ = DeviceMemory((ranks * tokens + 1) * row);
   if (small_)
-    gathered_ =
-        DeviceMemory(SmallLayout(dims_, config_.max_tokens, align_up(widest_row_, 16), 0).end);
+    gathered_ = DeviceMemory(
+        SmallLayout::gathered(dims_, config_.max_tokens, align_up(widest_row_, 16)).end);
   // From what all ranks know alike.
   const size_t batch_bytes = tokens * static_cast<size_t>(config_.hidden) *
                              static_cast<size_t>(dtype_bytes(config_.dtype));

@@ -45,7 +45,7 @@ enum class NcclAlgorithm { kAuto, kExact, kStatic, kSmall, kAllGather };
 
 struct NcclOptions {
   NcclAlgorithm algorithm = NcclAlgorithm::kAuto;
-  Schedule schedule = Schedule::kGrouped;
+  Schedule schedule = Schedule::kAuto;
   int chunks = 0;  // 0: from bytes
   int ctas = 0;    // 0: NCCL's choice
 };
@@ -192,6 +192,8 @@ class NcclTransport final : public Transport {
   void exchange_blocks(size_t block, cudaStream_t stream);
   RouteResult route_small(const RouteArgs& args);
   void dispatch_small(const Plan& plan, const DispatchArgs& args, const Call& call);
+  // Block r of gathered_ is rank r's, for all ranks.
+  void exchange_batches(size_t block, cudaStream_t stream);
   PartialArgs partial_args(const Plan& plan, const CombineArgs& args, const Call& call);
   SumArgs sum_args(const Plan& plan, const CombineArgs& args) const;
   void combine_exact(const Plan& plan, const CombineArgs& args, const Call& call);
