@@ -22,6 +22,7 @@ WAYS = (
     {"algorithm": "static", "schedule": "gathered"},
     {"algorithm": "small"},
     {"algorithm": "small", "schedule": "grouped"},
+    {"algorithm": "window"},
     {"algorithm": "allgather"},
 )
 TIMEOUT_S = 20.0

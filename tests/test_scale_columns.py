@@ -14,6 +14,7 @@ KINDS = ("fp8", "fp8_ue8m0", "nvfp4")
 # Device, and arguments of the Buffer.
 CPU = ("cpu", {"transport": "cpu"})
 LARGE = {"transport": "nvlink", "transport_options": {"path": "large"}}
+NCCL = {"transport": "nccl", "transport_options": {"algorithm": "small"}}
 SMALL = {"transport": "nvlink", "transport_options": {"path": "small"}}
 
 
@@ -111,7 +112,7 @@ def test_on_simulated_gpus(arguments: dict[str, Any], layout: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("arguments", [SMALL, LARGE, {"transport": "nccl"}])
+@pytest.mark.parametrize("arguments", [SMALL, LARGE, NCCL])
 def test_on_gpus(arguments: dict[str, Any], layout: str) -> None:
     pool = launcher.pool("cuda")
     pool.run(min(pool.size, 4), run_columns, arguments, "cuda", layout)

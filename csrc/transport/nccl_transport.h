@@ -20,7 +20,10 @@
 // first dispatched: expert ids and rows go together, one all-gather, and every rank routes for all
 // (nccl_small.cc). Replays and combines as static. Can be captured.
 //
-// auto: exact where the host knows the counts, else small, or static where batches are larger.
+// window: no NCCL at all; a transport of its own (nccl_window.h).
+//
+// auto: window where it can be; else exact where the host knows the counts, else small, or static
+// where batches are larger.
 // docs/nccl.md has the measurements.
 //
 // Memory, made with the Buffer: send_ and stage_ hold max_tokens rows per rank each (for allgather
@@ -41,7 +44,7 @@
 
 namespace epcomm {
 
-enum class NcclAlgorithm { kAuto, kExact, kStatic, kSmall, kAllGather };
+enum class NcclAlgorithm { kAuto, kExact, kStatic, kSmall, kAllGather, kWindow };
 
 struct NcclOptions {
   NcclAlgorithm algorithm = NcclAlgorithm::kAuto;
@@ -81,10 +84,12 @@ struct PlanCounts {
 
 class NcclTransport final : public Transport {
  public:
-  explicit NcclTransport(const TransportContext& context);
+  /// Collective. choice: see Buffer::choice.
+  NcclTransport(const TransportContext& context, const NcclOptions& options, std::string choice);
   ~NcclTransport() override;
 
   const Caps& caps() const override { return caps_; }
+  std::string choice() const override { return choice_; }
   RouteResult route(const RouteArgs& args) override;
   void dispatch(const Plan& plan, const DispatchArgs& args) override;
   void combine(const Plan& plan, const CombineArgs& args) override;
@@ -204,6 +209,7 @@ class NcclTransport final : public Transport {
   const ExpertMap& experts_;
   int rank_, num_ranks_;
   NcclOptions options_;
+  std::string choice_;
   Dims dims_;
   Caps caps_;
   double timeout_s_;

@@ -13,6 +13,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/sim/fiber.h"
@@ -33,6 +34,8 @@ struct Options {
   double limit_s = 60;  ///< that a grid or an event may take before it counts as a deadlock
   size_t memory_bytes = size_t{4} << 30;  ///< of a device
   bool print_faults = true;
+  /// Pairs of devices of which the first cannot address the memory of the second.
+  std::vector<std::pair<int, int>> no_peer_access;
 };
 Options& options();
 
