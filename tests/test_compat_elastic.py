@@ -207,7 +207,11 @@ def run_rest(group: Any) -> None:
     import weakref
 
     import epcomm
-    from epcomm.compat.deep_ep import ElasticBuffer
+    from epcomm.compat.deep_ep import (
+        ElasticBuffer,
+        get_logical_domain_size,
+        get_physical_domain_size,
+    )
 
     hint = ElasticBuffer.get_buffer_size_hint(group, 128, 7168, num_topk=8, use_fp8_dispatch=True)
     assert isinstance(hint, int) and hint > 0
@@ -218,6 +222,7 @@ def run_rest(group: Any) -> None:
     assert isinstance(sms, int) and sms > 0 and isinstance(buffer.get_theoretical_num_qps(sms), int)
     nodes, ranks = buffer.get_physical_domain_size()
     assert nodes * ranks == group.size() and buffer.get_logical_domain_size() == (nodes, ranks)
+    assert get_physical_domain_size(group) == get_logical_domain_size(group) == (nodes, ranks)
     buffer.barrier()
     x, idx = torch.zeros(5, 64, dtype=torch.bfloat16), torch.zeros(5, 1, dtype=torch.int64)
     for call, word in (
