@@ -50,7 +50,9 @@ def test_low_latency(how: dict[str, bool]) -> None:
 
 
 @pytest.mark.parametrize("how", HOWS)
-@pytest.mark.parametrize("kind", [{}, {"round_scale": True, "use_ue8m0": True}])
+@pytest.mark.parametrize(
+    "kind", [{}, {"round_scale": True}, {"round_scale": True, "use_ue8m0": True}]
+)
 def test_low_latency_fp8(kind: dict[str, bool], how: dict[str, bool]) -> None:
     run(low_latency.run_fp8, kind, how)
 
@@ -64,7 +66,8 @@ def test_low_latency_handle_and_both_modes() -> None:
 def test_elastic(synced: bool) -> None:
     run(elastic.run_tokens, synced, 8)
     run(elastic.run_expanded, synced, 16)
-    run(elastic.run_fp8, True)
+    run(elastic.run_fp8, True, False)
+    run(elastic.run_fp8, synced, True)
 
 
 # Ranks, experts, tokens, top-k.
