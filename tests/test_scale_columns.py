@@ -8,7 +8,8 @@ import torch
 import launcher
 from simulated import needs_simulator
 
-HIDDEN, EXPERTS, MAX_TOKENS = 640, 6, 45  # more rows than one tile of a kernel
+# More scales than a warp has lanes, and more rows than one tile of a kernel.
+HIDDEN, EXPERTS, MAX_TOKENS = 33 * 128, 6, 45
 LAYOUTS = ("token", "expert", "padded")
 KINDS = ("fp8", "fp8_ue8m0", "nvfp4")
 # Device, and arguments of the Buffer.

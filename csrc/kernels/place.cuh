@@ -41,28 +41,60 @@ __device__ __forceinline__ void copy_payload(const PlaceArgs& args, const RowJob
   }
 }
 
-/// The scales of a row, which is to be `to`, as columns.
-__device__ __forceinline__ void place_scale_columns(const PlaceArgs& args, const char* from,
-                                                    int32_t to) {
-  const int units = args.rows.scale_bytes / 4;
-  const int32_t group = to / args.group_rows;
-  char* column = args.recv_scales + group * units * args.scale_column_bytes +
-                 int64_t{to - group * args.group_rows} * 4;
-  for (int u = lane_index(); u < units; u += kWarpSize)
-    *reinterpret_cast<uint32_t*>(column + u * args.scale_column_bytes) =
-        reinterpret_cast<const uint32_t*>(from)[u];
+/// Copies `count` words to every row of the lanes `targets`; lane k holds slot k's row. Word u of
+/// row `to` goes to where(to, u). They are loaded once, before any is stored: else each row would
+/// wait for them anew.
+template <class Word, class Where>
+__device__ __forceinline__ void spread_words(const char* from, int count, int32_t row,
+                                             uint32_t targets, Where where) {
+  constexpr int kWords = sizeof(Word) < sizeof(uint4) ? 2 : 1;  // of a lane at a time
+  for (int begin = 0; begin < count; begin += kWords * kWarpSize) {
+    Word words[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i)
+      if (const int u = begin + i * kWarpSize + lane_index(); u < count)
+        words[i] = reinterpret_cast<const Word*>(from)[u];
+    for (uint32_t rest = targets; rest != 0;) {
+      const int32_t to = __shfl_sync(kFullWarp, row, take_lowest(rest));
+#pragma unroll
+      for (int i = 0; i < kWords; ++i)
+        if (const int u = begin + i * kWarpSize + lane_index(); u < count) {
+          if constexpr (sizeof(Word) == sizeof(uint4))
+            store_streaming(where(to, u), words[i]);
+          else
+            *where(to, u) = words[i];
+        }
+    }
+  }
 }
 
+/// Copies the scales of a row to the rows of the target lanes, or to their places in columns.
 __device__ __forceinline__ void place_scales(const PlaceArgs& args, const char* from, int32_t row,
-                                             uint32_t firsts) {
-  while (firsts != 0) {
-    const int32_t to = __shfl_sync(kFullWarp, row, take_lowest(firsts));
-    if (args.scale_column_bytes != 0)
-      place_scale_columns(args, from, to);
-    else
-      copy_bytes(args.recv_scales + int64_t{to} * args.rows.scale_bytes, from,
-                 args.rows.scale_bytes);
+                                             uint32_t targets) {
+  const int bytes = args.rows.scale_bytes;
+  if (args.scale_column_bytes != 0) {
+    const int units = bytes / 4;
+    return spread_words<uint32_t>(from, units, row, targets, [&](int32_t to, int u) {
+      const int32_t group = to / args.group_rows;
+      return reinterpret_cast<uint32_t*>(args.recv_scales +
+                                         (int64_t{group} * units + u) * args.scale_column_bytes +
+                                         int64_t{to - group * args.group_rows} * 4);
+    });
   }
+  auto in_rows = [&]<class Word>(Word) {
+    constexpr int kSize = sizeof(Word);
+    spread_words<Word>(from, bytes / kSize, row, targets, [&](int32_t to, int u) {
+      return reinterpret_cast<Word*>(args.recv_scales + int64_t{to} * bytes + u * kSize);
+    });
+  };
+  const uintptr_t bits = reinterpret_cast<uintptr_t>(args.recv_scales) |
+                         reinterpret_cast<uintptr_t>(from) | static_cast<uintptr_t>(bytes);
+  if (bits % sizeof(uint4) == 0)
+    in_rows(uint4{});
+  else if (bits % sizeof(uint32_t) == 0)
+    in_rows(uint32_t{});
+  else
+    in_rows(uint8_t{});
 }
 
 /// Copies a job's part of a row to the distinct rows that carry the token; lane k holds slot k's

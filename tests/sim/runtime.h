@@ -44,6 +44,12 @@ Options& options();
 /// cudaErrorLaunchFailure.
 std::vector<std::string> take_faults();
 
+/// What the host has issued on all devices of this process, captured work included.
+struct Issued {
+  uint64_t kernels, copies;  ///< copies: fills, too
+};
+Issued issued();
+
 /// One recording of an event.
 struct Recording {
   std::mutex mutex;
