@@ -35,7 +35,7 @@ help:
 	@echo 'make TORCH= test                with the torch that $(PYTHON) has'
 	@echo 'make TORCH= VENV=DIR test       in the virtual environment DIR, with its torch'
 	@echo 'make EPCOMM_CUDA=OFF test       without the CUDA transports'
-	@echo 'make ENGINES= test              without published engines: Megatron-Core, SGLang'
+	@echo 'make ENGINES= test              without published engines: Megatron-Core, SGLang, torchtitan'
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python bench/demo.py
@@ -111,6 +111,9 @@ engines-bundle: engines
 # Newer than the Python that may run it: tests/engines/megatron-core-0.19.2.txt says why that works.
 $(VENV)/engines/.megatron-core-0.19.2: ENGINE_OPTIONS = --only-binary=:all: --ignore-requires-python \
 	--python-version 3.12 --implementation cp --abi cp312 --platform manylinux_2_28_$(shell uname -m)
+
+# Python alone, for 3.11 and newer; with 3.10 its tests are skipped.
+$(VENV)/engines/.torchtitan: ENGINE_OPTIONS = --ignore-requires-python
 
 # As published, each in a folder of its own, which only the ranks of tests/engines look into.
 $(VENV)/engines/.%: tests/engines/%.txt | $(VENV)/bin/python

@@ -109,6 +109,7 @@ else()
   pybind11_add_module(_cuda MODULE NO_EXTRAS
     csrc/bindings/buffer_bindings.cc
     csrc/bindings/cuda_module.cc
+    csrc/bindings/layout_bindings.cc
     csrc/bindings/py_bootstrap.cc
     csrc/bindings/quant_bindings.cc
     csrc/bindings/torch_pool.cc

@@ -98,6 +98,13 @@ benches() {
   bench nccl --transport nccl --adapter epcomm,torch --tokens 128,4096
   bench nccl-graph --transport nccl --adapter epcomm,torch --graph --tokens 1,8,32,64,128,256 --cadence separate
   NCCL_P2P_DISABLE=1 bench nccl-p2p-off --transport nccl --adapter epcomm,torch --tokens 128,4096
+  # Small batches through NCCL all the same, and by its other schedules, without and with peer access.
+  local nccl_small=(--transport nccl --graph --tokens 128 --cadence separate)
+  NCCL_P2P_DISABLE=1 bench nccl-graph-p2p-off "${nccl_small[@]}" --adapter epcomm,torch
+  NCCL_P2P_DISABLE=1 bench nccl-graph-p2p-off-grouped "${nccl_small[@]}" --adapter epcomm --transport-option schedule=grouped
+  NCCL_P2P_DISABLE=1 bench nccl-graph-p2p-off-shifted "${nccl_small[@]}" --adapter epcomm --transport-option schedule=shifted
+  bench nccl-graph-small "${nccl_small[@]}" --adapter epcomm --transport-option algorithm=small
+  bench nccl-graph-small-grouped "${nccl_small[@]}" --adapter epcomm --transport-option algorithm=small --transport-option schedule=grouped
 }
 
 for wanted in $STEPS; do

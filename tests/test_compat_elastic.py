@@ -175,7 +175,7 @@ def test_expanded(synced: bool, alignment: int) -> None:
     launcher.pool().run(3, run_expanded, synced, alignment)
 
 
-def run_fp8(group: Any, do_expand: bool, device: str = "cpu") -> None:
+def run_fp8(group: Any, do_expand: bool, later: bool, device: str = "cpu") -> None:
     from epcomm.compat.deep_ep import ElasticBuffer
 
     world = worlds(13, group.size(), [5, 2], TOPK, LOCAL)
@@ -184,14 +184,22 @@ def run_fp8(group: Any, do_expand: bool, device: str = "cpu") -> None:
     tables = [payload(9, r, len(world.idx[r]), 5) for r in range(world.num_ranks)]
     buffer = ElasticBuffer(group, num_max_tokens_per_rank=MOST, use_fp8_dispatch=True)
     pair = (x.to(torch.float8_e4m3fn), torch.from_numpy(tables[rank]).to(device))
-    (q, scales), *_ = buffer.dispatch(
+    stats = torch.arange(LOCAL, dtype=torch.int32, device=device)
+    how: dict[str, Any] = {}
+    if later:
+        how = {"async_with_compute_stream": True, "previous_event": ElasticBuffer.capture()}
+    (q, scales), _, _, _, event = buffer.dispatch(
         pair,
         topk_idx=idx,
         topk_weights=weights,
         num_experts=world.num_experts,
         do_expand=do_expand,
         use_tma_aligned_col_major_sf=True,
+        cumulative_local_expert_recv_stats=stats,
+        **how,
     )
+    event.current_stream_wait()
+    same(stats, np.arange(LOCAL) + world.counts(rank), torch.int32)
     rows = expanded(world, rank, 1)[0] if do_expand else world.rows(rank)
     same(q.bfloat16(), gathered(xs, rows), torch.bfloat16)
     same(scales, gathered(tables, rows), torch.float32)
@@ -199,15 +207,20 @@ def run_fp8(group: Any, do_expand: bool, device: str = "cpu") -> None:
 
 
 @pytest.mark.parametrize("do_expand", [False, True])
-def test_fp8_pairs(do_expand: bool) -> None:
-    launcher.pool().run(2, run_fp8, do_expand)
+@pytest.mark.parametrize("later", [False, True])
+def test_fp8_pairs(do_expand: bool, later: bool) -> None:
+    launcher.pool().run(2, run_fp8, do_expand, later)
 
 
 def run_rest(group: Any) -> None:
     import weakref
 
     import epcomm
-    from epcomm.compat.deep_ep import ElasticBuffer
+    from epcomm.compat.deep_ep import (
+        ElasticBuffer,
+        get_logical_domain_size,
+        get_physical_domain_size,
+    )
 
     hint = ElasticBuffer.get_buffer_size_hint(group, 128, 7168, num_topk=8, use_fp8_dispatch=True)
     assert isinstance(hint, int) and hint > 0
@@ -218,6 +231,7 @@ def run_rest(group: Any) -> None:
     assert isinstance(sms, int) and sms > 0 and isinstance(buffer.get_theoretical_num_qps(sms), int)
     nodes, ranks = buffer.get_physical_domain_size()
     assert nodes * ranks == group.size() and buffer.get_logical_domain_size() == (nodes, ranks)
+    assert get_physical_domain_size(group) == get_logical_domain_size(group) == (nodes, ranks)
     buffer.barrier()
     x, idx = torch.zeros(5, 64, dtype=torch.bfloat16), torch.zeros(5, 1, dtype=torch.int64)
     for call, word in (

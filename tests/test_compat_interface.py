@@ -103,6 +103,8 @@ OTHERS = {
     "num_max_rdma_chunked_recv_tokens=256",
     "EventHandle": "",
     "EventOverlap": "event=None, extra_tensors=None",
+    "get_physical_domain_size": "group",
+    "get_logical_domain_size": "group, allow_hybrid_mode=True",
 }
 
 
@@ -240,6 +242,8 @@ SURFACE = """
     from deep_ep.buffers.legacy import Buffer as b1
     from deep_ep.utils import EventHandle as h2, EventOverlap as o2, check_nvlink_connections
     from deep_ep.utils.event import EventHandle as h3, EventOverlap as o3
+    from deep_ep import get_logical_domain_size, get_physical_domain_size
+    from deep_ep.utils.envs import get_logical_domain_size as l5, get_physical_domain_size as p5
     from deep_ep_cpp import Config as c4, EventHandle as h4, get_low_latency_rdma_size_hint
     from deep_ep_cpp import is_sm90_compiled, topk_idx_t as t4
     import deep_ep.utils.event, torch
@@ -249,6 +253,7 @@ SURFACE = """
     assert EventHandle is h2 and EventHandle is h3 and EventHandle is h4
     assert EventOverlap is o2 and EventOverlap is o3 and Config is c4
     assert topk_idx_t is t4 and t4 is torch.int64
+    assert get_logical_domain_size is l5 and get_physical_domain_size is p5
     assert __version__.startswith("2.1.0")
     assert importlib.util.find_spec("deep_ep") is not None
     assert importlib.util.find_spec("deep_ep_cpp") is not None

@@ -49,6 +49,14 @@ TRANSPORTS = (
         options=(("chunk_tokens", 3),),
     ),
     Transport("nccl", "cuda", marks=(pytest.mark.gpu,), slow_to_make=True),
+    # Where GPUs have peer access the one above does without NCCL: batches are small.
+    Transport(
+        "nccl",
+        "cuda",
+        marks=(pytest.mark.gpu,),
+        slow_to_make=True,
+        options=(("algorithm", "small"),),
+    ),
     Transport("nvlink", "cuda", marks=(pytest.mark.gpu,), slow_to_make=True),
     Transport(
         "nvlink",
@@ -97,7 +105,8 @@ def _grid() -> Iterator[Any]:
             known = dict.fromkeys((*transport.nodes, *MORE_NODES)) if WANTED_RANKS else ()
             sizes = [size for size in known if size[0] in WANTED_RANKS] or transport.nodes
         for i, (num_ranks, ranks_per_node) in enumerate(sizes):
-            name = f"{transport.name}{dict(transport.options).get('path', '')}"
+            options = dict(transport.options)
+            name = f"{transport.name}{options.get('path', options.get('algorithm', ''))}"
             name += "-gpu" if transport.nodes and transport.device == "cuda" else ""
             name += f"-{num_ranks}"
             name += "" if ranks_per_node is None else f"by{ranks_per_node}"

@@ -16,11 +16,14 @@ pytestmark = pytest.mark.gpu
 KINDS = (
     ("nccl", {"algorithm": "static"}),
     ("nccl", {"algorithm": "allgather"}),
+    ("nccl", {"algorithm": "small"}),
+    ("nccl", {"algorithm": "window"}),
     ("nvlink", {"path": "small"}),
     ("nvlink", {"path": "large"}),
 )
-# Transport and max_tokens: 256 takes the path for small batches of nvlink, 600 does not.
-SIZES = (("nccl", 600), ("nvlink", 600), ("nvlink", 256))
+# Transport and max_tokens: 256 takes the path for small batches of nvlink, and of nccl where
+# nothing forbids it the memory of peers; 600 does not.
+SIZES = (("nccl", 600), ("nccl", 256), ("nvlink", 600), ("nvlink", 256))
 TIMEOUT_S = 20.0
 
 
@@ -186,7 +189,7 @@ def run_lost_peer(
         seconds = time.monotonic() - began
         # The CUDA context is usable, and so is a new Buffer over whoever is left.
         assert torch.ones(8, device="cuda").sum().item() == 8
-        return lost.rank, lost.operation, lost.epoch, seconds
+        return lost.rank, lost.operation, lost.epoch, seconds, buf.caps.small_batches
     raise AssertionError("the call went through without a peer")
 
 
@@ -204,11 +207,11 @@ def test_lost_peer(transport: str, max_tokens: int, host_sync: bool, how: signal
         time.sleep(0.2)
         for r in range(size - 1):
             ranks.tell(r)
-        for rank, operation, epoch, seconds in ranks.results(range(size - 1)):
+        for rank, operation, epoch, seconds, small in ranks.results(range(size - 1)):
             assert rank == size - 1
             assert operation in ("route", "dispatch")
             # Three calls before it: a small batch is one kernel, others route first.
-            assert epoch == (4 if transport == "nvlink" and max_tokens <= 256 else 7)
+            assert epoch == (4 if small else 7)
             assert seconds < 4.0
         if how == signal.SIGSTOP:
             os.kill(ranks.pids[-1], signal.SIGCONT)

@@ -60,7 +60,11 @@ def run_cycles(
 
 @pytest.mark.parametrize(
     ("transport", "options", "usual", "full"),
-    [("nvlink", [SMALL, LARGE], 60, 200), ("nccl", [{}], 10, 50)],
+    [
+        ("nvlink", [SMALL, LARGE], 60, 200),
+        ("nccl", [{"algorithm": "small"}], 10, 50),
+        ("nccl", [{"algorithm": "window"}], 10, 50),
+    ],
 )
 def test_buffers_leave_nothing(transport: str, options: Any, usual: int, full: int) -> None:
     size, count = ranks(transport), calls(usual, full)
@@ -122,7 +126,7 @@ def check_killed(
 @pytest.mark.parametrize("delay_s", [0.0, 0.0471, 0.3])
 @pytest.mark.parametrize(
     ("transport", "options", "most"),
-    [("nvlink", LARGE, 600), ("nvlink", SMALL, 256), ("nccl", {}, 600)],
+    [("nvlink", LARGE, 600), ("nvlink", SMALL, 256), ("nccl", {}, 600), ("nccl", {}, 256)],
 )
 def test_killed_between_or_in_calls(
     transport: str, options: dict[str, str], most: int, delay_s: float

@@ -21,6 +21,8 @@ WAYS = (
     {"algorithm": "static", "schedule": "shifted"},
     {"algorithm": "static", "schedule": "gathered"},
     {"algorithm": "small"},
+    {"algorithm": "small", "schedule": "grouped"},
+    {"algorithm": "window"},
     {"algorithm": "allgather"},
 )
 TIMEOUT_S = 20.0

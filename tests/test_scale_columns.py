@@ -8,12 +8,14 @@ import torch
 import launcher
 from simulated import needs_simulator
 
-HIDDEN, EXPERTS, MAX_TOKENS = 640, 6, 45  # more rows than one tile of a kernel
+# More scales than a warp has lanes, and more rows than one tile of a kernel.
+HIDDEN, EXPERTS, MAX_TOKENS = 33 * 128, 6, 45
 LAYOUTS = ("token", "expert", "padded")
 KINDS = ("fp8", "fp8_ue8m0", "nvfp4")
 # Device, and arguments of the Buffer.
 CPU = ("cpu", {"transport": "cpu"})
 LARGE = {"transport": "nvlink", "transport_options": {"path": "large"}}
+NCCL = {"transport": "nccl", "transport_options": {"algorithm": "small"}}
 SMALL = {"transport": "nvlink", "transport_options": {"path": "small"}}
 
 
@@ -111,7 +113,7 @@ def test_on_simulated_gpus(arguments: dict[str, Any], layout: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("arguments", [SMALL, LARGE, {"transport": "nccl"}])
+@pytest.mark.parametrize("arguments", [SMALL, LARGE, NCCL])
 def test_on_gpus(arguments: dict[str, Any], layout: str) -> None:
     pool = launcher.pool("cuda")
     pool.run(min(pool.size, 4), run_columns, arguments, "cuda", layout)

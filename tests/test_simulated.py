@@ -1,6 +1,7 @@
 """The GPU transports on simulated devices: the conformance cases, without a GPU."""
 
 import itertools
+import os
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ pytestmark = needs_simulator
 
 
 # Every format and every number of ranks, not each with each: a simulated GPU is slow. "card" is
-# rdma, over a simulated network card.
+# rdma, over a simulated network card; "window" nccl, through the peers' windows.
 GRID = [
     ("large", 1, "bf16"),
     ("large", 2, "fp32"),
@@ -35,11 +36,16 @@ GRID = [
     ("card", 2, "packed"),
     ("card", 2, "quant_fp8"),
     ("card", 3, "fp16"),
+    ("window", 3, "packed"),
 ]
 
 
 def transport_of(path: str) -> Transport:
-    return Transport("rdma") if path == "card" else Transport("nvlink", options=(("path", path),))
+    if path == "card":
+        return Transport("rdma")
+    if path == "window":
+        return Transport("nccl", options=(("algorithm", "window"),))
+    return Transport("nvlink", options=(("path", path),))
 
 
 @pytest.mark.parametrize(("path", "num_ranks", "fmt"), GRID)
@@ -69,17 +75,27 @@ def test_nodes(num_ranks: int, ranks_per_node: int, fmt: str) -> None:
 NCCL_GRID = [
     ((), 2, "fp8"),
     ((("chunks", 3),), 3, "fp8"),
+    ((("algorithm", "small"), ("schedule", "shifted")), 3, "bf16"),
     ((("algorithm", "static"), ("schedule", "gathered")), 2, "packed"),
     ((("algorithm", "static"),), 4, "bf16"),
     ((("algorithm", "allgather"),), 3, "fp32"),
 ]
 
 
+def run_nccl_cases(group: Any, *args: Any) -> int:
+    """Small batches, too, go through NCCL."""
+    os.environ["NCCL_P2P_DISABLE"] = "1"
+    try:
+        return run_cases(group, *args)
+    finally:
+        del os.environ["NCCL_P2P_DISABLE"]
+
+
 @pytest.mark.parametrize(("options", "num_ranks", "fmt"), NCCL_GRID)
 def test_nccl(options: tuple[tuple[str, Any], ...], num_ranks: int, fmt: str) -> None:
     pool = launcher.pool("simulated")
-    transport = Transport("nccl", options=options)
-    done = pool.run(num_ranks, run_cases, transport, None, LAYOUTS, FORMATS[fmt], timeout=300.0)
+    args = (Transport("nccl", options=options), None, LAYOUTS, FORMATS[fmt])
+    done = pool.run(num_ranks, run_nccl_cases, *args, timeout=300.0)
     assert done == [len(CASES)] * num_ranks
 
 
@@ -143,7 +159,7 @@ def test_quantised_halves(path: str) -> None:
     launcher.pool("simulated").run(2, run_quantised_halves, path)
 
 
-@pytest.mark.parametrize("path", ["small", "card"])
+@pytest.mark.parametrize("path", ["small", "card", "window"])
 def test_halves(path: str) -> None:
     launcher.pool("simulated").run(3, run_halves, path)
 
@@ -257,7 +273,9 @@ def bits_of(recv: Any) -> list[torch.Tensor]:
     return [torch.empty(p.shape, dtype=p.dtype).copy_(p).view(torch.uint8) for p in parts]
 
 
-@pytest.mark.parametrize(("path", "num_ranks"), [("small", 1), ("small", 3), ("card", 2)])
+@pytest.mark.parametrize(
+    ("path", "num_ranks"), [("small", 1), ("small", 3), ("card", 2), ("window", 2)]
+)
 def test_small_batches_ahead_of_counts(path: str, num_ranks: int) -> None:
     launcher.pool("simulated").run(num_ranks, run_small_ahead, path)
 

@@ -19,9 +19,13 @@ from pathlib import Path
 
 CUDA = ("cuda*.h", "cooperative_groups.h", "cooperative_groups/*", "cuda/*")
 RUNTIME = ("cuda_runtime_api.h",)
-# error.h for the functions that launch: a launch that fails throws. quant.h: the row kernels of
-# quantisation are public.
-KERNELS = ("epcomm/types.h", "epcomm/error.h", "epcomm/quant.h", "kernels/*")
+# error.h for the functions that launch: a launch that fails throws. quant.h and dispatch_layout.h:
+# what these kernels do is public.
+KERNELS = (
+    *("epcomm/types.h", "epcomm/error.h"),
+    *("epcomm/quant.h", "epcomm/dispatch_layout.h"),
+    "kernels/*",
+)
 # POSIX and Linux headers; the standard library's own have neither a slash nor a ".h".
 SYSTEM = ("*/*.h", "*.h")
 

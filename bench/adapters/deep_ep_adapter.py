@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from adapters.base import Adapter, Operation, Options, Unavailable, captured
+from adapters.base import Adapter, Operation, Options, Unavailable, captured, spoil
 from workload import Placement, Workload, source_factor
 
 DEFAULT_NUM_SMS = 24  # what DeepEP's own tests use between the GPUs of one node
@@ -124,12 +124,12 @@ class DeepEpAdapter(Adapter):
         def wrong_dispatch(result: tuple) -> int:
             x, scales = result[0] if workload.num_scales else (result[0], None)
             wrong = workload.wrong_received(x, scales, workload.received)
-            _spoil(x, scales)
+            spoil(x, scales)
             return wrong
 
         def wrong_combine(result: tuple) -> int:
             wrong = workload.wrong_elements(result[0], workload.combined())
-            _spoil(result[0])
+            spoil(result[0])
             return wrong
 
         def replay() -> tuple:
@@ -194,22 +194,22 @@ class DeepEpAdapter(Adapter):
             if quant:
                 # Scales lie column-major: [experts, rows, groups] by their strides.
                 wrong = workload.wrong_quantised(*result[0], None, at)
-                _spoil(*result[0])
+                spoil(*result[0])
             else:
                 got = result[0].reshape(-1, shape[-1])[at.positions]
                 wrong = workload.wrong_elements(got, workload.rows(at.ids, torch.bfloat16))
-                _spoil(result[0])
+                spoil(result[0])
             return wrong + self._wrong_ids(at)
 
         def wrong_combine(result: tuple) -> int:
             wrong = workload.wrong_elements(result[0], workload.combined())
-            _spoil(result[0])
+            spoil(result[0])
             return wrong
 
         def wrong_pair(result: tuple) -> int:
             experts = (workload.topk_idx >= 0).sum(1, keepdim=True).to(torch.bfloat16)
             wrong = workload.wrong_elements(result[0], experts.expand_as(result[0]))
-            _spoil(result[0])
+            spoil(result[0])
             return wrong
 
         if "eager" in self._launches:
@@ -248,10 +248,3 @@ class DeepEpAdapter(Adapter):
             for p in (at, expected)
         )
         return len(got ^ want)
-
-
-def _spoil(*tensors: torch.Tensor | None) -> None:
-    """Overwrites what was compared: the next call may get this memory, and must write it again."""
-    for tensor in tensors:
-        if tensor is not None:  # 0xff: NaN in every float format
-            tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).fill_(0xFF)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from adapters.base import Adapter, Operation, Options, Unavailable, captured
+from adapters.base import Adapter, Operation, Options, Unavailable, captured, spoil
 from overlap import Started
 from workload import Workload
 
@@ -124,9 +124,7 @@ class EpcommAdapter(Adapter):
             wrong = self._workload.wrong_quantised(x, scales, recv.global_scale, at)
         else:
             wrong = self._workload.wrong_received(x, scales, at)
-        for rows in (x, scales):
-            if rows is not None:  # the next call may get this memory, and must write it again
-                rows.view(torch.uint8).fill_(0xFF)
+        spoil(x, scales)
         return wrong
 
     def _wrong_dispatch(self, recv: Any) -> int:
@@ -153,11 +151,13 @@ class _Calls:
         self._host_sync = host_sync
         self._sent_weights: torch.Tensor | None = workload.topk_weights
         self._sum_weights: torch.Tensor | None = None
+        self.quant: dict[str, Any] = {"quant": workload.config.quant}
         if options.like_deep_ep and workload.config.layout == "padded":
             self._sent_weights, self._sum_weights = None, torch.ones_like(workload.topk_weights)
+            if workload.config.quant:
+                self.quant["scale_layout"] = "column"
         x = workload.x
         self.payload = x if workload.scales is None else (x, workload.scales)
-        self.quant = {"quant": workload.config.quant}
         first = self.fresh()
         self.plan = first.plan
         # Experts that write into memory of the Buffer, and experts that know nothing of it.
@@ -165,10 +165,11 @@ class _Calls:
         shape = (*rows.shape[:-1], workload.config.hidden)
         self._elsewhere = workload.expert_output(torch.Size(shape))
         self.expert_output = self._elsewhere
+        self.out: torch.Tensor | None = None  # as made by the call
         if not options.like_deep_ep:
             self.expert_output = buffer.combine_input(self.plan, self._elsewhere.dtype)
             self.expert_output.copy_(self._elsewhere)
-        self.out = torch.full_like(workload.combined(), float("nan"))
+            self.out = torch.full_like(workload.combined(), float("nan"))
 
     def fresh(self) -> Any:
         return self._buffer.dispatch(

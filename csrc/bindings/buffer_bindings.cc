@@ -204,6 +204,8 @@ BufferOptions make_options(const py::kwargs& kwargs) {
   o.timeout_s = kwargs["timeout"].cast<double>();
   o.window_bytes = kwargs["window_bytes"].cast<size_t>();
   o.transport_options = kwargs["transport_options"].cast<std::map<std::string, std::string>>();
+  o.refuses_peer_memory = kwargs["refuses_peer_memory"].cast<std::string>();
+  o.host = kwargs["host"].cast<std::string>();
   return o;
 }
 
@@ -256,6 +258,7 @@ void bind_buffer(py::module_& m) {
       .def_property_readonly("id", &Buffer::id)
       .def_property_readonly("caps", &Buffer::caps)
       .def_property_readonly("transport", &Buffer::transport)
+      .def_property_readonly("choice", &Buffer::choice)
       .def_property_readonly("local_experts", &Buffer::local_experts)
       .def_property_readonly("max_recv_tokens", &Buffer::max_recv_tokens)
       .def("check_usable", &Buffer::check_usable)

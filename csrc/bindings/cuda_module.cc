@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "bindings/buffer_bindings.h"
+#include "bindings/layout_bindings.h"
 #include "bindings/py_bootstrap.h"
 #include "bindings/quant_bindings.h"
 #include "bindings/torch_pool.h"
@@ -97,6 +98,7 @@ PYBIND11_MODULE(_cuda, m) {
   epcomm::bind_torch_pool(m);
   epcomm::bind_quant(
       m, {&epcomm::quantize_cuda, &epcomm::dequantize_cuda, &epcomm::global_scale_cuda});
+  epcomm::bind_dispatch_layout(m);
   bind_peer_access(m);
   bind_symmetric_memory(m);
 }

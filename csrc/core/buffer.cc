@@ -273,6 +273,7 @@ uint64_t Buffer::id() const { return state_->id; }
 const Config& Buffer::config() const { return state_->options.config; }
 const Caps& Buffer::caps() const { return state_->caps; }
 const std::string& Buffer::transport() const { return state_->options.transport; }
+std::string Buffer::choice() const { return state_->usable().choice(); }
 int Buffer::local_experts() const { return state_->experts.local_experts(rank()); }
 int Buffer::max_local_experts() const { return state_->experts.max_local_experts(); }
 

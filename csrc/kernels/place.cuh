@@ -60,19 +60,60 @@ __device__ __forceinline__ void place_scale_word(const PlaceArgs& args, int32_t 
   for (int b = 0; b < 4 && w * 4 + b < scale_bytes; ++b) at[b] = static_cast<char>(word >> 8 * b);
 }
 
-/// The scales at from to the rows of the lanes in firsts; lane k holds slot k's row.
-__device__ __forceinline__ void place_scales(const PlaceArgs& args, const char* from, int32_t row,
-                                             uint32_t firsts) {
-  while (firsts != 0) {
-    const int32_t to = __shfl_sync(kFullWarp, row, take_lowest(firsts));
-    if (args.scale_column_bytes == 0) {
-      copy_bytes(args.recv_scales + int64_t{to} * args.rows.scale_bytes, from,
-                 args.rows.scale_bytes);
-      continue;
+/// Copies `count` words to every row of the lanes `targets`; lane k holds slot k's row. Word u of
+/// row `to` goes to where(to, u). They are loaded once, before any is stored: else each row would
+/// wait for them anew.
+template <class Word, class Where>
+__device__ __forceinline__ void spread_words(const char* from, int count, int32_t row,
+                                             uint32_t targets, Where where) {
+  constexpr int kWords = sizeof(Word) < sizeof(uint4) ? 2 : 1;  // of a lane at a time
+  for (int begin = 0; begin < count; begin += kWords * kWarpSize) {
+    Word words[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i)
+      if (const int u = begin + i * kWarpSize + lane_index(); u < count)
+        words[i] = reinterpret_cast<const Word*>(from)[u];
+    for (uint32_t rest = targets; rest != 0;) {
+      const int32_t to = __shfl_sync(kFullWarp, row, take_lowest(rest));
+#pragma unroll
+      for (int i = 0; i < kWords; ++i)
+        if (const int u = begin + i * kWarpSize + lane_index(); u < count) {
+          if constexpr (sizeof(Word) == sizeof(uint4))
+            store_streaming(where(to, u), words[i]);
+          else
+            *where(to, u) = words[i];
+        }
     }
-    for (int w = lane_index(); w < args.rows.scale_bytes / 4; w += kWarpSize)
-      place_scale_word(args, to, w, reinterpret_cast<const uint32_t*>(from)[w]);
   }
+}
+
+/// Copies the scales of a row to the rows of the target lanes, or to their places in columns.
+__device__ __forceinline__ void place_scales(const PlaceArgs& args, const char* from, int32_t row,
+                                             uint32_t targets) {
+  const int bytes = args.rows.scale_bytes;
+  if (args.scale_column_bytes != 0) {
+    const int units = bytes / 4;
+    return spread_words<uint32_t>(from, units, row, targets, [&](int32_t to, int u) {
+      const int32_t group = to / args.group_rows;
+      return reinterpret_cast<uint32_t*>(args.recv_scales +
+                                         (int64_t{group} * units + u) * args.scale_column_bytes +
+                                         int64_t{to - group * args.group_rows} * 4);
+    });
+  }
+  auto in_rows = [&]<class Word>(Word) {
+    constexpr int kSize = sizeof(Word);
+    spread_words<Word>(from, bytes / kSize, row, targets, [&](int32_t to, int u) {
+      return reinterpret_cast<Word*>(args.recv_scales + int64_t{to} * bytes + u * kSize);
+    });
+  };
+  const uintptr_t bits = reinterpret_cast<uintptr_t>(args.recv_scales) |
+                         reinterpret_cast<uintptr_t>(from) | static_cast<uintptr_t>(bytes);
+  if (bits % sizeof(uint4) == 0)
+    in_rows(uint4{});
+  else if (bits % sizeof(uint32_t) == 0)
+    in_rows(uint32_t{});
+  else
+    in_rows(uint8_t{});
 }
 
 /// Copies a job's part of a row to the distinct rows that carry the token; lane k holds slot k's

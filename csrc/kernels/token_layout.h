@@ -241,6 +241,8 @@ struct SmallLayout {
   size_t outbox;                       ///< see outbox_row
   size_t end;
   size_t row_bytes;  ///< of a staged row, its scales included
+  size_t slots_step,
+      rows_step;  ///< from the ids (or weights), and the rows, of a source to the next's
   int32_t num_ranks, max_tokens, topk;
 
   /// From offset `begin` on; widest_row is a multiple of kRowAlignment. puts: with an outbox.
@@ -250,10 +252,23 @@ struct SmallLayout {
     const size_t ranks = static_cast<size_t>(num_ranks), tokens = static_cast<size_t>(max_tokens);
     signals = align_up(begin, kBlockAlignment);
     ids = align_up(signals + ranks * kSignals * sizeof(uint64_t), kBlockAlignment);
-    weights = ids + 2 * ranks * slots_bytes();
-    rows = weights + 2 * ranks * slots_bytes();
-    outbox = rows + 2 * ranks * tokens * row_bytes;
-    end = outbox + (puts ? ranks * tokens * row_bytes : 0);
+    slots_step = slots_bytes();
+    rows_step = tokens * row_bytes;
+    weights = ids + 2 * ranks * slots_step;
+    rows = weights + 2 * ranks * slots_step;
+    outbox = rows + 2 * ranks * rows_step;
+    end = outbox + (puts ? ranks * rows_step : 0);
+  }
+  /// For epoch 0 alone, and without signals: what is from one source lies together, in rows_step
+  /// bytes from source_ids on, so that one all-gather moves it.
+  static SmallLayout gathered(const Dims& d, int max_tokens, size_t widest_row) {
+    SmallLayout all(d, max_tokens, widest_row, 0);
+    all.signals = all.ids = 0;
+    all.weights = all.slots_bytes();
+    all.rows = 2 * all.weights;
+    all.slots_step = all.rows_step = align_up(all.rows + all.rows_step, kBlockAlignment);
+    all.outbox = all.end = static_cast<size_t>(d.num_ranks) * all.rows_step;
+    return all;
   }
   /// uint64: epoch of the last call in which the rows of this signal were stored by source.
   EPCOMM_HOST_DEVICE size_t signal(int source, int i) const {
@@ -262,17 +277,16 @@ struct SmallLayout {
   }
   /// TaggedWord [max_tokens, K]: expert ids of source's tokens; -1 = none.
   EPCOMM_HOST_DEVICE size_t source_ids(int source, uint64_t epoch) const {
-    return ids + slot(source, epoch) * slots_bytes();
+    return ids + slot(source, epoch) * slots_step;
   }
   /// TaggedWord [T, K]: weights of source's tokens, fp32.
   EPCOMM_HOST_DEVICE size_t source_weights(int source, uint64_t epoch) const {
-    return weights + slot(source, epoch) * slots_bytes();
+    return weights + slot(source, epoch) * slots_step;
   }
   /// Dispatch: token t of source, then its scales. Combine: the partial row of source for this
   /// rank's token t.
   EPCOMM_HOST_DEVICE size_t row(int source, uint64_t epoch, int64_t t) const {
-    return rows + (slot(source, epoch) * static_cast<size_t>(max_tokens) + static_cast<size_t>(t)) *
-                      row_bytes;
+    return rows + slot(source, epoch) * rows_step + static_cast<size_t>(t) * row_bytes;
   }
   /// Combine, where the link puts: the partial row for the i-th token that this rank has received
   /// from rank owner, before it is put.

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/checks.h"
+#include "transport/gpu_window.h"
 
 namespace epcomm {
 namespace {
@@ -52,6 +53,13 @@ SmallLayout small_layout(const TransportContext& context, size_t begin, bool put
   // Floats per slot (CombineArgs::by_token) can be wider than very short rows.
   const size_t slots = align_up(static_cast<size_t>(config.topk), 4) * sizeof(float);
   return {gpu_dims(context), config.max_tokens, std::max(widest_row(config), slots), begin, puts};
+}
+
+LinkWindows peer_windows(const std::shared_ptr<GpuWindow>& window, int num_ranks) {
+  LinkWindows windows;
+  for (int r = 0; r < num_ranks; ++r) windows.window[r] = window->peer(r);
+  windows.owner = window;
+  return windows;
 }
 
 void describe_plan(LinkEntry& entry, const Plan& plan) {

@@ -22,6 +22,8 @@
 
 namespace epcomm {
 
+class GpuWindow;
+
 /// Sizes of this rank for the Buffer's topk.
 Dims gpu_dims(const TransportContext& context);
 /// Bytes of a row of the Buffer's hidden and dtype.
@@ -45,6 +47,8 @@ struct LinkWindows {
   int32_t pe[kMaxLinkRanks] = {};
   std::shared_ptr<void> owner;
 };
+/// Those of a window that all GPUs have mapped.
+LinkWindows peer_windows(const std::shared_ptr<GpuWindow>& window, int num_ranks);
 
 class GpuLinkTransport : public Transport {
  public:

@@ -18,6 +18,9 @@ constexpr int kSmallSms = 65;
 
 std::string why_not_small(const TransportContext& context) {
   const Config& config = context.options.config;
+  if (context.bootstrap.size() > kMaxLinkRanks)
+    return "this group has " + std::to_string(context.bootstrap.size()) +
+           " ranks; expected at most " + std::to_string(kMaxLinkRanks);
   if (config.max_tokens > kTileTokens)
     return "max_tokens is " + std::to_string(config.max_tokens) + "; expected at most " +
            std::to_string(kTileTokens);

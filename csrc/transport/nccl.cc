@@ -4,12 +4,14 @@
 #include <algorithm>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/checks.h"
 #include "kernels/small.h"
 #include "transport/gpu_link_transport.h"
 #include "transport/nccl_transport.h"
+#include "transport/nccl_window.h"
 
 namespace epcomm {
 namespace {
@@ -31,25 +33,25 @@ int parse_number(const std::string& value, int most, const InvalidArgument& refu
   return n;
 }
 
-NcclOptions parse(const std::map<std::string, std::string>& given) {
+NcclOptions parse(const std::map<std::string, std::string>& given, int num_ranks) {
   NcclOptions o;
   for (const auto& [name, value] : given) {
     auto refuse = [&, n = name, v = value](const char* expected) {
       return InvalidArgument("transport_options['" + n + "'] is '" + v + "'; expected " + expected);
     };
     if (name == "algorithm") {
-      const std::map<std::string, NcclAlgorithm> known = {{"auto", NcclAlgorithm::kAuto},
-                                                          {"exact", NcclAlgorithm::kExact},
-                                                          {"static", NcclAlgorithm::kStatic},
-                                                          {"small", NcclAlgorithm::kSmall},
-                                                          {"allgather", NcclAlgorithm::kAllGather}};
-      if (!known.contains(value)) throw refuse("auto, exact, static, small or allgather");
+      const std::map<std::string, NcclAlgorithm> known = {
+          {"auto", NcclAlgorithm::kAuto},           {"exact", NcclAlgorithm::kExact},
+          {"static", NcclAlgorithm::kStatic},       {"small", NcclAlgorithm::kSmall},
+          {"allgather", NcclAlgorithm::kAllGather}, {"window", NcclAlgorithm::kWindow}};
+      if (!known.contains(value)) throw refuse("auto, exact, static, small, allgather or window");
       o.algorithm = known.at(value);
     } else if (name == "schedule") {
-      const std::map<std::string, Schedule> known = {{"grouped", Schedule::kGrouped},
+      const std::map<std::string, Schedule> known = {{"auto", Schedule::kAuto},
+                                                     {"grouped", Schedule::kGrouped},
                                                      {"shifted", Schedule::kShifted},
                                                      {"gathered", Schedule::kGathered}};
-      if (!known.contains(value)) throw refuse("grouped, shifted or gathered");
+      if (!known.contains(value)) throw refuse("auto, grouped, shifted or gathered");
       o.schedule = known.at(value);
     } else if (name == "chunks") {
       o.chunks = value == "auto" ? 0 : parse_number(value, kMaxChunks, refuse("auto or 1 to 8"));
@@ -59,45 +61,44 @@ NcclOptions parse(const std::map<std::string, std::string>& given) {
       throw refuse("one of the options algorithm, schedule, chunks and ctas");
     }
   }
+  EPCOMM_CHECK(
+      o.schedule != Schedule::kGathered || num_ranks == 2,
+      "transport_options['schedule'] is 'gathered', which is for 2 ranks; this group has " +
+          std::to_string(num_ranks) + ": expected auto, grouped or shifted");
   return o;
 }
 
-bool takes_small(const TransportContext& context, const NcclOptions& options) {
-  if (options.algorithm != NcclAlgorithm::kAuto && options.algorithm != NcclAlgorithm::kSmall)
-    return false;
-  std::string why_not = why_not_small(context);
-  if (why_not.empty() && context.bootstrap.size() > kMaxLinkRanks)
-    why_not = "this group has " + std::to_string(context.bootstrap.size()) +
-              " ranks; expected at most " + std::to_string(kMaxLinkRanks);
-  EPCOMM_CHECK(why_not.empty() || options.algorithm == NcclAlgorithm::kAuto,
-               "transport_options['algorithm'] is 'small', but " + why_not);
-  return why_not.empty();
+// Throws InvalidArgument if the algorithm was asked for by its name and cannot be.
+bool takes(NcclAlgorithm algorithm, const char* name, const NcclOptions& options,
+           const std::string& why_not) {
+  EPCOMM_CHECK(why_not.empty() || options.algorithm != algorithm,
+               std::string("transport_options['algorithm'] is '") + name + "', but " + why_not);
+  return why_not.empty() &&
+         (options.algorithm == algorithm || options.algorithm == NcclAlgorithm::kAuto);
 }
 
 }  // namespace
 
-NcclTransport::NcclTransport(const TransportContext& context)
+NcclTransport::NcclTransport(const TransportContext& context, const NcclOptions& options,
+                             std::string choice)
     : config_(context.options.config),
       experts_(context.experts),
       rank_(context.bootstrap.rank()),
       num_ranks_(context.bootstrap.size()),
-      options_(parse(context.options.transport_options)),
+      options_(options),
+      choice_(std::move(choice)),
       dims_{num_ranks_, config_.num_experts, experts_.local_experts(rank_), config_.topk},
       timeout_s_(context.options.timeout_s),
       widest_row_(static_cast<size_t>(config_.hidden) *
                       static_cast<size_t>(dtype_bytes(config_.dtype)) +
                   MetaLayout(config_.topk).record_bytes + kBlockAlignment),
       chunks_(options_.chunks),
-      small_(takes_small(context, options_)),
+      small_(takes(NcclAlgorithm::kSmall, "small", options_, why_not_small(context))),
       route_(config_, experts_, rank_, num_ranks_),
       comm_(context.bootstrap, context.options.timeout_s, options_.ctas),
       watchdog_(
           context.bootstrap, context.options.timeout_s, [this] { comm_.abort(); },
           [this] { return comm_.failed(); }) {
-  EPCOMM_CHECK(
-      options_.schedule != Schedule::kGathered || num_ranks_ == 2,
-      "transport_options['schedule'] is 'gathered', which is for 2 ranks; this group has " +
-          std::to_string(num_ranks_) + ": expected grouped or shifted");
   const size_t ranks = static_cast<size_t>(num_ranks_),
                tokens = static_cast<size_t>(config_.max_tokens);
   weights_ = DeviceMemory((ranks + 1) * tokens * static_cast<size_t>(config_.topk) * sizeof(float));
@@ -110,8 +111,8 @@ NcclTransport::NcclTransport(const TransportContext& context)
   send_ = DeviceMemory((ranks * tokens + 1) * row);
   stage_ = DeviceMemory((ranks * tokens + 1) * row);
   if (small_)
-    gathered_ =
-        DeviceMemory(SmallLayout(dims_, config_.max_tokens, align_up(widest_row_, 16), 0).end);
+    gathered_ = DeviceMemory(
+        SmallLayout::gathered(dims_, config_.max_tokens, align_up(widest_row_, 16)).end);
   // From what all ranks know alike.
   const size_t batch_bytes = tokens * static_cast<size_t>(config_.hidden) *
                              static_cast<size_t>(dtype_bytes(config_.dtype));
@@ -176,7 +177,19 @@ std::unique_ptr<Transport> make_nccl_transport(const TransportContext& context) 
   EPCOMM_CHECK(context.bootstrap.size() <= kMaxPackRanks,
                "the nccl transport takes at most " + std::to_string(kMaxPackRanks) +
                    " ranks; this group has " + std::to_string(context.bootstrap.size()));
-  return std::make_unique<NcclTransport>(context);
+  const NcclOptions options = parse(context.options.transport_options, context.bootstrap.size());
+  const bool decides = options.algorithm == NcclAlgorithm::kAuto;
+  std::string why_not;
+  if (decides || options.algorithm == NcclAlgorithm::kWindow) {
+    why_not = why_no_window(context);
+    if (takes(NcclAlgorithm::kWindow, "window", options, why_not))
+      return make_nccl_window_transport(
+          context, decides ? "algorithm window, because every GPU of the group can address every "
+                             "other; NCCL is not used"
+                           : "");
+  }
+  return std::make_unique<NcclTransport>(
+      context, options, decides ? "rows go through NCCL, not window, because " + why_not : "");
 }
 
 }  // namespace epcomm

@@ -145,13 +145,6 @@ void NcclComm::all_gather(const void* send, void* recv, size_t bytes, cudaStream
   EPCOMM_NCCL_TRY(api_.AllGather(send, recv, bytes, ncclUint8, comm_, stream));
 }
 
-void NcclComm::all_gather_in_place(const std::vector<Gathered>& arrays, cudaStream_t stream) {
-  Group group(api_);
-  for (const Gathered& a : arrays)
-    all_gather(a.data + static_cast<size_t>(rank_) * a.bytes, a.data, a.bytes, stream);
-  group.end();
-}
-
 void NcclComm::reduce_scatter(const float* send, float* recv, size_t count, cudaStream_t stream) {
   EPCOMM_NCCL_TRY(api_.ReduceScatter(send, recv, count, ncclFloat32, ncclSum, comm_, stream));
 }

@@ -16,6 +16,7 @@ namespace epcomm {
 
 /// Order of the messages of an exchange.
 enum class Schedule {
+  kAuto,     ///< of a batch that all ranks get whole: one all-gather; else as kGrouped
   kGrouped,  ///< all peers at once
   kShifted,  ///< rounds i = 1..R-1 in which rank r sends to r + i and receives from r - i only
   kGathered  ///< of two ranks with as many bytes each: one all-gather
@@ -43,15 +44,8 @@ class NcclComm {
 
   /// Messages to and from other ranks; several to one peer keep their order.
   void exchange(const std::vector<Message>& messages, Schedule schedule, cudaStream_t stream);
-  /// recv[r * bytes, ...) = rank r's send.
+  /// recv[r * bytes, ...) = rank r's send, which may lie there already.
   void all_gather(const void* send, void* recv, size_t bytes, cudaStream_t stream);
-  /// [num_ranks][bytes] at data, of which this rank has filled its own.
-  struct Gathered {
-    char* data;
-    size_t bytes;
-  };
-  /// Fills the pieces of the other ranks; all arrays in one operation.
-  void all_gather_in_place(const std::vector<Gathered>& arrays, cudaStream_t stream);
   /// recv = sum over ranks of their block for this rank, fp32. The order of the sum is NCCL's.
   void reduce_scatter(const float* send, float* recv, size_t count, cudaStream_t stream);
   /// True once NCCL has met an error that no call has reported.

@@ -20,7 +20,10 @@
 // first dispatched: expert ids and rows go together, one all-gather, and every rank routes for all
 // (nccl_small.cc). Replays and combines as static. Can be captured.
 //
-// auto: exact where the host knows the counts, else small, or static where batches are larger.
+// window: no NCCL at all; a transport of its own (nccl_window.h).
+//
+// auto: window where it can be; else exact where the host knows the counts, else small, or static
+// where batches are larger.
 // docs/nccl.md has the measurements.
 //
 // Memory, made with the Buffer: send_ and stage_ hold max_tokens rows per rank each (for allgather
@@ -41,11 +44,11 @@
 
 namespace epcomm {
 
-enum class NcclAlgorithm { kAuto, kExact, kStatic, kSmall, kAllGather };
+enum class NcclAlgorithm { kAuto, kExact, kStatic, kSmall, kAllGather, kWindow };
 
 struct NcclOptions {
   NcclAlgorithm algorithm = NcclAlgorithm::kAuto;
-  Schedule schedule = Schedule::kGrouped;
+  Schedule schedule = Schedule::kAuto;
   int chunks = 0;  // 0: from bytes
   int ctas = 0;    // 0: NCCL's choice
 };
@@ -81,10 +84,12 @@ struct PlanCounts {
 
 class NcclTransport final : public Transport {
  public:
-  explicit NcclTransport(const TransportContext& context);
+  /// Collective. choice: see Buffer::choice.
+  NcclTransport(const TransportContext& context, const NcclOptions& options, std::string choice);
   ~NcclTransport() override;
 
   const Caps& caps() const override { return caps_; }
+  std::string choice() const override { return choice_; }
   RouteResult route(const RouteArgs& args) override;
   void dispatch(const Plan& plan, const DispatchArgs& args) override;
   void combine(const Plan& plan, const CombineArgs& args) override;
@@ -192,6 +197,8 @@ class NcclTransport final : public Transport {
   void exchange_blocks(size_t block, cudaStream_t stream);
   RouteResult route_small(const RouteArgs& args);
   void dispatch_small(const Plan& plan, const DispatchArgs& args, const Call& call);
+  // Block r of gathered_ is rank r's, for all ranks.
+  void exchange_batches(size_t block, cudaStream_t stream);
   PartialArgs partial_args(const Plan& plan, const CombineArgs& args, const Call& call);
   SumArgs sum_args(const Plan& plan, const CombineArgs& args) const;
   void combine_exact(const Plan& plan, const CombineArgs& args, const Call& call);
@@ -202,6 +209,7 @@ class NcclTransport final : public Transport {
   const ExpertMap& experts_;
   int rank_, num_ranks_;
   NcclOptions options_;
+  std::string choice_;
   Dims dims_;
   Caps caps_;
   double timeout_s_;

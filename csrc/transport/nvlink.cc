@@ -13,13 +13,6 @@ namespace {
 
 constexpr size_t kPage = 4096;
 
-LinkWindows windows_of(const std::shared_ptr<GpuWindow>& window, int num_ranks) {
-  LinkWindows windows;
-  for (int r = 0; r < num_ranks; ++r) windows.window[r] = window->peer(r);
-  windows.owner = window;
-  return windows;
-}
-
 }  // namespace
 
 bool takes_small_path(const TransportContext& context) {
@@ -60,7 +53,7 @@ NvlinkLayout::NvlinkLayout(const TransportContext& context, const ControlLayout&
 NvlinkTransport::NvlinkTransport(const TransportContext& context, const ControlLayout& control,
                                  const NvlinkLayout& layout, bool takes_small,
                                  std::shared_ptr<GpuWindow> window)
-    : GpuLinkTransport(context, peer_link_kernels(), windows_of(window, context.bootstrap.size()),
+    : GpuLinkTransport(context, peer_link_kernels(), peer_windows(window, context.bootstrap.size()),
                        control, layout.small, takes_small),
       layout_(layout),
       window_(std::move(window)),

@@ -26,6 +26,8 @@ class Transport {
  public:
   virtual ~Transport() = default;
   virtual const Caps& caps() const = 0;
+  /// As Buffer::choice.
+  virtual std::string choice() const { return ""; }
   /// Fills plan.view's send block and, where the host waits for it, the result.
   virtual RouteResult route(const RouteArgs& args) = 0;
   virtual void dispatch(const Plan& plan, const DispatchArgs& args) = 0;

@@ -67,6 +67,9 @@ class Buffer {
   const Config& config() const;
   const Caps& caps() const;
   const std::string& transport() const;
+  /// Which of its ways the transport took by itself when it was made, and why, for the log; empty =
+  /// there was nothing to choose.
+  std::string choice() const;
   int local_experts() const;      ///< experts that this rank owns
   int max_local_experts() const;  ///< most experts that any rank owns
 

@@ -126,6 +126,11 @@ struct BufferOptions {
   size_t window_bytes = 0;  ///< memory for what calls return; 0 = sized from config
   /// Choices that only one transport knows, by name; each transport documents and checks its own.
   std::map<std::string, std::string> transport_options;
+  // What the environment of a rank says to transports that have a choice (nccl). Ranks may differ.
+  /// Why this rank shall not use the memory of peers' GPUs; empty = it may.
+  std::string refuses_peer_memory;
+  /// Names the host that this rank counts as being on; empty = the machine that it runs on.
+  std::string host;
 };
 
 /// What a transport can do. Buffer refuses by it, tests skip by it.

@@ -205,6 +205,8 @@ class Buffer:
         ranks_per_node: int,
         timeout: float,
         window_bytes: int,
+        refuses_peer_memory: str,
+        host: str,
         transport_options: dict[str, str],
     ) -> None: ...
     @property
@@ -217,6 +219,8 @@ class Buffer:
     def caps(self) -> Caps: ...
     @property
     def transport(self) -> str: ...
+    @property
+    def choice(self) -> str: ...
     @property
     def local_experts(self) -> int: ...
     @property

@@ -66,7 +66,8 @@ class Buffer:
             "chunks" and "ctas" (docs/nccl.md); hierarchical: "chunk_tokens", and on GPUs "network"
             (docs/hierarchical.md);
             nvlink: "path" = "auto", "small" or "large" (docs/nvlink.md, "Small batches";
-            `caps.small_batches` says which was taken); rdma: "network" (docs/rdma.md).
+            `caps.small_batches` says which was taken, also of nccl: docs/nccl.md, "Through the
+            peers' windows"); rdma: "network" (docs/rdma.md).
         statistics: count received tokens and the longest waits, for `statistics()`. Ranks may
             differ. None = as EPCOMM_STATISTICS says, else False.
         comm_stream: of asynchronous calls on a GPU; None = a stream of the Buffer's own.
@@ -322,7 +323,8 @@ class Buffer:
             quant: "fp8": every partial, in fp32 and not rounded to the dtype of x, crosses as e4m3
                 with an fp32 scale per 128 channels, and q * scale is what is summed: fewer bytes,
                 less precision (docs/quantisation.md). hidden must be a multiple of 128. On the
-                transports whose `caps.combine_quants` has it: cpu, nvlink with small batches.
+                transports whose `caps.combine_quants` has it: cpu; nvlink, rdma, and nccl through
+                the peers' windows, with small batches.
             async_op, return_recv_hook, previous_event, num_sms: as in `dispatch`.
 
         Returns:

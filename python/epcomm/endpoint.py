@@ -92,6 +92,8 @@ def _native_options(module: ModuleType, transport: str, arguments: Arguments) ->
         "transport_options": {
             str(k): str(v) for k, v in (arguments.transport_options or {}).items()
         },
+        "refuses_peer_memory": env.nccl_refusal(),
+        "host": env.text("NCCL_HOSTID") or "",
     }
 
 
@@ -146,6 +148,8 @@ class Endpoint:
         self.received: dict[tuple[str, int, int], tuple[int, int]] = {}
         self.order = CallOrder(self.device, native_buffer.check_faults, comm_stream)
         self.counters = Counters(native_buffer, self.device) if arguments.statistics else None
+        if native_buffer.choice:
+            _logger.info("transport %s: %s", native_buffer.transport, native_buffer.choice)
         if self.caps.small_batches:
             _logger.info(
                 "transport %s: max_tokens = %d takes the path for small batches, one kernel a call",

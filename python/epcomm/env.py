@@ -11,6 +11,8 @@ EPCOMM_MAX_TOKENS: tokens per rank that `epcomm.compat.deep_ep` makes room for a
     call does not say.
 EPCOMM_DEEP_EP: 1 = the plugins for vLLM and SGLang put `epcomm.compat.deep_ep` in the place of
     `deep_ep`; 0 or unset = they do nothing.
+NCCL_P2P_DISABLE, NCCL_P2P_LEVEL, NCCL_HOSTID: NCCL's own; whether the transport "nccl" may use the
+    memory of peers' GPUs without it (docs/nccl.md).
 """
 
 from __future__ import annotations
@@ -63,6 +65,22 @@ def switch(name: str) -> bool:
     if value not in (None, "0", "1"):
         raise ValueError(f"environment variable {name} is {value!r}; expected 0 or 1")
     return value == "1"
+
+
+def nccl_refusal() -> str:
+    """What keeps NCCL from the memory of peers' GPUs; "" = nothing.
+
+    NCCL_P2P_DISABLE does if it is 1. NCCL_P2P_LEVEL does for GPUs farther apart than it says; SYS,
+    or 4 and more of its older numbers, is any distance inside a host
+    (https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html). How far apart GPUs are is
+    not known here, so any nearer level counts.
+    """
+    if text("NCCL_P2P_DISABLE") == "1":
+        return "NCCL_P2P_DISABLE is 1"
+    level = text("NCCL_P2P_LEVEL")
+    if level is None or level == "SYS" or (level.isdecimal() and int(level) >= 4):
+        return ""
+    return f"NCCL_P2P_LEVEL is {level!r} (it may be 'SYS')"
 
 
 def number(name: str, default: float) -> float:

@@ -151,6 +151,7 @@ cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                             cudaStream_t stream) {
+  ++world().copies_issued;
   resolve(stream).enqueue([=](FiberPool&) { std::memcpy(to, from, bytes); });
   return cudaSuccess;
 }
@@ -161,6 +162,7 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind 
 }
 
 cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t stream) {
+  ++world().copies_issued;
   resolve(stream).enqueue([=](FiberPool&) { std::memset(p, value, bytes); });
   return cudaSuccess;
 }

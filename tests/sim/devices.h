@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -35,6 +36,7 @@ struct World {
   std::map<void*, std::pair<int, size_t>> memory;  // device, bytes
   std::map<Stream*, std::shared_ptr<Stream>> streams;
   std::unordered_map<const void*, size_t> shared_allowed;
+  std::atomic<uint64_t> kernels_issued = 0, copies_issued = 0;
 
   World();
 };

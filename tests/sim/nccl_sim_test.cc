@@ -196,6 +196,15 @@ TEST(Nccl, ChunksGiveTheSameBits) {
   }
 }
 
+// Rows through the peers' windows, which NCCL has no part in.
+TEST(NcclWindow, GivesTheSameBits) {
+  for (const Layout layout : {Layout::kToken, Layout::kExpert, Layout::kPadded}) {
+    const Size size = {1024, 90, 200};
+    const auto wanted = bits_of_ranks({{"algorithm", "static"}}, layout, size);
+    EXPECT_TRUE(wanted == bits_of_ranks({{"algorithm", "window"}}, layout, size));
+  }
+}
+
 // Of two ranks an all-gather moves the bytes of a static exchange.
 TEST(Nccl, TwoRanksMayGather) {
   auto run = [](const TransportOptions& given) {
@@ -220,9 +229,10 @@ TEST(Nccl, TwoRanksMayGather) {
 
 TEST(Nccl, OptionsAreChecked) {
   const TransportOptions refused[] = {
-      {{"algorithm", "fast"}},  {{"schedule", ""}},         {{"chunks", "0"}}, {{"chunks", "9"}},
-      {{"chunks", "two"}},      {{"ctas", "65"}},           {{"ctas", "-1"}},  {{"buffers", "no"}},
-      {{"algorithm", "small"}}, {{"schedule", "gathered"}}, {{"chunk", "1"}}};
+      {{"algorithm", "fast"}},    {{"schedule", ""}},  {{"chunks", "0"}},
+      {{"chunks", "9"}},          {{"chunks", "two"}}, {{"ctas", "65"}},
+      {{"ctas", "-1"}},           {{"buffers", "no"}}, {{"algorithm", "small"}},
+      {{"schedule", "gathered"}}, {{"chunk", "1"}},    {{"algorithm", "window"}}};
   for (const TransportOptions& given : refused)
     run_threads(1, kTimeout, [&](std::shared_ptr<Bootstrap> bootstrap) {
       auto options = testing::options_for(kExperts, kHidden, kTopk, 300, kTimeout);

@@ -98,6 +98,8 @@ size_t& shared_bytes_allowed(const void* kernel) {
   return world().shared_allowed.try_emplace(kernel, kWithoutOptIn).first->second;
 }
 
+Issued issued() { return {world().kernels_issued, world().copies_issued}; }
+
 // ---- streams ----
 
 Stream::Stream(int device) : device_(device), random_(0) {
@@ -183,6 +185,7 @@ cudaError_t enqueue_grid(const cudaLaunchConfig_t& config, std::function<void()>
   const int i = stream.device();
   if (failed(i)) return remember(cudaErrorLaunchFailure);
   const GridShape shape{blocks.x, threads.x, config.dynamicSmemBytes};
+  ++world().kernels_issued;
   stream.enqueue([i, shape, kernel = std::move(kernel)](FiberPool& fibers) {
     if (failed(i)) return;
     GridSettings settings{i, options().num_sms - options().busy_sms, 0, options().limit_s};

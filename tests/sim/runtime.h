@@ -13,6 +13,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/sim/fiber.h"
@@ -33,6 +34,8 @@ struct Options {
   double limit_s = 60;  ///< that a grid or an event may take before it counts as a deadlock
   size_t memory_bytes = size_t{4} << 30;  ///< of a device
   bool print_faults = true;
+  /// Pairs of devices of which the first cannot address the memory of the second.
+  std::vector<std::pair<int, int>> no_peer_access;
 };
 Options& options();
 
@@ -40,6 +43,12 @@ Options& options();
 /// While a device has a fault its kernels do not run and its streams report
 /// cudaErrorLaunchFailure.
 std::vector<std::string> take_faults();
+
+/// What the host has issued on all devices of this process, captured work included.
+struct Issued {
+  uint64_t kernels, copies;  ///< copies: fills, too
+};
+Issued issued();
 
 /// One recording of an event.
 struct Recording {

@@ -11,6 +11,7 @@ from ..._core import version as _version
 from .buffers.elastic import ElasticBuffer, EPHandle
 from .buffers.legacy import Buffer
 from .config import Config
+from .utils.envs import get_logical_domain_size, get_physical_domain_size
 from .utils.event import EventHandle, EventOverlap
 
 topk_idx_t = torch.int64
@@ -24,5 +25,7 @@ __all__ = [
     "EventHandle",
     "EventOverlap",
     "__version__",
+    "get_logical_domain_size",
+    "get_physical_domain_size",
     "topk_idx_t",
 ]

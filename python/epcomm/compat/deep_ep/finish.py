@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -15,9 +16,14 @@ Hook = Callable[[], None] | None
 
 
 class Finish:
-    """What is left to do with what a dispatch received, once it is there."""
+    """What is left to do with what a dispatch received, once it is there.
 
-    def __init__(self) -> None:
+    Args:
+        stream: that the dispatch ran on, if it is not the caller's: what is left runs there, too.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
+        self._stream = stream
         self._steps: list[Callable[[], object]] = []
         self._tensors: list[torch.Tensor] = []
 
@@ -30,7 +36,8 @@ class Finish:
     def _first_rows(self, x: torch.Tensor, rows: int) -> torch.Tensor:
         if x.shape[1] == rows:
             return x
-        to = x.new_empty((x.shape[0], rows, x.shape[2]))
+        with self._on_stream():
+            to = x.new_empty((x.shape[0], rows, x.shape[2]))
         self._steps.append(lambda: to.copy_(x[:, :rows]))
         self._tensors += [x, to]
         return to
@@ -43,7 +50,8 @@ class Finish:
         *rows, width = scales.shape
         dtype = torch.float32 if unpacked else scales.dtype
         shape = column_shape(dtype, (*rows, unpacked or width))
-        to = columns_of(torch.empty(shape, dtype=dtype, device=scales.device), rows[-1])
+        with self._on_stream():
+            to = columns_of(torch.empty(shape, dtype=dtype, device=scales.device), rows[-1])
         self._steps.append(lambda: to.copy_(_powers(scales, unpacked) if unpacked else scales))
         self._tensors += [scales, to]
         return to
@@ -74,30 +82,32 @@ class Finish:
         if not async_finish:
             self._run()
             return EventOverlap(), None
-        event = recv.event
-        if self._steps:
-            event = self._run_beside(event)
-        return result_event(event), None
+        if not self._steps:
+            return result_event(recv.event), None
+        return result_event(self._run_beside(recv.event)), None
 
     def _run(self) -> None:
         for step in self._steps:
             step()
 
+    def _on_stream(self) -> contextlib.AbstractContextManager[object]:
+        stream = self._stream
+        return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
+
     def _run_beside(self, event: Event) -> Event:
-        """Runs after the event on a stream of its own, so that the caller's need not wait."""
-        if self._tensors[0].device.type != "cuda":
+        """Runs behind the dispatch on its stream, so that the caller's need not wait."""
+        if self._stream is None:  # on the CPU
             self._run()
             return event
-        stream = torch.cuda.Stream(self._tensors[0].device)
-        event.wait(stream)
-        capturing = torch.cuda.is_current_stream_capturing()
-        with torch.cuda.stream(stream):
+        callers = torch.cuda.current_stream(self._stream.device)
+        with self._on_stream():
             self._run()
             done = torch.cuda.Event()
             done.record()
-        for tensor in self._tensors:
-            if not capturing:  # a graph's pool knows no other streams
-                tensor.record_stream(stream)
+        if not torch.cuda.is_current_stream_capturing():  # a graph's pool knows no other streams
+            for tensor in self._tensors:
+                tensor.record_stream(self._stream)
+                tensor.record_stream(callers)
         return Event(done, tuple(self._tensors))
 
 

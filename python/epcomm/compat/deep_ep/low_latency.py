@@ -132,7 +132,7 @@ class LowLatencyCalls:
             self._lose(error.rank, members)
             raise
 
-        finish = Finish()
+        finish = Finish(self._pool.stream_of(x.device, async_finish))
         recv_x = recv.x
         if not arrives_whole:
             recv_x = finish.first_rows(recv_x, self.group_size * most)

@@ -123,6 +123,10 @@ class Pool:
             self._comm_stream = torch.cuda.Stream(priority=-1)
         return self._comm_stream
 
+    def stream_of(self, device: torch.device, is_async: bool) -> torch.cuda.Stream | None:
+        """The stream that a call on a device runs on; None = the caller's."""
+        return self.comm_stream() if is_async and device.type == "cuda" else None
+
     def barrier(self) -> None:
         """Returns when all ranks have called it."""
         self._check()

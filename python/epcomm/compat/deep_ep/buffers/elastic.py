@@ -284,7 +284,7 @@ class ElasticBuffer:
                 **how,
             )
             handle = EPHandle(buffer, recv.plan, topk_idx.clone(), how["num_sms"], most, alignment)
-        finish = Finish()
+        finish = Finish(self._pool.stream_of(rows.device, async_with_compute_stream))
         recv_x = recv.x
         if do_zero_padding and handle.do_expand and recv.topk_idx is not None:
             finish.clear_padding(recv_x, recv.topk_idx)

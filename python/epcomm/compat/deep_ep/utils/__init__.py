@@ -1,14 +1,6 @@
 """`deep_ep.utils`."""
 
-from __future__ import annotations
-
-from typing import Any
-
+from .envs import check_nvlink_connections
 from .event import EventHandle, EventOverlap
-
-
-def check_nvlink_connections(group: Any) -> None:
-    """Nothing to check: epcomm also has transports for GPUs without NVLink."""
-
 
 __all__ = ["EventHandle", "EventOverlap", "check_nvlink_connections"]

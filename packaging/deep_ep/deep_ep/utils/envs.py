@@ -1,0 +1,1 @@
+from epcomm.compat.deep_ep.utils.envs import *  # noqa: F403
