@@ -210,6 +210,8 @@ void NvlinkTransport::push_partials(const Plan& plan, const CombineArgs& args, c
   partials.by_token = false;
   partials.chunks = 1;
   partials.x = static_cast<const char*>(args.x);
+  partials.row_capacity = most_rows(plan);
+  partials.max_tokens = config_.max_tokens;
   partials.plan = plan.view;
   const size_t staging = staging_of(int64_t{args.hidden} * dtype_bytes(args.dtype));
   for (int r = 0; r < num_ranks_; ++r) {
