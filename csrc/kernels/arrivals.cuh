@@ -68,6 +68,7 @@ __device__ __forceinline__ void publish_sent(const SendArgs& args, const LinkCal
   int32_t before = 0;  // slots at rank `lane` of lower ranks' tokens
   if (lane < num_ranks)
     for (int s = 0; s < link.rank; ++s) before += args.plan.rank_count[s * num_ranks + lane];
+  int32_t count = 0;  // tokens for rank `lane` among the first `told`
   for (int told = 0;;) {
     int32_t below = lane < warps ? load_acquire_block(&sent.below[lane]) : args.num_tokens;
     below = __reduce_min_sync(kFullWarp, below);
@@ -78,12 +79,14 @@ __device__ __forceinline__ void publish_sent(const SendArgs& args, const LinkCal
     }
     __syncwarp();  // each lane releases what all have acquired
     if (lane < num_ranks) {
-      // Slots ascend with tokens: that of the next token which goes there tells how many went.
-      int t = below;
+      // Slots ascend with tokens: that of the last token which went there tells how many went.
       int32_t slot = -1;
-      for (; t < args.num_tokens && slot < 0; ++t) slot = slots[int64_t{t} * num_ranks + lane];
-      const uint64_t word = all || slot < 0 ? ArrivalLayout::signal_all(call.epoch)
-                                            : ArrivalLayout::signal(call.epoch, slot - before);
+      if (!all)
+        for (int t = below; t > told && slot < 0; --t)
+          slot = slots[int64_t{t - 1} * num_ranks + lane];
+      if (slot >= 0) count = slot - before + 1;
+      const uint64_t word =
+          all ? ArrivalLayout::signal_all(call.epoch) : ArrivalLayout::signal(call.epoch, count);
       store_release_system(reinterpret_cast<uint64_t*>(link.window[lane] +
                                                        args.arrivals.word(link.rank, call.block)),
                            word);
