@@ -58,77 +58,83 @@ __device__ __forceinline__ int signal_step(int num_tokens) {
   return max(num_tokens / kSignals, kLeast);
 }
 
+/// What the warps of a block tell in: so many tokens (or pieces, numbered in the order of each
+/// rank's tokens) in all, and a signal about every step of them.
+struct SentUnits {
+  int32_t count, step;
+};
+
 /// By one warp of a block that sends: tells all ranks how far the block has come, until it has sent
-/// everything. warps: those of the block that send, the first ones.
-__device__ __forceinline__ void publish_sent(const SendArgs& args, const LinkCall& call,
-                                             const SentTokens& sent, int warps) {
-  const LinkArgs& link = args.link;
-  const int lane = lane_index(), num_ranks = link.num_ranks, step = signal_step(args.num_tokens);
-  const int32_t* slots = args.plan.slot;
-  int32_t before = 0;  // slots at rank `lane` of lower ranks' tokens
-  if (lane < num_ranks)
-    for (int s = 0; s < link.rank; ++s) before += args.plan.rank_count[s * num_ranks + lane];
+/// everything. warps: those of the block that send, the first ones. tokens(told, below): of the
+/// tokens for the rank of the lane, how many have all their units below `below`; called for growing
+/// values, each time with the one before as `told`.
+template <class Tokens>
+__device__ __forceinline__ void publish_sent(const LinkArgs& link, const ArrivalLayout& arrivals,
+                                             const LinkCall& call, const SentTokens& sent,
+                                             int warps, const SentUnits& units, Tokens tokens) {
+  const int lane = lane_index();
   for (int told = 0;;) {
-    int32_t below = lane < warps ? load_acquire_block(&sent.below[lane]) : args.num_tokens;
+    int32_t below = lane < warps ? load_acquire_block(&sent.below[lane]) : units.count;
     below = __reduce_min_sync(kFullWarp, below);
-    const bool all = below >= args.num_tokens;
-    if (!all && below < told + step) {
+    const bool all = below >= units.count;
+    if (!all && below < told + units.step) {
       if (lane == 0) __nanosleep(kShortestNapNs);
       continue;
     }
     __syncwarp();  // each lane releases what all have acquired
-    if (lane < num_ranks) {
-      // Slots ascend with tokens: that of the next token which goes there tells how many went.
-      int t = below;
-      int32_t slot = -1;
-      for (; t < args.num_tokens && slot < 0; ++t) slot = slots[int64_t{t} * num_ranks + lane];
-      const uint64_t word = all || slot < 0 ? ArrivalLayout::signal_all(call.epoch)
-                                            : ArrivalLayout::signal(call.epoch, slot - before);
-      store_release_system(reinterpret_cast<uint64_t*>(link.window[lane] +
-                                                       args.arrivals.word(link.rank, call.block)),
-                           word);
+    if (lane < link.num_ranks) {
+      const uint64_t word = all ? ArrivalLayout::signal_all(call.epoch)
+                                : ArrivalLayout::signal(call.epoch, tokens(told, below));
+      char* to = link.window[lane] + arrivals.word(link.rank, call.block);
+      store_release_system(reinterpret_cast<uint64_t*>(to), word);
     }
     if (all) return;
     told = below;
   }
 }
 
+/// Tokens of one source, numbered as that source counts them here.
+struct SourceTokens {
+  int32_t first, count;
+};
+
 /// What a block knows of the tokens that arrive, in shared memory; by source rank.
 struct Arrivals {
-  int32_t base[kMaxLinkRanks];   ///< received token number of the first
-  int32_t total[kMaxLinkRanks];  ///< tokens that it sends here
+  int32_t base[kMaxLinkRanks];   ///< number of the first
+  int32_t total[kMaxLinkRanks];  ///< tokens that it sends here, of those that are waited for
   int32_t count[kMaxLinkRanks];  ///< of them, the first that are here
   int32_t taken[kMaxLinkRanks];  ///< of them, so many or more are worked on, by any block
   int32_t lost;                  ///< not 0: no more will come
   int32_t may_wait;
 
-  /// By the whole block; ends with a barrier. senders: blocks of this rank that send.
-  __device__ __forceinline__ void fill(const SendArgs& args, int senders) {
-    const int s = thread_index(), num_ranks = args.link.num_ranks, rank = args.link.rank;
-    if (s < num_ranks) {
-      base[s] = count[s] = taken[s] = 0;
-      total[s] = args.plan.rank_count[s * num_ranks + rank];
-      for (int i = 0; i < s; ++i) base[s] += args.plan.rank_count[i * num_ranks + rank];
+  /// By the whole block; ends with a barrier. senders: blocks of this rank that send. tokens(s):
+  /// those of source s.
+  template <class Tokens>
+  __device__ __forceinline__ void fill(const LinkArgs& link, int senders, Tokens tokens) {
+    if (const int s = thread_index(); s < link.num_ranks) {
+      const SourceTokens of = tokens(s);
+      base[s] = of.first;
+      total[s] = of.count;
+      count[s] = taken[s] = 0;
     }
-    if (s == 0) {
+    if (thread_index() == 0) {
       lost = 0;
       // Who waits for rows must not keep a block from its SM that sends some.
-      may_wait = atomicAdd(&args.link.state->started, 0u) >= static_cast<uint32_t>(senders);
+      may_wait = atomicAdd(&link.state->started, 0u) >= static_cast<uint32_t>(senders);
     }
     __syncthreads();
   }
 };
 
 /// By one warp of a block: follows what all sources say until all is here, or it is given up.
-__device__ __forceinline__ void watch_arrivals(const SendArgs& args, const LinkCall& call,
-                                               Arrivals& here) {
+__device__ __forceinline__ void watch_arrivals(const LinkArgs& link, const ArrivalLayout& arrivals,
+                                               const LinkCall& call, Arrivals& here) {
   static_assert(ArrivalLayout::kMaxSenders == kWarpSize);
   constexpr int kAtATime = 4;  // sources
-  const LinkArgs& link = args.link;
   const int lane = lane_index(), num_ranks = link.num_ranks;
   auto count_of = [&](int s) {
     if (s >= num_ranks || lane >= call.entry[s].senders) return ArrivalLayout::kAll;
-    const char* word = link.window[link.rank] + args.arrivals.word(s, lane);
+    const char* word = link.window[link.rank] + arrivals.word(s, lane);
     return ArrivalLayout::count(load_relaxed_system(reinterpret_cast<const uint64_t*>(word)),
                                 call.epoch);
   };
@@ -220,5 +226,33 @@ __device__ __forceinline__ ArrivedTokens take_arrived(const LinkArgs& link, Arri
   tokens.count = __shfl_sync(kFullWarp, tokens.count, 0);
   return tokens;
 }
+
+/// What a warp knows of rows that arrive; lane s of those of source s.
+class ArrivedRows {
+ public:
+  /// Bit s of sources: rows of source s are waited for. Other sources' are there.
+  __device__ __forceinline__ ArrivedRows(const Arrivals& here, uint32_t sources)
+      : here_(here), waits_((sources >> lane_index() & 1) != 0) {}
+  /// Until the row of each lane is there, numbered as Arrivals::base is; -1 = no row. False: it
+  /// will not come. By a warp, all of which has acquired the rows of all lanes then, also for bulk
+  /// loads.
+  __device__ __forceinline__ bool wait(int32_t row) {
+    const int32_t needed = waits_ && row >= 0 ? row - here_.base[lane_index()] + 1 : 0;
+    if (__all_sync(kFullWarp, needed <= count_)) return true;
+    for (;; __nanosleep(kShortestNapNs)) {
+      if (waits_) count_ = load_acquire_block(&here_.count[lane_index()]);
+      if (__all_sync(kFullWarp, needed <= count_)) break;
+      if (__any_sync(kFullWarp, load_acquire_block(&here_.lost) != 0)) return false;
+    }
+    __syncwarp();
+    if constexpr (kHasBulkCopies) fence_global_for_bulk();
+    return true;
+  }
+
+ private:
+  const Arrivals& here_;
+  bool waits_;
+  int32_t count_ = 0;  // of the first rows of the lane's source, acquired
+};
 
 }  // namespace epcomm

@@ -42,10 +42,12 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   EPCOMM_SHARED(int32_t, first_bad);
   make_mark(mark);
   if (blockIdx.x == 0) {
-    store_ids<GatheredLink>(args, 0, first_bad);
+    find_bad_id(args, first_bad);
     report_bad_id(args, first_bad);
   }
-  const BlockRows own(args.num_tokens, SmallBlocks(Phase::kSend).senders);
+  const SmallBlocks blocks(Phase::kSend);
+  send_ids<GatheredLink>(args, blocks, GatheredStart());
+  const BlockRows own(args.num_tokens, blocks.senders);
   send_rows<GatheredLink, Quant::kNone, Dtype::kBfloat16>(args, own, GatheredStart());
 }
 

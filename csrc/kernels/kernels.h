@@ -179,7 +179,10 @@ struct PartialArgs {
   int32_t chunk, chunks;
   uint64_t sources = ~uint64_t{0};  ///< bit s: partials of source s are made
   const char* x;                    ///< rows of the layout
-  bool by_token;                    ///< as CombineArgs::by_token
+  /// Rows that x may have, and tokens that a source may have. What a record says beyond them is
+  /// not there: records are those of a dispatch that may have moved nothing, refused or lost.
+  int32_t row_capacity, max_tokens;
+  bool by_token;  ///< as CombineArgs::by_token
   PlanView plan;
   const float* topk_weights[kMaxPackRanks];  ///< [R]: [tokens, K] of source s; all null = none
   char* target[kMaxPackRanks];  ///< [R]: partial row of token i (in source order) of source s at

@@ -6,8 +6,11 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "epcomm/error.h"
 #include "epcomm/types.h"
@@ -43,15 +46,29 @@ struct LaunchShape {
   bool together = false;    ///< no block starts before there is room for all: they wait for others
 };
 
+/// Lets a kernel have so much dynamic shared memory on the current device. The driver is told only
+/// of more than it was told before, so that few launches wait for it.
+template <class Kernel>
+void allow_shared_memory(const char* name, Kernel* kernel, size_t bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<Kernel*, int>, size_t> allowed;
+  int device = 0;
+  EPCOMM_CUDA_TRY(cudaGetDevice(&device));
+  std::lock_guard lock(mutex);  // until the driver knows: another thread may have told it less
+  size_t& most = allowed[{kernel, device}];
+  if (bytes <= most) return;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(bytes)),
+             name);
+  most = bytes;
+}
+
 /// Throws Error if the launch fails; what the kernel does later is not waited for.
 template <class... Args>
 void launch(const char* name, void (*kernel)(Args...), const LaunchShape& shape,
             cudaStream_t stream, const std::type_identity_t<Args>&... args) {
   constexpr size_t kWithoutOptIn = 32 << 10;  // 48 KB with what the kernel declares itself
-  if (shape.shared_bytes > kWithoutOptIn)
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shape.shared_bytes)),
-               name);
+  if (shape.shared_bytes > kWithoutOptIn) allow_shared_memory(name, kernel, shape.shared_bytes);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));

@@ -380,18 +380,17 @@ __device__ __forceinline__ bool link_resume(const LinkArgs& link, LinkCall& call
 }
 
 /// Signals that what earlier kernels on the stream have stored into the peers' staging rows is
-/// complete (if this rank has pushed), and waits for the peers that push. By every block, all
-/// threads. False: it was given up. Ends with a barrier.
-__device__ __forceinline__ bool link_pushed(const LinkArgs& link, LinkCall& call, bool pushed) {
+/// complete, and waits for the peers, which do the same. By every block, all threads. False: it was
+/// given up. Ends with a barrier.
+__device__ __forceinline__ bool link_pushed(const LinkArgs& link, LinkCall& call) {
   const int r = thread_index();
   bool lost = false;
   if (r < link.num_ranks) {
-    if (pushed && blockIdx.x == 0) {
+    if (blockIdx.x == 0) {
       fence_system();
       store_release_system(&inbox(link, r, link.rank)->pushed, call.epoch);
     }
-    if (call.entry[r].pushed != 0)
-      lost = !wait_signal(link, r, &inbox(link, link.rank, r)->pushed, call.epoch);
+    lost = !wait_signal(link, r, &inbox(link, link.rank, r)->pushed, call.epoch);
   }
   if (__syncthreads_or(lost) == 0) return true;
   if (r == 0) {

@@ -32,7 +32,8 @@ struct alignas(16) LinkEntry {
   int32_t index_bytes;                 ///< dispatch: of an id in recv_topk_idx, 4 or 8
   int32_t num_tokens;                  ///< dispatch of a small batch: tokens of this rank
   int32_t short_rows;                  ///< dispatch: received rows that the memory does not hold
-  int32_t senders;                     ///< dispatch: blocks that say how far their rows have come
+  int32_t senders;                     ///< blocks that say how far the rows that they store have
+                                       ///< come; 0 = `pushed` says that all have
   int32_t bad_index, bad_value;        ///< dispatch of a small batch for which the host waits: 1 +
                                        ///< position of the first expert id that does not exist, and
                                        ///< the id; 0 = none
@@ -57,7 +58,7 @@ static_assert(LinkBrief::kWords * sizeof(uint64_t) <= ControlLayout::kBriefBytes
 /// Written by one source rank only; lies in the window of the rank that reads it.
 struct LinkInbox {
   uint64_t entered;  ///< epoch of the newest entry
-  uint64_t pushed;   ///< epoch of the last combine of which all pushed rows are stored here
+  uint64_t pushed;   ///< epoch of the last combine of which all partial rows are stored here
   uint64_t done;     ///< epoch of the last call in which the source has left this rank's memory
   /// Links that put: epoch of the newest piece that came with an entry, by its number.
   uint64_t piece[2];
@@ -76,7 +77,8 @@ struct alignas(64) LinkState {
   /// By the parity of the epoch: not 0 = staging for small batches is all SmallLayout::kUnwritten
   /// between calls. It is not at first, and not after a call that was refused.
   uint32_t clean[2];
-  uint32_t taken[kMaxLinkRanks];  ///< received tokens of each source, likewise
+  uint32_t taken[kMaxLinkRanks];  ///< received tokens of each source, likewise; a combine in which
+                                  ///< rows arrive: [0], parts of tokens
   uint32_t route_refused;         ///< not 0: the last exchange was refused, or given up
 };
 
@@ -147,21 +149,10 @@ bool can_quantise_on_the_way();
 /// what arrives, and the first, too, when they have sent all.
 void launch_send(const SendArgs& args, int num_sms, cudaStream_t stream);
 
-/// The beginning of a combine, and what it sends where x holds one row per received token, outside
-/// the window: the rows of other ranks' tokens, as they are, into the staging of those ranks.
-struct PushArgs {
-  LinkArgs link;
-  PlanView plan;
-  const char* x;
-  int64_t row_bytes;
-  size_t staging;  ///< offset in every window of this rank's first staging row
-};
-/// Uses exactly num_sms SMs. launch_pull follows.
-void launch_push(const PushArgs& args, int num_sms, cudaStream_t stream);
-
-/// The owner's side of a combine, with its end, and its beginning unless rows were pushed between.
-/// The owner of a token loads its rows from the windows of the ranks that have them (one row per
-/// received token), or from its own staging rows where a rank has pushed, and sums.
+/// A combine of one row per received token, with its beginning and end; or the end of one of which
+/// partial rows were stored before. The owner of a token loads its rows from the windows of the
+/// ranks that have them, or from its own staging where a rank pushes, and sums. A rank whose rows
+/// lie outside the window pushes them, as they are, while it sums what has arrived.
 struct PullArgs {
   LinkArgs link;
   Dims dims;
@@ -169,17 +160,23 @@ struct PullArgs {
   int32_t hidden;
   int32_t num_tokens;
   int32_t max_tokens;
-  bool pushed;           ///< this rank has entered already, and pushed
-  bool weighted;         ///< what was pushed is partial rows, with the weights in them
-  const char* own_rows;  ///< this rank's rows, one per received token; null: as other ranks'
-  const char* staging;   ///< row i of rank r's at r * max_tokens + i
+  bool partials;         ///< this rank has entered already, and stored partial rows, with the
+                         ///< weights in them, into the owners' staging, as all ranks have
+  const char* own_rows;  ///< not null: this rank's rows, one per received token, are here, and it
+                         ///< pushes those of other ranks' tokens
+  size_t push_to;        ///< offset in every window of this rank's first staging row
+  int32_t most_senders;  ///< blocks that push, at most ArrivalLayout::kMaxSenders
+  ArrivalLayout arrivals = ArrivalLayout(0, 0);  ///< in all ranks' windows
+  const char* staging;                           ///< row i of rank r's at r * max_tokens + i
   PlanView plan;
   const float* topk_weights;  ///< [T, K], or null
   DeviceExperts experts;
   const void* bias;  ///< [T, hidden], or null
   void* out;         ///< [T, hidden]
 };
-/// Uses exactly num_sms SMs. The formula of Buffer::combine.
+/// Uses exactly num_sms SMs. Where rows are pushed half of them do that, at most most_senders; the
+/// others sum from the start, and the first, too, when they have pushed all. The formula of
+/// Buffer::combine.
 void launch_pull(const PullArgs& args, int num_sms, cudaStream_t stream);
 
 }  // namespace epcomm

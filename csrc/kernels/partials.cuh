@@ -59,13 +59,16 @@ struct PartialToken {
   uint32_t summands;  ///< slots whose rows add up to the partial; the same in all lanes
   bool weighted;
 
-  /// record: of the token, of MetaLayout; weights: [K] of the token on its source, or null;
-  /// only_row: where a token has one row whatever its record says, that row, else -1.
+  /// record: of the token, of MetaLayout; rows from row_capacity on do not exist; weights: [K] of
+  /// the token on its source, or null; only_row: where a token has one row whatever its record
+  /// says, that row, else -1.
   __device__ __forceinline__ PartialToken(const MetaLayout& meta, void* record,
-                                          const float* weights, int32_t only_row)
+                                          int32_t row_capacity, const float* weights,
+                                          int32_t only_row)
       : row(-1), weight(0.0f), weighted(weights != nullptr) {
     if (lane_index() < meta.topk) {
       row = meta.row(record, 0)[lane_index()];
+      if (row >= row_capacity) row = -1;
       if (weighted && row >= 0) weight = weights[lane_index()];
     }
     if (only_row >= 0) row = only_row;

@@ -1,22 +1,28 @@
-// Pull: the owner's side of a combine. The owner of a token loads its rows from the windows of the
-// ranks that have them, or what a rank has pushed from its own staging, and sums.
+// Pull: a combine. The owner of a token loads its rows from the windows of the ranks that have
+// them, or what a rank pushes (kernels/push.cuh) from its own staging, as it arrives, and sums.
 //
 // Buffers: rank r's rows lie in its window at the offset that it announced, row slot[t, r] for
-// token t; what rank r has pushed at staging row r * max_tokens + (index of t among the tokens that
-// go to r). topk_weights, plan.topk_idx [T, K] and bias [T, hidden] are this rank's own; out is
+// token t; what rank r pushes at staging row r * max_tokens + (index of t among the tokens that go
+// to r). topk_weights, plan.topk_idx [T, K] and bias [T, hidden] are this rank's own; out is
 // written.
 // Launch: num_sms blocks, one per SM. A warp takes whole tokens, or runs of pieces of them: it
 // loads a piece of every rank's row into shared memory (lane r that of rank r), kStages pieces
 // ahead, and sums what has come. Without bulk copies (before sm_90) it loads through registers.
+// Pushing: the blocks that start first push, so that a block which waits for rows never keeps one
+// from its SM that pushes; the others sum from the start, in the order of tokens. If any rank
+// pushes, jobs go to whoever comes for them, and each block's last warp follows what arrives.
 // Memory order: kernels/link.cuh. The rows are acquired with the entries of their ranks, pushed
-// ones with `pushed`; `done` says that they were read.
+// ones as kernels/arrivals.cuh says, partial ones with `pushed`; `done` says that they were read.
 #include <algorithm>
 
+#include "kernels/arrivals.cuh"
 #include "kernels/device.cuh"
 #include "kernels/elements.cuh"
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
 #include "kernels/link.cuh"
+#include "kernels/piece_numbers.cuh"
+#include "kernels/push.cuh"
 #include "kernels/rows.cuh"
 
 namespace epcomm {
@@ -28,8 +34,13 @@ constexpr int kMaxPieceBytes = 4096;
 constexpr int kStepBytes = kVectorBytes * kWarpSize;  // a vector of each lane
 constexpr int kSteps = 4;                             // that a warp sums at a time
 constexpr size_t kSharedBytes = 208 << 10;
+static_assert(kPushSharedBytes <= kSharedBytes && kPushWarps <= kMaxWarps);
 
+// How a block is divided, and tokens cut; the host and the kernel agree on it.
 struct PullShape {
+  int32_t warps;        // that sum; one more tells, or follows, what arrives
+  int32_t pushers;      // blocks that push
+  int32_t push_warps;   // of each
   int32_t pieces;       // of a row
   int32_t piece_bytes;  // a multiple of kStepBytes; the last may be shorter
   int32_t parts;        // that a token is cut into, a run of pieces each, for one warp
@@ -64,18 +75,21 @@ struct TokenRows {
   }
 };
 
-// The pieces of one warp, number w of `warps`, in the order in which it takes them. What is known
-// of a token is loaded while the pieces of the one before are worked on.
+// The pieces of one warp, number w of `warps`, in the order in which it takes them: of equal
+// shares, or `dealt` to whoever comes. What is known of a token is loaded while the pieces of the
+// one before are worked on.
 class PieceSequence {
  public:
   __device__ __forceinline__ PieceSequence(const PullKernelArgs& args, int row_bytes, int w,
-                                           int warps)
+                                           int warps, bool dealt)
       : args_(args),
         row_bytes_(row_bytes),
         warps_(warps),
-        job_(w - warps),
-        jobs_(args.pull.num_tokens * args.shape.parts) {
-    if (w < jobs_) next_.load(args.pull, w / args.shape.parts);
+        following_(w),
+        jobs_(args.pull.num_tokens * args.shape.parts),
+        dealt_(dealt),
+        numbers_(args.pull.link.state->taken, 0, 0, dealt ? jobs_ : 0) {
+    look_ahead();
     next_job();
   }
   __device__ __forceinline__ bool empty() const { return job_ >= jobs_; }
@@ -89,10 +103,15 @@ class PieceSequence {
   }
 
  private:
+  __device__ __forceinline__ void look_ahead() {
+    next_job_ = dealt_ ? numbers_.take() : following_;
+    if (next_job_ < jobs_) next_.load(args_.pull, next_job_ / args_.shape.parts);
+    if (next_job_ < jobs_) following_ += warps_;
+  }
   __device__ __forceinline__ void next_job() {
     const PullArgs& pull = args_.pull;
     const int parts = args_.shape.parts, pieces = args_.shape.pieces;
-    job_ += warps_;
+    job_ = next_job_;
     if (job_ >= jobs_) return;
     current_.token = job_ / parts;
     const int part = job_ - current_.token * parts;
@@ -102,11 +121,14 @@ class PieceSequence {
     current_.weight = next_.weight;
     if (pull.topk_weights != nullptr)
       current_.owner = next_.expert >= 0 ? pull.experts.rank[next_.expert] : -1;
-    if (job_ < jobs_ - warps_) next_.load(pull, (job_ + warps_) / parts);
+    look_ahead();
   }
 
   const PullKernelArgs& args_;
-  int row_bytes_, warps_, job_, jobs_;
+  int row_bytes_, warps_, following_, jobs_;
+  bool dealt_;
+  PieceNumbers<0> numbers_;
+  int job_ = 0, next_job_ = 0;
   int at_ = 0, end_ = 0;
   Piece current_;
   TokenRows next_;
@@ -116,6 +138,8 @@ class PieceSequence {
 struct RowSources {
   const char* rows[kMaxLinkRanks];
   uint32_t weighted;  // bit r: partial rows of rank r, weights already applied
+  uint32_t arriving;  // bit r: rows of rank r are pushed meanwhile
+  bool dealt;         // jobs go to whoever comes for them
 
   // By the first warp.
   __device__ __forceinline__ void fill(const PullArgs& pull, const LinkCall& call,
@@ -132,8 +156,12 @@ struct RowSources {
     } else if (r < num_ranks) {
       rows[r] = call.at(pull.link, r, call.entry[r].rows);
     }
-    const uint32_t set = __ballot_sync(kFullWarp, there && pull.weighted);
-    if (r == 0) weighted = set;
+    const uint32_t applied = __ballot_sync(kFullWarp, there && pull.partials);
+    const uint32_t pushed = __ballot_sync(kFullWarp, there && call.entry[r].senders != 0);
+    if (r != 0) return;
+    weighted = applied;
+    arriving = pushed & ~(1u << pull.link.rank);
+    dealt = pushed != 0;
   }
 };
 
@@ -213,10 +241,11 @@ __device__ __forceinline__ void sum_piece(const PullArgs& pull, const Piece& pie
   }
 }
 
-// One warp's share of the pieces, number w of `warps`.
+// One warp's share of the pieces, number w of `warps`. here: where rows are waited for.
 template <Dtype kDtype>
 __device__ __forceinline__ void pull_rows(const PullKernelArgs& args, const RowSources& sources,
-                                          int w, int warps, BulkBarrier* loaded, char* stages) {
+                                          const Arrivals& here, int w, int warps,
+                                          BulkBarrier* loaded, char* stages) {
   const PullArgs& pull = args.pull;
   const int lane = lane_index(), num_ranks = pull.link.num_ranks;
   const int64_t row_bytes = int64_t{pull.hidden} * kElementBytes<kDtype>;
@@ -228,13 +257,17 @@ __device__ __forceinline__ void pull_rows(const PullKernelArgs& args, const RowS
   fence_global_for_bulk();
   __syncwarp();
 
-  PieceSequence pieces(args, static_cast<int>(row_bytes), w, warps);
+  ArrivedRows arrived(here, sources.arriving);
+  PieceSequence pieces(args, static_cast<int>(row_bytes), w, warps, sources.dealt);
   Piece ahead[kStages];
   int loads = 0;
+  bool lost = false;  // rows that do not come: nothing more is taken
   auto stage = [&](int s, int r) { return stages + (s * num_ranks + r) * args.shape.piece_bytes; };
   auto load = [&](int s, Piece& piece) {
-    if (pieces.empty()) return;
+    if (lost || pieces.empty()) return;
     piece = pieces.take();
+    lost = !arrived.wait(piece.row);
+    if (lost) return;
     const int present = __popc(__ballot_sync(kFullWarp, piece.row >= 0));
     if (lane == 0) barrier_expect(loaded + s, static_cast<uint32_t>(present * piece.bytes));
     __syncwarp();
@@ -262,39 +295,86 @@ __device__ __forceinline__ void pull_rows(const PullKernelArgs& args, const RowS
 // The same through registers.
 template <Dtype kDtype>
 __device__ __forceinline__ void pull_through_registers(const PullKernelArgs& args,
-                                                       const RowSources& sources, int w,
-                                                       int warps) {
+                                                       const RowSources& sources,
+                                                       const Arrivals& here, int w, int warps) {
   const PullArgs& pull = args.pull;
   const int64_t row_bytes = int64_t{pull.hidden} * kElementBytes<kDtype>;
-  PieceSequence pieces(args, static_cast<int>(row_bytes), w, warps);
+  ArrivedRows arrived(here, sources.arriving);
+  PieceSequence pieces(args, static_cast<int>(row_bytes), w, warps, sources.dealt);
   while (!pieces.empty()) {
     const Piece piece = pieces.take();
+    if (!arrived.wait(piece.row)) return;
     sum_piece<kDtype>(pull, piece, sources.weighted, [&](int r) {
       return sources.rows[r] + __shfl_sync(kFullWarp, piece.row, r) * row_bytes + piece.offset;
     });
   }
 }
 
+// What a block of a rank that pushes does first: its share, if it has one.
+__device__ __forceinline__ void push_first(const PullKernelArgs& args, const LinkCall& call,
+                                           int64_t row_bytes, SentTokens& sent,
+                                           BulkBarrier* loaded) {
+  EPCOMM_SHARED(PushRuns, runs);
+  sent.clear();
+  if (warp_index() == 0) runs.fill(args.pull, row_bytes);
+  __syncthreads();
+  push_share(args.pull, call, runs, args.shape.pushers, args.shape.push_warps, row_bytes, sent,
+             loaded);
+  // What was pushed does not use shared memory any more, which bulk loads fill now.
+  if constexpr (kHasBulkCopies) fence_shared_for_bulk();
+  __syncthreads();
+}
+
+// A block's share of the sums.
 template <Dtype kDtype>
-__global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
+__device__ __forceinline__ void sum_share(const PullKernelArgs& args, const LinkCall& call,
+                                          RowSources& sources, Arrivals& here,
+                                          BulkBarrier* loaded) {
+  const PullArgs& pull = args.pull;
+  const LinkArgs& link = pull.link;
+  const int warp = warp_index(), warps = args.shape.warps, blocks = static_cast<int>(gridDim.x);
+  if (warp == 0) sources.fill(pull, call, int64_t{pull.hidden} * kElementBytes<kDtype>);
+  __syncthreads();
+  if (sources.dealt) {
+    here.fill(link, args.shape.pushers, [&](int s) -> SourceTokens {
+      if ((sources.arriving >> s & 1) == 0) return {0, 0};
+      int32_t first = 0;
+      for (int i = 0; i < link.rank; ++i) first += pull.plan.rank_count[i * link.num_ranks + s];
+      return {first, pull.plan.rank_count[link.rank * link.num_ranks + s]};
+    });
+    if (here.may_wait == 0) return;  // blocks that start later do it
+    if (warp == static_cast<int>(blockDim.x) / kWarpSize - 1)
+      return watch_arrivals(link, pull.arrivals, call, here);
+  }
+  if (warp >= warps) return;
+  const int w = warp * blocks + static_cast<int>(blockIdx.x);
+  if constexpr (kHasBulkCopies)
+    pull_rows<kDtype>(args, sources, here, w, warps * blocks, loaded + warp * kStages,
+                      dynamic_shared() + warp * kStages * link.num_ranks * args.shape.piece_bytes);
+  else
+    pull_through_registers<kDtype>(args, sources, here, w, warps * blocks);
+}
+
+template <Dtype kDtype>
+__global__ void __launch_bounds__((kMaxWarps + 1) * kWarpSize, 1)
     pull_kernel(const __grid_constant__ PullKernelArgs args) {
   EPCOMM_SHARED(LinkCall, call);
   EPCOMM_SHARED(RowSources, sources);
   EPCOMM_SHARED(BulkBarrier[kMaxWarps * kStages], loaded);
-  const LinkArgs& link = args.pull.link;
-  const int blocks = static_cast<int>(gridDim.x), warps = static_cast<int>(blockDim.x) / kWarpSize;
-  const bool entered = args.pull.pushed ? link_resume(link, call) : link_enter(link, call);
-  if (entered && link_pushed(link, call, args.pull.pushed)) {
-    if (warp_index() == 0)
-      sources.fill(args.pull, call, int64_t{args.pull.hidden} * kElementBytes<kDtype>);
-    __syncthreads();
-    const int warp = warp_index(), w = warp * blocks + static_cast<int>(blockIdx.x);
-    if constexpr (kHasBulkCopies)
-      pull_rows<kDtype>(
-          args, sources, w, warps * blocks, loaded + warp * kStages,
-          dynamic_shared() + warp * kStages * link.num_ranks * args.shape.piece_bytes);
-    else
-      pull_through_registers<kDtype>(args, sources, w, warps * blocks);
+  EPCOMM_SHARED(BulkBarrier[kPushWarps * kPushStages], push_loaded);
+  EPCOMM_SHARED(SentTokens, sent);
+  EPCOMM_SHARED(Arrivals, here);
+  const PullArgs& pull = args.pull;
+  const LinkArgs& link = pull.link;
+  const bool pushes = args.shape.pushers != 0;
+  const bool agreed = pull.partials
+                          ? link_resume(link, call) && link_pushed(link, call)
+                          : link_enter(link, call, nullptr, 0, 0,
+                                       pushes ? BlockOrder::kStarted : BlockOrder::kIndex);
+  if (agreed) {
+    if (call.block < args.shape.pushers)
+      push_first(args, call, int64_t{pull.hidden} * kElementBytes<kDtype>, sent, push_loaded);
+    sum_share<kDtype>(args, call, sources, here, loaded);
   }
   link_finish(link, call);
 }
@@ -302,28 +382,41 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, 1)
 }  // namespace
 
 void launch_pull(const PullArgs& args, int num_sms, cudaStream_t stream) {
+  check_aligned(args.own_rows, "x");
   check_aligned(args.bias, "bias");
   check_aligned(args.out, "out");
   const int row_bytes = args.hidden * dtype_bytes(args.dtype);
   const size_t ranks = static_cast<size_t>(args.link.num_ranks);
   const int room = static_cast<int>(kSharedBytes / (kStages * ranks * kMaxWarps));
-  PullShape shape;
+  PullKernelArgs kernel{args, {}};
+  PullShape& shape = kernel.shape;
   shape.piece_bytes = std::clamp(room / kStepBytes * kStepBytes, kStepBytes, kMaxPieceBytes);
   shape.pieces = (row_bytes + shape.piece_bytes - 1) / shape.piece_bytes;
   const size_t per_warp = kStages * ranks * static_cast<size_t>(shape.piece_bytes);
-  const int warps = static_cast<int>(
+  shape.warps = static_cast<int32_t>(
       std::clamp<size_t>(kSharedBytes / per_warp, 1, static_cast<size_t>(kMaxWarps)));
   const int blocks = persistent_blocks(num_sms);
   // A warp takes whole tokens, but no warp much more than another.
   constexpr int kJobsPerWarp = 8;
-  shape.parts =
-      std::clamp(kJobsPerWarp * warps * blocks / std::max(args.num_tokens, 1), 1, shape.pieces);
+  const int jobs = kJobsPerWarp * shape.warps * blocks;
+  shape.parts = std::clamp(jobs / std::max(args.num_tokens, 1), 1, shape.pieces);
   const bool bulk = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
-  const auto kernel = for_dtype(args.dtype, pull_kernel<Dtype::kBfloat16>,
-                                pull_kernel<Dtype::kFloat16>, pull_kernel<Dtype::kFloat32>);
-  launch("launch of pull", kernel,
-         {blocks, warps * kWarpSize, bulk ? static_cast<size_t>(warps) * per_warp : 0}, stream,
-         PullKernelArgs{args, shape});
+  size_t stages = static_cast<size_t>(shape.warps) * per_warp;
+  int warps = shape.warps;
+  if (args.own_rows != nullptr) {
+    shape.pushers = std::min((blocks + 1) / 2, args.most_senders);
+    kernel.pull.link.entry.senders = shape.pushers;
+    warps = std::max(warps, kPushWarps);
+    shape.push_warps = bulk ? kPushWarps : warps;
+    stages = std::max(stages, kPushSharedBytes);
+    // What is left to sum when the last rows have arrived is what each warp has taken by then.
+    constexpr int kLeastParts = 4;
+    shape.parts = std::clamp(shape.parts, std::min(kLeastParts, shape.pieces), shape.pieces);
+  }
+  const auto pull = for_dtype(args.dtype, pull_kernel<Dtype::kBfloat16>,
+                              pull_kernel<Dtype::kFloat16>, pull_kernel<Dtype::kFloat32>);
+  launch("launch of pull", pull, {blocks, (warps + 1) * kWarpSize, bulk ? stages : 0}, stream,
+         kernel);
 }
 
 }  // namespace epcomm

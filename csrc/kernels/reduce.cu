@@ -75,8 +75,10 @@ __global__ void __launch_bounds__(kRowThreads, 1)
     const int32_t n = position + ranges.to_recv[s];
     void* record = meta.row(args.plan.recv_meta, n);
     const int64_t t = *meta.token(record, 0);
+    if (t < 0 || t >= args.max_tokens) continue;
     const float* weights = args.topk_weights[s];
-    const PartialToken token(meta, record, weights == nullptr ? nullptr : weights + t * topk,
+    const PartialToken token(meta, record, args.row_capacity,
+                             weights == nullptr ? nullptr : weights + t * topk,
                              args.by_token ? n : -1);
     for (int at = job.begin; at < job.end; at += Batch::kStep) {
       const int v = at + lane;

@@ -301,6 +301,31 @@ __device__ __forceinline__ bool has_no_routing(const SendArgs& args) {
   return true;
 }
 
+// Of the tokens below some token, how many go to the rank of the lane.
+class TokensBelow {
+ public:
+  __device__ __forceinline__ explicit TokensBelow(const SendArgs& args)
+      : slots_(args.plan.slot), num_ranks_(args.link.num_ranks) {
+    if (lane_index() >= num_ranks_) return;
+    for (int s = 0; s < args.link.rank; ++s)
+      before_ += args.plan.rank_count[s * num_ranks_ + lane_index()];
+  }
+  __device__ __forceinline__ int32_t operator()(int told, int below) {
+    // Slots ascend with tokens: that of the last token which went there tells how many went.
+    int32_t slot = -1;
+    for (int t = below; t > told && slot < 0; --t)
+      slot = slots_[int64_t{t - 1} * num_ranks_ + lane_index()];
+    if (slot >= 0) count_ = slot - before_ + 1;
+    return count_;
+  }
+
+ private:
+  const int32_t* slots_;
+  int num_ranks_;
+  int32_t before_ = 0;  // slots there of lower ranks' tokens
+  int32_t count_ = 0;
+};
+
 // A block's share of what this rank sends; sent null: nobody wants to know how far it has come.
 template <Quant kQuant, Dtype kDtype>
 __device__ __forceinline__ void send_share(const SendKernelArgs& args, const LinkCall& call,
@@ -308,9 +333,11 @@ __device__ __forceinline__ void send_share(const SendKernelArgs& args, const Lin
   const SendArgs& send = args.send;
   const SendShape& shape = args.shape;
   const int warp = warp_index(), row_warps = shape.row_warps, record_warps = shape.record_warps;
+  const int step = signal_step(send.num_tokens);
   if (warp >= row_warps + record_warps)
-    return publish_sent(send, call, *sent, row_warps + record_warps);
-  const SentByWarp told(sent, signal_step(send.num_tokens));
+    return publish_sent(send.link, send.arrivals, call, *sent, row_warps + record_warps,
+                        {send.num_tokens, step}, TokensBelow(send));
+  const SentByWarp told(sent, step);
   // Warps of one block have pieces far apart, so that few pieces, too, spread over all SMs.
   if constexpr (kHasBulkCopies) {
     if (warp < row_warps)
@@ -333,13 +360,19 @@ __device__ __forceinline__ void place_share(const SendKernelArgs& args, const Li
   // What this block has sent does not use its shared memory any more, which bulk loads fill now.
   if constexpr (kHasBulkCopies) fence_shared_for_bulk();
   __syncthreads();
-  here.fill(args.send, args.shape.senders);
+  const SendArgs& send = args.send;
+  const int num_ranks = send.link.num_ranks, rank = send.link.rank;
+  here.fill(send.link, args.shape.senders, [&](int s) {
+    int32_t first = 0;
+    for (int i = 0; i < s; ++i) first += send.plan.rank_count[i * num_ranks + rank];
+    return SourceTokens{first, send.plan.rank_count[s * num_ranks + rank]};
+  });
   const int warp = warp_index();
   if (here.may_wait == 0) return;  // blocks that start later do it
   if (warp == args.shape.row_warps + args.shape.record_warps)
-    watch_arrivals(args.send, call, here);
+    watch_arrivals(send.link, send.arrivals, call, here);
   else if (warp < args.place.warps)
-    place_arrived(args.send, args.place, here,
+    place_arrived(send, args.place, here,
                   {dynamic_shared() + warp * kPlaceGroup * args.place.stage_bytes,
                    loaded + warp * kPlaceGroup});
 }

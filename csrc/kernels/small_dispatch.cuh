@@ -2,9 +2,10 @@
 // that receive work the routing of all ranks out from the ids while the rows are under way.
 //
 // Blocks that send (kernels/small.cuh):
-//   1. Block 0 sends the ids and weights of all tokens to all ranks, with the entry of the call.
-//   2. Rows: those of the block's shares, each once per destination rank, quantised in registers if
-//      asked. Then their signals.
+//   1. Block 0 announces the call to all ranks. Every block sends the ids and weights of its
+//      tokens, those of its shares, to all ranks.
+//   2. Rows: of these tokens, each once per destination rank, quantised in registers if asked. Then
+//      their signals.
 // Blocks that receive:
 //   3. Wait for the entries of all ranks, and have their ids. From them (kernels/small_route.cuh):
 //      bit masks of all ranks' tokens, counts, the rows of every layout. Fill the plan, and clear
@@ -59,44 +60,52 @@ __device__ __forceinline__ int num_pieces(const SmallDispatchArgs& args) {
 
 // ---- sending ----
 
-// By a block: ids and weights to all ranks, or, where the link does not map them, to this rank's
-// own window; -1 for tokens that there are not. first_bad: the first slot with a bad id. Ends with
-// a barrier.
+// Stores slot i of this rank's ids and weights to all ranks, or, where the link does not map them,
+// to this rank's own window. expert: -1 = none.
 template <class Link>
-__device__ __forceinline__ void store_ids(const SmallDispatchArgs& args, uint64_t epoch,
-                                          int32_t& first_bad) {
+__device__ __forceinline__ void store_slot(const SmallDispatchArgs& args, uint64_t epoch, int i,
+                                           int32_t expert, float weight) {
   const LinkArgs& link = args.link;
-  const int slots = args.num_tokens * args.place.dims.topk;
-  const int all_slots = args.small.max_tokens * args.place.dims.topk;
+  const size_t ids = args.small.source_ids(link.rank, epoch);
+  const size_t weights = args.small.source_weights(link.rank, epoch);
+  for (int r = 0; r < (Link::kMapped ? link.num_ranks : 1); ++r) {
+    char* window = link.window[(link.rank + r) % link.num_ranks];
+    store_tagged(window + ids, i, epoch, static_cast<uint32_t>(expert));
+    if (args.topk_weights != nullptr)
+      store_tagged(window + weights, i, epoch, __float_as_uint(weight));
+  }
+}
+
+// The ids and weights of the tokens of this block, by its warps, a token each, ahead of all rows:
+// what every rank routes by must not queue behind them. Where the link puts, block 0 has those of
+// all tokens. -1 for tokens that there are not.
+template <class Link, class Start>
+__device__ __forceinline__ void send_ids(const SmallDispatchArgs& args, const SmallBlocks& blocks,
+                                         const Start& start) {
+  const int topk = args.place.dims.topk, max_tokens = args.small.max_tokens;
+  const BlockRows own(max_tokens, blocks.senders);
+  const int count = Link::kMapped ? own.count : blockIdx.x == 0 ? max_tokens : 0;
+  for (int n = warp_index(); n < count; n += kSmallWarps) {
+    const int t = Link::kMapped ? own.at(n) : n, i = t * topk + lane_index();
+    if (lane_index() >= topk) continue;
+    int32_t expert = -1;
+    float weight = 0.0f;
+    if (t < args.num_tokens) {
+      const int64_t id = given_id(args, i);
+      if (args.topk_weights != nullptr) weight = args.topk_weights[i];
+      if (good_id(args, id)) expert = static_cast<int32_t>(id);
+      if (args.fresh) args.place.plan.topk_idx[i] = expert;
+    }
+    if (!start.lost()) store_slot<Link>(args, start.epoch(), i, expert, weight);
+  }
+}
+
+// By a block: the first slot of this rank with a bad id. Ends with a barrier.
+__device__ __forceinline__ void find_bad_id(const SmallDispatchArgs& args, int32_t& first_bad) {
   if (thread_index() == 0) first_bad = kNoBadId;
   __syncthreads();
-  constexpr int kAhead = 4;  // slots that a thread has in flight
-  for (int first = thread_index(); first < all_slots; first += kAhead * kSmallThreads) {
-    int64_t ids[kAhead];
-    float weights[kAhead];
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      const int i = first + u * kSmallThreads;
-      ids[u] = i < slots ? given_id(args, i) : -1;
-      weights[u] = i < slots && args.topk_weights != nullptr ? args.topk_weights[i] : 0.0f;
-    }
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      const int i = first + u * kSmallThreads;
-      if (i >= all_slots) break;
-      if (!good_id(args, ids[u])) atomicMin(&first_bad, i);
-      const int32_t expert = good_id(args, ids[u]) ? static_cast<int32_t>(ids[u]) : -1;
-      if (args.fresh && i < slots) args.place.plan.topk_idx[i] = expert;
-      for (int r = 0; r < (Link::kMapped ? link.num_ranks : 1); ++r) {
-        char* window = link.window[(link.rank + r) % link.num_ranks];
-        store_tagged(window + args.small.source_ids(link.rank, epoch), i, epoch,
-                     static_cast<uint32_t>(expert));
-        if (args.topk_weights != nullptr && i < slots)
-          store_tagged(window + args.small.source_weights(link.rank, epoch), i, epoch,
-                       __float_as_uint(weights[u]));
-      }
-    }
-  }
+  for (int i = thread_index(); i < args.num_tokens * args.place.dims.topk; i += kSmallThreads)
+    if (!good_id(args, given_id(args, i))) atomicMin(&first_bad, i);
   __syncthreads();
 }
 
@@ -114,13 +123,13 @@ __device__ __forceinline__ void report_bad_id(const SmallDispatchArgs& args, int
   args.bad_index[0] = first_bad + 1;
 }
 
-// By block 0: ids and weights to all ranks, then the entry.
+// By block 0: the entry, and, where the link puts, the ids and weights that it has stored.
 template <class Link>
 __device__ __forceinline__ void announce(const SmallDispatchArgs& args, uint64_t epoch,
                                          int32_t& first_bad) {
   const LinkArgs& link = args.link;
   const int slots = args.num_tokens * args.place.dims.topk;
-  store_ids<Link>(args, epoch, first_bad);
+  find_bad_id(args, first_bad);
   const size_t bytes = static_cast<size_t>(slots) * sizeof(uint64_t);
   const LinkPieces pieces = {{same_place(args.small.source_ids(link.rank, epoch), bytes),
                               same_place(args.small.source_weights(link.rank, epoch), bytes)},
@@ -414,7 +423,7 @@ __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const Sma
   if (agreed && args.totals != nullptr && blocks.receiver == 0) tell_totals(args, route, totals);
   if (args.fresh) {
     write_counts(args, blocks, route, totals);
-    write_places(args, blocks, route, agreed);
+    write_places(args, blocks, route, call.epoch, agreed);
   }
   if (args.link.statistics.received_tokens != nullptr) count_received(args, blocks, route);
   clear_rest(args, blocks, route, totals);
@@ -438,8 +447,10 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   if (going && blocks.sends()) {
     if (announces) {
       if (thread_index() == 0 && args.phase == Phase::kAll) link_mark_begun(link, call);
+      if (!Link::kMapped) send_ids<Link>(args, blocks, start);
       announce<Link>(args, call.epoch, first_bad);
     }
+    if (Link::kMapped) send_ids<Link>(args, blocks, start);
     const BlockRows own(args.num_tokens, blocks.senders);
     send_rows<Link, kQuant, kDtype>(args, own, start);
     if (begins_late) going = link_begin(link, call, start);

@@ -193,13 +193,16 @@ __device__ __forceinline__ void write_counts(const SmallDispatchArgs& args,
 // warp a token. agreed: else nothing is sent.
 __device__ __forceinline__ void write_places(const SmallDispatchArgs& args,
                                              const SmallBlocks& blocks, const GroupRoute& route,
-                                             bool agreed) {
+                                             uint64_t epoch, bool agreed) {
   const PlanView& plan = args.place.plan;
+  const uint64_t* ids = ids_of(args, epoch, route.rank);
   const RouteTile own = route.tile(route.rank);
   const int lane = lane_index(), topk = route.topk, num_ranks = route.num_ranks;
   for (int t = blocks.spread_warp(); t < args.num_tokens; t += blocks.warps()) {
-    // Block 0 (or the send half) has filled plan.topk_idx before it signalled this rank's entry.
-    const int32_t expert = agreed && lane < topk ? plan.topk_idx[t * topk + lane] : -1;
+    // What routing has read; another block may still be writing plan.topk_idx.
+    const int32_t expert =
+        agreed && lane < topk ? valid_expert(args.place, static_cast<int32_t>(ids[t * topk + lane]))
+                              : -1;
     const int owner = expert >= 0 ? route.experts.owner(expert) : -1;
     const int32_t row =
         expert >= 0 ? route.place(own, route.by_token ? owner : num_ranks + expert, t) : -1;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/checks.h"
+#include "core/recv_rows.h"
 #include "transport/gpu_window.h"
 
 namespace epcomm {
@@ -110,6 +111,12 @@ void GpuLinkTransport::drain() {
 
 Dims GpuLinkTransport::dims(int topk) const {
   return {num_ranks_, config_.num_experts, experts_.local_experts(rank_), topk, true};
+}
+
+int32_t GpuLinkTransport::most_rows(const Plan& plan) const {
+  return static_cast<int32_t>(most_recv_rows(plan.layout, int64_t{num_ranks_} * config_.max_tokens,
+                                             plan.topk, experts_.local_experts(rank_),
+                                             plan.expert_alignment));
 }
 
 LinkArgs GpuLinkTransport::link(Operation operation) const {

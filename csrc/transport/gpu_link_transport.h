@@ -91,6 +91,8 @@ class GpuLinkTransport : public Transport {
   /// memory goes that kernels use.
   void drain();
   Dims dims(int topk) const;
+  /// Most rows that this rank can receive with the plan.
+  int32_t most_rows(const Plan& plan) const;
   LinkArgs link(Operation operation) const;
   void check_capacity(const Plan& plan, const DispatchArgs& args) const;
   /// Throws InvalidArgument for a row that is wider than those that staging is made for.

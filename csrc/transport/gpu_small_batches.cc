@@ -3,7 +3,6 @@
 
 #include "core/call_fields.h"
 #include "core/checks.h"
-#include "core/recv_rows.h"
 #include "kernels/quant.h"
 #include "transport/gpu_link_transport.h"
 
@@ -71,8 +70,7 @@ RouteResult GpuLinkTransport::route_small(const RouteArgs& args) {
 // A batch that was sent ahead of its counts is not sent again for want of room.
 void GpuLinkTransport::check_most_room(const Plan& plan, const DispatchArgs& args) const {
   const int64_t tokens = int64_t{num_ranks_} * config_.max_tokens;
-  const int64_t rows = most_recv_rows(plan.layout, tokens, plan.topk, experts_.local_experts(rank_),
-                                      plan.expert_alignment);
+  const int64_t rows = most_rows(plan);
   EPCOMM_CHECK(args.recv_capacity >= tokens && args.row_capacity >= rows,
                "recv_capacity and row_capacity are " + std::to_string(args.recv_capacity) +
                    " and " + std::to_string(args.row_capacity) +

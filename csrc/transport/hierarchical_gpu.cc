@@ -313,6 +313,8 @@ void HierarchicalGpuTransport::store_partials(const Plan& plan, const CombineArg
   partials.by_token = args.by_token;
   partials.chunks = 1;
   partials.x = static_cast<const char*>(args.x);
+  partials.row_capacity = most_rows(plan);
+  partials.max_tokens = config_.max_tokens;
   partials.plan = plan.view;
   for (int s = 0; s < num_ranks_; ++s) {
     const bool near = map_.same_node(rank_, s);

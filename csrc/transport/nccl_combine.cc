@@ -1,6 +1,7 @@
 // The nccl transport: combine, in its three ways.
 #include <vector>
 
+#include "core/recv_rows.h"
 #include "transport/nccl_transport.h"
 
 namespace epcomm {
@@ -17,6 +18,10 @@ PartialArgs NcclTransport::partial_args(const Plan& plan, const CombineArgs& arg
   p.chunks = 1;
   p.by_token = args.by_token;
   p.x = static_cast<const char*>(args.x);
+  p.row_capacity = static_cast<int32_t>(
+      most_recv_rows(plan.layout, int64_t{num_ranks_} * config_.max_tokens, plan.topk,
+                     experts_.local_experts(rank_), plan.expert_alignment));
+  p.max_tokens = config_.max_tokens;
   p.plan = plan.view;
   p.mark = call.begin_mark();
   if (args.topk_weights != nullptr) {

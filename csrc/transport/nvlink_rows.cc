@@ -157,22 +157,15 @@ void NvlinkTransport::combine(const Plan& plan, const CombineArgs& args) {
   const bool one_row = args.by_token || plan.layout == Layout::kToken;
   const int usual_sms = one_row ? kCombineSms : kSummingSms;
   const int num_sms = args.num_sms > 0 ? args.num_sms : usual_sms;
-  pull.pushed = !one_row || !arena_.contains(args.x, 1);
-  pull.weighted = !one_row;
-  if (!pull.pushed) entry.rows = offset_of(args.x);
-  entry.pushed = pull.pushed ? 1 : 0;
-  if (!one_row) {
-    push_partials(plan, args, pull.link, num_sms);
-  } else if (pull.pushed) {
-    pull.own_rows = static_cast<const char*>(args.x);
-    PushArgs push{};
-    push.link = pull.link;
-    push.plan = plan.view;
-    push.x = pull.own_rows;
-    push.row_bytes = row_bytes;
-    push.staging = staging_of(row_bytes);
-    launch_push(push, num_sms, stream);
-  }
+  pull.partials = !one_row;
+  const bool pushes = one_row && !arena_.contains(args.x, 1);
+  if (one_row && !pushes) entry.rows = offset_of(args.x);
+  entry.pushed = pull.partials || pushes ? 1 : 0;
+  if (pull.partials) push_partials(plan, args, pull.link, num_sms);
+  if (pushes) pull.own_rows = static_cast<const char*>(args.x);
+  pull.push_to = staging_of(row_bytes);
+  pull.most_senders = kDispatchSms;
+  pull.arrivals = layout_.arrivals;
   pull.dims = dims(plan.topk);
   pull.dtype = args.dtype;
   pull.hidden = args.hidden;
@@ -210,6 +203,8 @@ void NvlinkTransport::push_partials(const Plan& plan, const CombineArgs& args, c
   partials.by_token = false;
   partials.chunks = 1;
   partials.x = static_cast<const char*>(args.x);
+  partials.row_capacity = most_rows(plan);
+  partials.max_tokens = config_.max_tokens;
   partials.plan = plan.view;
   const size_t staging = staging_of(int64_t{args.hidden} * dtype_bytes(args.dtype));
   for (int r = 0; r < num_ranks_; ++r) {

@@ -9,9 +9,9 @@
 // Window map, alike on all ranks:
 //   control   ControlLayout: the inboxes of the peers
 //   small     SmallLayout: staging of small batches; then nothing of the following is there
-//   arrivals  ArrivalLayout: how far the peers have come with rows that are placed as they arrive
+//   arrivals  ArrivalLayout: how far the peers have come with rows that are used as they arrive
 //   weights   [max_tokens, topk] float: this rank's topk_weights of a combine, read by the peers
-//   staging   [num_ranks, max_tokens] rows: partial rows for this rank's tokens, by the rank that
+//   staging   [num_ranks, max_tokens] rows: rows for this rank's tokens, by the rank that
 //             stores them; only where a combine's input lies outside the window
 //   arena     what Buffer::allocate hands out
 #pragma once

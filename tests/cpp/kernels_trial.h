@@ -354,6 +354,8 @@ inline PartialArgs Trial::partial_args(int r, int chunk) const {
     a.topk_weights[s] = c.weighted ? ranks_[static_cast<size_t>(s)].weights.data : nullptr;
   a.by_token = c.by_token;
   a.x = m.expert_out.data;
+  a.row_capacity = w.row_capacity(r);
+  a.max_tokens = w.max_tokens;
   a.plan = m.plan;
   for (size_t s = 0; s < m.partial.size(); ++s) a.target[s] = m.partial[s].data;
   return a;

@@ -10,7 +10,6 @@
 #include <memory>
 #include <mutex>
 #include <string>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -35,7 +34,7 @@ struct World {
   std::vector<std::string> faults;
   std::map<void*, std::pair<int, size_t>> memory;  // device, bytes
   std::map<Stream*, std::shared_ptr<Stream>> streams;
-  std::unordered_map<const void*, size_t> shared_allowed;
+  std::map<std::pair<const void*, int>, size_t> shared_allowed;  // by kernel and device
   std::atomic<uint64_t> kernels_issued = 0, copies_issued = 0;
 
   World();

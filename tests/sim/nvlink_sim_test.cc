@@ -2,14 +2,19 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
+#include <cstring>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "epcomm/buffer.h"
 #include "epcomm/error.h"
+#include "kernels/token_layout.h"
 #include "tests/cpp/rank_calls.h"
 #include "tests/cpp/ranks.h"
+#include "tests/sim/small_calls.h"
 
 namespace epcomm {
 namespace {
@@ -85,6 +90,56 @@ TEST(Nvlink, ADispatchWithoutRoomIsRefusedByAllRanks) {
           << "a refused dispatch moved rows";
     }
     testing::dispatch(buffer, batch(), recv);
+  });
+}
+
+// Combines that the host has launched before it could learn that the dispatch was refused: what
+// the memory of the plan's records held before must not become addresses.
+TEST(Nvlink, ACombineBehindARefusedDispatchReadsNoRecords) {
+  const testing::Shape c{3, 6, 3, 32, 10};
+  testing::run_devices(c.ranks, [&](std::shared_ptr<Bootstrap> bootstrap) {
+    const int rank = bootstrap->rank();
+    Buffer buffer(bootstrap, testing::options_for(c, "large"));
+    for (unsigned seed = 0; seed < 6; ++seed) {
+      testing::Round round = testing::make_round(c, 1600 + seed, rank);
+      round.host_sync = round.ahead = false;
+      round.weighted = true;
+      round.layout = seed % 3 == 0 ? Layout::kExpert : Layout::kPadded;
+      testing::Calls calls{buffer, c, round};
+      // A host learns of the refusal at the earliest when the late rank has come.
+      const bool late = rank == static_cast<int>(seed) % c.ranks;
+      std::string found;
+      auto call = [&](auto body) {
+        if (late) std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        try {
+          body();
+        } catch (const ConfigMismatch& e) {
+          found = e.what();  // which is reported once
+          body();
+        }
+      };
+      calls.route();
+      // Rows that do not exist of tokens that do, and the other way round.
+      const MetaLayout meta(round.topk);
+      std::memset(calls.meta.data, 0x31, calls.meta.bytes);
+      for (int64_t n = 0; n < calls.capacity; ++n) {
+        if (seed % 2 == 0)
+          *meta.token(calls.meta.data, n) = 0;
+        else
+          std::memset(meta.row(calls.meta.data, n), 0, sizeof(int32_t));
+      }
+      if (late) calls.round.weighted = false;
+      call([&] { calls.dispatch(); });
+      call([&] { calls.combine(seed < 4, false); });
+      found += testing::error_of<ConfigMismatch>(buffer, [] {});
+      EXPECT_NE(found.find("topk_weights"), std::string::npos) << found;
+    }
+    testing::Round round = testing::make_round(c, 1700, rank);
+    testing::Calls calls{buffer, c, round};
+    calls.route();
+    calls.dispatch();
+    calls.combine(true, true);
+    EXPECT_EQ(testing::error_of<Error>(buffer, [] {}), "");
   });
 }
 

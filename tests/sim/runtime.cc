@@ -95,7 +95,7 @@ std::vector<std::string> take_faults() {
 
 size_t& shared_bytes_allowed(const void* kernel) {
   std::lock_guard lock(world().mutex);
-  return world().shared_allowed.try_emplace(kernel, kWithoutOptIn).first->second;
+  return world().shared_allowed.try_emplace({kernel, current_device}, kWithoutOptIn).first->second;
 }
 
 Issued issued() { return {world().kernels_issued, world().copies_issued}; }

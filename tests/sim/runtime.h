@@ -100,7 +100,7 @@ class Stream {
 Stream& resolve(cudaStream_t stream);
 cudaError_t enqueue_grid(const cudaLaunchConfig_t& config, std::function<void()> kernel,
                          size_t args_bytes, size_t most_shared_bytes);
-/// Dynamic shared memory that cudaFuncSetAttribute has allowed the kernel.
+/// Dynamic shared memory that cudaFuncSetAttribute has allowed the kernel on the current device.
 size_t& shared_bytes_allowed(const void* kernel);
 
 }  // namespace epcomm::sim
