@@ -269,42 +269,39 @@ struct StagedRows {
     return true;
   }
 
-  /// Takes the vectors v, v + 32, ... below end of source's row i, which lies at from.
-  template <int kVectors>
-  __device__ __forceinline__ bool take(int source, int i, char* from, int v, int end,
-                                       BatchOf<kVectors>& batch) const {
-    if constexpr (!Link::kMapped) {
-      batch.template load<RowMemory::kArrived>(from, v, end);
-    } else {
-      const bool taken = wait(source, i, [&] {
-        batch.template load<RowMemory::kArriving>(from, v, end);
-        return batch.all(v, end, is_written);
-      });
-      if (!taken) return false;
-      batch.fill(from, v, end, unwritten_vector());
-    }
-    return true;
-  }
+  /// Words of a staged row that a lane takes beside its vectors: word, word + 32, ... below end.
+  struct Words {
+    static constexpr int kCount = 2;
+    static constexpr int kStep = kCount * kWarpSize;
+    uint32_t data[kCount];
+  };
 
-  /// Takes words of row i of source, at from; put(w, word) gets each, and is called by all lanes of
-  /// the warp, with w >= words where there is none.
-  template <class Put>
-  __device__ __forceinline__ bool take_words(int source, int i, char* from, int words,
-                                             Put put) const {
-    auto* at = reinterpret_cast<uint32_t*>(from);
-    for (int w = lane_index(); w - lane_index() < words; w += kWarpSize) {
-      uint32_t word = 0;
-      if constexpr (Link::kMapped) {
-        const bool taken = wait(source, i, [&] {
-          if (w < words) word = load_relaxed_system(at + w);
-          return word != SmallLayout::kUnwritten;
-        });
-        if (!taken) return false;
-        if (w < words) at[w] = SmallLayout::kUnwritten;
-      } else if (w < words) {
-        word = at[w];
-      }
-      put(w, word);
+  /// Takes the vectors v, v + 32, ... below end_vector of source's row i, which lies at from, and
+  /// the words w, w + 32, ... below end_word at `words`.
+  template <int kVectors>
+  __device__ __forceinline__ bool take(int source, int i, char* from, int v, int end_vector,
+                                       BatchOf<kVectors>& batch, char* words, int w, int end_word,
+                                       Words& taken) const {
+    auto* at = reinterpret_cast<uint32_t*>(words);
+    auto load = [&] {
+      bool there = true;
+#pragma unroll
+      for (int u = 0; u < Words::kCount; ++u)
+        if (const int n = w + u * kWarpSize; n < end_word) {
+          taken.data[u] = load_relaxed_system(at + n);
+          there &= taken.data[u] != SmallLayout::kUnwritten;
+        }
+      batch.template load<RowMemory::kArriving>(from, v, end_vector);
+      return batch.all(v, end_vector, is_written) && there;
+    };
+    if constexpr (!Link::kMapped) {
+      load();
+    } else {
+      if (!wait(source, i, load)) return false;
+      batch.fill(from, v, end_vector, unwritten_vector());
+#pragma unroll
+      for (int u = 0; u < Words::kCount; ++u)
+        if (const int n = w + u * kWarpSize; n < end_word) at[n] = SmallLayout::kUnwritten;
     }
     return true;
   }

@@ -332,20 +332,6 @@ __device__ __forceinline__ TokenSlots slots_of(const SmallDispatchArgs& args,
   return slots;
 }
 
-// The scales of source's row t to the rows of the lanes in firsts.
-template <class Link>
-__device__ __forceinline__ bool receive_scales(const PlaceArgs& place, const StagedRows<Link>& rows,
-                                               int source, int t, int32_t row, uint32_t firsts) {
-  const int words = (place.rows.scale_bytes + 3) / 4;
-  return rows.take_words(source, t, rows.row(source, t) + place.rows.row_bytes, words,
-                         [&](int w, uint32_t word) {
-                           for (uint32_t rest = firsts; rest != 0;) {
-                             const int32_t to = __shfl_sync(kFullWarp, row, take_lowest(rest));
-                             if (w < words) place_scale_word(place, to, w, word);
-                           }
-                         });
-}
-
 // What arrives goes to its rows, by all warps that receive. What is known without the row is
 // written while it is waited for. False: the warp has given up a wait.
 template <class Link>
@@ -384,19 +370,25 @@ __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args,
     if (!Link::kMapped && !rows_arrived<Link>(link, args.small, rows.epoch, s, lane == 0 ? t : -1))
       return false;
     char* from = rows.row(s, t);
+    char* scales = from + place.rows.row_bytes;
+    const int scale_words = job.leads ? (place.rows.scale_bytes + 3) / 4 : 0;
     using Rows = BatchOf<kSmallUnroll>;
-    for (int at = job.begin; at < job.end; at += Rows::kStep) {
+    using Words = typename StagedRows<Link>::Words;
+    for (int at = job.begin, word = 0; at < job.end || word < scale_words;
+         at += Rows::kStep, word += Words::kStep) {
       Rows batch{};
-      const int v = at + lane;
-      if (!rows.take(s, t, from, v, job.end, batch)) return false;
+      Words words{};
+      const int v = at + lane, w = word + lane;
+      if (!rows.take(s, t, from, v, job.end, batch, scales, w, scale_words, words)) return false;
       for (uint32_t rest = firsts; rest != 0;) {
-        const int64_t to = __shfl_sync(kFullWarp, slots.row, take_lowest(rest));
-        batch.store(place.recv_x + to * place.rows.row_bytes, v, job.end);
+        const int32_t to = __shfl_sync(kFullWarp, slots.row, take_lowest(rest));
+        batch.store(place.recv_x + int64_t{to} * place.rows.row_bytes, v, job.end);
+#pragma unroll
+        for (int u = 0; u < Words::kCount; ++u)
+          if (const int n = w + u * kWarpSize; n < scale_words)
+            place_scale_word(place, to, n, words.data[u]);
       }
     }
-    if (job.leads && place.rows.scale_bytes != 0 &&
-        !receive_scales(place, rows, s, t, slots.row, firsts))
-      return false;
   }
   rows.clean_up(blocks, route.num_ranks, [&](int s, int t) -> size_t {
     const bool taken = t < ranges.end[s] + ranges.to_source[s] && route.tile(s).has(route.rank, t);

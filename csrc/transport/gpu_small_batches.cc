@@ -10,8 +10,8 @@ namespace epcomm {
 namespace {
 
 // Few tokens should still spread over many SMs: what counts is when the last byte arrives
-// (docs/nvlink.md). One block announces; the others have two of the 128 shares each.
-constexpr int kSmallSms = 65;
+// (docs/nvlink.md). One block announces, 64 have two of the 128 shares each, and 64 receive.
+constexpr int kSmallSms = 129;
 
 }  // namespace
 
