@@ -269,39 +269,54 @@ struct StagedRows {
     return true;
   }
 
-  /// Words of a staged row that a lane takes beside its vectors: word, word + 32, ... below end.
-  struct Words {
-    static constexpr int kCount = 2;
-    static constexpr int kStep = kCount * kWarpSize;
-    uint32_t data[kCount];
+  /// What a lane takes of a row at a time: the vectors v, v + 32, ... below end_vector at from, and
+  /// the words w, w + 32, ... below end_word at words.
+  template <int kVectors>
+  struct Part {
+    static constexpr int kWords = 2, kWordStep = kWords * kWarpSize;
+    char *from, *words;
+    int v, end_vector, w, end_word;
+    BatchOf<kVectors> batch;
+    uint32_t word[kWords];
+
+    /// Whether all of it has been written.
+    __device__ __forceinline__ bool is_there() const {
+      bool there = batch.all(v, end_vector, is_written);
+#pragma unroll
+      for (int u = 0; u < kWords; ++u)
+        there &= w + u * kWarpSize >= end_word || word[u] != SmallLayout::kUnwritten;
+      return there;
+    }
+    __device__ __forceinline__ void load() {
+      batch.template load<RowMemory::kArriving>(from, v, end_vector);
+#pragma unroll
+      for (int u = 0; u < kWords; ++u)
+        if (const int n = w + u * kWarpSize; n < end_word)
+          word[u] = load_relaxed_system(reinterpret_cast<const uint32_t*>(words) + n);
+    }
+    __device__ __forceinline__ void unwrite() {
+      BatchOf<kVectors>::fill(from, v, end_vector, unwritten_vector());
+#pragma unroll
+      for (int u = 0; u < kWords; ++u)
+        if (const int n = w + u * kWarpSize; n < end_word)
+          reinterpret_cast<uint32_t*>(words)[n] = SmallLayout::kUnwritten;
+    }
   };
 
-  /// Takes the vectors v, v + 32, ... below end_vector of source's row i, which lies at from, and
-  /// the words w, w + 32, ... below end_word at `words`.
+  /// Takes a part of source's row i that has been loaded once, early: it may have come meanwhile.
   template <int kVectors>
-  __device__ __forceinline__ bool take(int source, int i, char* from, int v, int end_vector,
-                                       BatchOf<kVectors>& batch, char* words, int w, int end_word,
-                                       Words& taken) const {
-    auto* at = reinterpret_cast<uint32_t*>(words);
-    auto load = [&] {
-      bool there = true;
-#pragma unroll
-      for (int u = 0; u < Words::kCount; ++u)
-        if (const int n = w + u * kWarpSize; n < end_word) {
-          taken.data[u] = load_relaxed_system(at + n);
-          there &= taken.data[u] != SmallLayout::kUnwritten;
-        }
-      batch.template load<RowMemory::kArriving>(from, v, end_vector);
-      return batch.all(v, end_vector, is_written) && there;
-    };
+  __device__ __forceinline__ bool take(int source, int i, Part<kVectors>& part) const {
     if constexpr (!Link::kMapped) {
-      load();
+      part.load();
     } else {
-      if (!wait(source, i, load)) return false;
-      batch.fill(from, v, end_vector, unwritten_vector());
-#pragma unroll
-      for (int u = 0; u < Words::kCount; ++u)
-        if (const int n = w + u * kWarpSize; n < end_word) at[n] = SmallLayout::kUnwritten;
+      bool loaded = true;
+      const bool taken = wait(source, i, [&] {
+        if (!loaded) part.load();
+        loaded = false;
+        return part.is_there();
+      });
+      if (!taken) return false;
+      part.unwrite();
     }
     return true;
   }

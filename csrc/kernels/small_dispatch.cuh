@@ -354,6 +354,14 @@ __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args,
     const int32_t n = tile.place(route.rank, t);
     // A row for which there is no room is taken all the same.
     const bool fits = n < place.recv_capacity;
+    typename StagedRows<Link>::template Part<kSmallUnroll> part;
+    part.from = rows.row(s, t);
+    part.words = part.from + place.rows.row_bytes;
+    part.v = job.begin + lane;
+    part.end_vector = job.end;
+    part.w = lane;
+    part.end_word = job.leads ? (place.rows.scale_bytes + 3) / 4 : 0;
+    if (Link::kMapped) part.load();
     bool lost = false;
     const TokenSlots slots = slots_of<Link>(args, route, rows.epoch, s, t, fits ? n : 0, lost);
     if (lost) {
@@ -369,25 +377,20 @@ __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args,
     // One lane is enough, where more would cost more than one load.
     if (!Link::kMapped && !rows_arrived<Link>(link, args.small, rows.epoch, s, lane == 0 ? t : -1))
       return false;
-    char* from = rows.row(s, t);
-    char* scales = from + place.rows.row_bytes;
-    const int scale_words = job.leads ? (place.rows.scale_bytes + 3) / 4 : 0;
-    using Rows = BatchOf<kSmallUnroll>;
-    using Words = typename StagedRows<Link>::Words;
-    for (int at = job.begin, word = 0; at < job.end || word < scale_words;
-         at += Rows::kStep, word += Words::kStep) {
-      Rows batch{};
-      Words words{};
-      const int v = at + lane, w = word + lane;
-      if (!rows.take(s, t, from, v, job.end, batch, scales, w, scale_words, words)) return false;
+    for (bool first = true; part.v - lane < job.end || part.w - lane < part.end_word;
+         first = false) {
+      if (Link::kMapped && !first) part.load();
+      if (!rows.take(s, t, part)) return false;
       for (uint32_t rest = firsts; rest != 0;) {
         const int32_t to = __shfl_sync(kFullWarp, slots.row, take_lowest(rest));
-        batch.store(place.recv_x + int64_t{to} * place.rows.row_bytes, v, job.end);
+        part.batch.store(place.recv_x + int64_t{to} * place.rows.row_bytes, part.v, job.end);
 #pragma unroll
-        for (int u = 0; u < Words::kCount; ++u)
-          if (const int n = w + u * kWarpSize; n < scale_words)
-            place_scale_word(place, to, n, words.data[u]);
+        for (int u = 0; u < part.kWords; ++u)
+          if (const int w = part.w + u * kWarpSize; w < part.end_word)
+            place_scale_word(place, to, w, part.word[u]);
       }
+      part.v += part.batch.kStep;
+      part.w += part.kWordStep;
     }
   }
   rows.clean_up(blocks, route.num_ranks, [&](int s, int t) -> size_t {
