@@ -57,10 +57,16 @@ struct RouteTile {
   }
   /// Fills the prefixes of a column whose masks are complete. Returns the tokens in it.
   __device__ int fill_prefixes(int column) const {
+    // All words are loaded before a prefix is stored, else each waits for the one before.
+    uint32_t masks[kTileWords];
+#pragma unroll
+    for (int word = 0; word < kTileWords; ++word)
+      masks[word] = word < words ? mask(word, column) : 0;
     int before = 0;
-    for (int word = 0; word < words; ++word) {
-      prefix(word, column) = static_cast<uint8_t>(before);
-      before += __popc(mask(word, column));
+#pragma unroll
+    for (int word = 0; word < kTileWords; ++word) {
+      if (word < words) prefix(word, column) = static_cast<uint8_t>(before);
+      before += __popc(masks[word]);
     }
     return before;
   }

@@ -65,11 +65,15 @@ struct SmallBlocks {
   __device__ __forceinline__ int thread() const {
     return receiver * kSmallThreads + thread_index();
   }
-  // So that the first few lie in as many blocks.
-  __device__ __forceinline__ int spread_thread() const {
-    return thread_index() * receivers + receiver;
+  // So that the first few lie in as many blocks. later: warps of a block that come last instead of
+  // first; what different warps do takes no longer than one of them.
+  __device__ __forceinline__ int spread_thread(int later = 0) const {
+    return (thread_index() + (kSmallWarps - later) * kWarpSize) % kSmallThreads * receivers +
+           receiver;
   }
-  __device__ __forceinline__ int spread_warp() const { return warp_index() * receivers + receiver; }
+  __device__ __forceinline__ int spread_warp(int later = 0) const {
+    return (warp_index() + kSmallWarps - later) % kSmallWarps * receivers + receiver;
+  }
 };
 
 /// The rows of a batch that this block sends, in order of shares. Block 0 announces, and sends rows

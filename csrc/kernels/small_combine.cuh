@@ -257,7 +257,7 @@ __device__ __forceinline__ bool sum_partials(const SmallCombineArgs& args,
                                              const SmallBlocks& blocks,
                                              const StagedRows<Link>& rows) {
   EPCOMM_SHARED(int32_t[kMaxPackRanks], sent_before);
-  constexpr int kRowsAtOnce = 3;
+  constexpr int kRowsAtOnce = kQuant == Quant::kFp8 ? 2 : 3;  // what there are registers for
   using Arrived = std::conditional_t<kQuant == Quant::kFp8, ArrivedFp8<kDtype>, ArrivedRow<kDtype>>;
   const LinkArgs& link = args.link;
   const int num_ranks = args.dims.num_ranks, lane = lane_index();

@@ -265,7 +265,7 @@ __device__ __forceinline__ void signal_rows(const SmallDispatchArgs& args, const
 // What the call delivers to this rank's experts, by all blocks that receive.
 __device__ __forceinline__ void count_received(const SmallDispatchArgs& args,
                                                const SmallBlocks& blocks, const GroupRoute& route) {
-  for (int e = blocks.spread_thread(); e < args.place.dims.num_experts; e += blocks.threads())
+  for (int e = blocks.spread_thread(11); e < args.place.dims.num_experts; e += blocks.threads())
     if (route.experts.owner(e) == route.rank)
       add_received(args.link.statistics, args.place.experts.local[e], route.experts.total(e));
 }
@@ -294,7 +294,7 @@ __device__ __forceinline__ void clear_rest(const SmallDispatchArgs& args, const 
   const bool padded = place.layout == Layout::kPadded;
   const int32_t alignment = args.expert_alignment;
   // The rest of an expert's group, by a warp.
-  for (int e = blocks.spread_warp(); e < place.dims.num_experts; e += blocks.warps()) {
+  for (int e = blocks.spread_warp(4); e < place.dims.num_experts; e += blocks.warps()) {
     if (route.experts.owner(e) != route.rank) continue;
     const int32_t start = route.experts.start(e), total = route.experts.total(e);
     const int32_t group = padded ? route.num_ranks * args.small.max_tokens
@@ -332,8 +332,7 @@ __device__ __forceinline__ TokenSlots slots_of(const SmallDispatchArgs& args,
   return slots;
 }
 
-// What arrives goes to its rows, by all warps that receive. What is known without the row is
-// written while it is waited for. False: the warp has given up a wait.
+// What arrives goes to its rows, by all warps that receive. False: the warp has given up a wait.
 template <class Link>
 __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args,
                                              const SmallBlocks& blocks, const GroupRoute& route,
@@ -369,11 +368,7 @@ __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args,
       return false;
     }
     const uint32_t firsts = fits ? distinct_rows(slots.row) : 0;
-    if (job.leads && fits) {
-      if (args.records)
-        write_record(meta, meta.row(place.plan.recv_meta, n), slots, args.topk_weights != nullptr);
-      place_outputs(place, n, slots, (firsts >> lane & 1) != 0);
-    }
+    const int32_t local = job.leads ? local_expert(place, slots) : -1;
     // One lane is enough, where more would cost more than one load.
     if (!Link::kMapped && !rows_arrived<Link>(link, args.small, rows.epoch, s, lane == 0 ? t : -1))
       return false;
@@ -391,6 +386,11 @@ __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args,
       }
       part.v += part.batch.kStep;
       part.w += part.kWordStep;
+    }
+    if (job.leads && fits) {
+      if (args.records)
+        write_record(meta, meta.row(place.plan.recv_meta, n), slots, args.topk_weights != nullptr);
+      place_outputs(place, n, slots, local, (firsts >> lane & 1) != 0);
     }
   }
   rows.clean_up(blocks, route.num_ranks, [&](int s, int t) -> size_t {

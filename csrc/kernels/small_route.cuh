@@ -168,16 +168,16 @@ __device__ __forceinline__ void write_counts(const SmallDispatchArgs& args,
                                              const RouteTotals& totals) {
   const PlanView& plan = args.place.plan;
   const int num_ranks = route.num_ranks, num_experts = args.place.dims.num_experts;
-  for (int i = blocks.spread_thread(); i < num_ranks * num_ranks; i += blocks.threads()) {
+  for (int i = blocks.spread_thread(13); i < num_ranks * num_ranks; i += blocks.threads()) {
     const int s = i / num_ranks, r = i - s * num_ranks;
     plan.rank_count[i] = route.count(s, r, totals.rank[r]);
   }
-  for (int i = blocks.spread_thread(); i < num_ranks * num_experts; i += blocks.threads()) {
+  for (int i = blocks.spread_thread(14); i < num_ranks * num_experts; i += blocks.threads()) {
     const int s = i / num_experts, e = i - s * num_experts;
     plan.expert_count[i] = route.count(s, num_ranks + e, route.experts.total(e));
   }
   const bool padded = args.place.layout == Layout::kPadded;
-  for (int e = blocks.spread_thread(); e < num_experts; e += blocks.threads()) {
+  for (int e = blocks.spread_thread(12); e < num_experts; e += blocks.threads()) {
     if (route.experts.owner(e) != route.rank) continue;
     const int local = args.place.experts.local[e];
     plan.tokens_per_expert[local] = route.experts.total(e);
@@ -198,7 +198,7 @@ __device__ __forceinline__ void write_places(const SmallDispatchArgs& args,
   const uint64_t* ids = ids_of(args, epoch, route.rank);
   const RouteTile own = route.tile(route.rank);
   const int lane = lane_index(), topk = route.topk, num_ranks = route.num_ranks;
-  for (int t = blocks.spread_warp(); t < args.num_tokens; t += blocks.warps()) {
+  for (int t = blocks.spread_warp(8); t < args.num_tokens; t += blocks.warps()) {
     // What routing has read; another block may still be writing plan.topk_idx.
     const int32_t expert =
         agreed && lane < topk ? valid_expert(args.place, static_cast<int32_t>(ids[t * topk + lane]))
