@@ -54,6 +54,7 @@ def take_memory() -> None:
     import epcomm
 
     arguments = {"num_experts": 8, "hidden": 64, "topk": 1, "max_tokens": 1, "transport": "rdma"}
+    arguments["transport_options"] = dict(OPTIONS)
     epcomm.Buffer(dist.group.WORLD, window_bytes=256 << 20, **arguments).destroy()
 
 
