@@ -85,6 +85,7 @@ def run_bf16(group: Any, tokens: list[int], how: dict[str, bool], device: str = 
     assert (event.event is None) == ("async_finish" not in how)
     if hook is not None:
         hook()
+    event.current_stream_wait()
     assert y.data_ptr() == out.data_ptr()
     close(y, combined(world, xs, rank))
     # Through the buffer that deep_ep lends.
