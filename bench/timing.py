@@ -76,8 +76,8 @@ class CpuTimer:
 def device_barrier() -> tuple[str, Call]:
     """What no rank's stream passes before every rank's got there, and its name. Collective.
 
-    Ranks leave flags in each other's memory a microsecond apart at most; NCCL's all-reduce, for GPUs
-    that cannot reach each other, several.
+    Flags in each other's memory let ranks go a microsecond apart at most. NCCL's all-reduce, for
+    GPUs that cannot reach each other, lets them go several apart.
     """
     barrier, error = None, ""
     try:

@@ -45,7 +45,8 @@ __device__ __forceinline__ uint4 load_streaming(const void* p) {
   return v;
 }
 
-/// Stores 16 bytes that no thread of this kernel loads before a barrier: others may see them late.
+/// Stores 16 bytes that no thread of this kernel loads before a barrier, unless it polls for them:
+/// others may see them late.
 __device__ __forceinline__ void store_streaming(void* p, const uint4& value) {
   *static_cast<uint4*>(p) = value;
 }

@@ -29,14 +29,18 @@ __global__ void __launch_bounds__(kExchangeThreads, 1)
   EPCOMM_SHARED(LinkCall, call);
   const LinkArgs& link = args.link;
   const bool entered = link_enter<Link>(link, call, args.announce, args.words);
-  if (thread_index() == 0) link.state->route_refused = !entered;
+  if (thread_index() == 0) {
+    link.state->route_refused = !entered;
+    // Ranks that wanted a small batch have staged rows here, which nobody takes.
+    if (!entered) link.state->clean[call.epoch & 1] = 0;
+  }
   if (entered) {
     for (int r = warp_index(); r < link.num_ranks; r += kExchangeThreads / kWarpSize)
       copy_words<uint4>(reinterpret_cast<char*>(args.announced + int64_t{r} * args.words),
                         link.window[link.rank] + link.control.counts(r, call.epoch),
                         args.words * 4);
   } else {
-    // Nothing was told: no rank sends anything.
+    // Nothing was told.
     for (int i = thread_index(); i < link.num_ranks * args.words; i += kExchangeThreads)
       args.announced[i] = 0;
   }

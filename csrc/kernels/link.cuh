@@ -530,8 +530,16 @@ __device__ __forceinline__ bool link_agree_briefly(const LinkArgs& link, LinkCal
       store_release_system(&link.report->entered, link.token);
     return true;
   }
-  // The whole entries say what is the matter.
-  return link_agree<Link>(link, call, tells, pieces);
+  if (__syncthreads_or(lost) == 0) {
+    // The whole entries say what is the matter.
+    return link_agree<Link>(link, call, tells, pieces);
+  }
+  if (thread_index() == 0) {
+    call.bad = LinkCall::kLost;
+    atomicExch(&link.state->lost, 1u);
+  }
+  __syncthreads();
+  return false;
 }
 
 }  // namespace epcomm

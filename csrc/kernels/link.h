@@ -71,7 +71,8 @@ struct alignas(64) LinkState {
   uint64_t epoch;     ///< of the last call that ended
   uint64_t marks[2];  ///< how often LinkArgs::progress was told of calls begun, calls ended
   uint32_t lost;      ///< not 0: a wait was given up; nothing is sent or waited for any more
-  uint32_t arrived;   ///< blocks of the running kernel that have no more to do
+  uint32_t arrived;   ///< blocks of the running kernel that have no more to do; of a small batch,
+                      ///< also how many of them have lost or refused it (link_leave)
   uint32_t started;   ///< blocks of the running kernel that have a number (LinkCall::block)
   uint32_t pieces;    ///< of the running kernel, that its warps have come for
   /// By the parity of the epoch: not 0 = staging for small batches is all SmallLayout::kUnwritten

@@ -6,9 +6,8 @@
 // call, and a grid of one block, has all of its blocks do all there is to do.
 //
 // Row i of a batch belongs to share i % kShares, and a share to one block of its source. The block
-// stores its rows, then signals its shares; a warp of the receiver waits for the share of the row
-// it is about to read. So no grid waits for all of its blocks, and ranks may use different numbers
-// of blocks.
+// stores its rows, then signals its shares. So no grid waits for all of its blocks, and ranks may
+// use different numbers of blocks.
 //
 // Memory order: staging is kUnwritten (SmallLayout) between calls. Rows are stored in words of 4
 // bytes or more, and a receiver polls the words themselves: one that is not kUnwritten is what the
@@ -22,8 +21,11 @@
 // per (share, rank) puts those that the rank gets, each with a signal.
 #pragma once
 
+#include <algorithm>
+
 #include "epcomm/types.h"
 #include "kernels/device.cuh"
+#include "kernels/launch.cuh"
 #include "kernels/link.cuh"
 #include "kernels/rows.cuh"
 #include "kernels/token_layout.h"
@@ -36,6 +38,19 @@ constexpr int kSmallWarps = kSmallThreads / kWarpSize;
 /// Words of a bit mask of a rank's tokens.
 __host__ __device__ constexpr int mask_words(int max_tokens) {
   return (max_tokens + kWarpSize - 1) / kWarpSize;
+}
+
+/// Blocks of a launch: num_sms, or by default as many as make a call short: few tokens should
+/// spread over many SMs, for what counts is when the last byte arrives (docs/nvlink.md). One block
+/// announces, 64 have two of the 128 shares each, and 64 receive; a few SMs are left so that blocks
+/// that announce another Buffer's call find room. Where the link puts, a grid starts as a whole,
+/// and two of them have room beside each other.
+inline int small_blocks(int num_sms, bool mapped) {
+  if (num_sms > 0) return persistent_blocks(num_sms);
+  constexpr int kMostMapped = 129, kMostPut = 65, kLeft = 3;
+  const int present = persistent_blocks(0);
+  return mapped ? std::min(kMostMapped, present > 8 * kLeft ? present - kLeft : present)
+                : std::min(kMostPut, present);
 }
 
 constexpr int kSmallUnroll = 8;  ///< vectors of a row that a lane copies in one go

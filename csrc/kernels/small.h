@@ -72,7 +72,7 @@ struct SmallCombineArgs {
 };
 
 /// The kernels of a call over one kind of link (kernels/link.cuh). Those with num_sms use exactly
-/// so many SMs.
+/// so many SMs; 0 = by themselves.
 struct LinkKernels {
   /// Announces this rank's entry and `words` 4-byte words of announce to all, waits for all,
   /// compares what all announce and copies the announcements of all to announced [num_ranks,

@@ -174,11 +174,11 @@ __device__ __forceinline__ void store_partial(const SmallCombineArgs& args,
 }
 
 // begin() is called by the whole block between the rows and their signals, and says whether the
-// call goes on; what it returns. start is looked at only when the first records have been asked
-// for. Nothing is sent if the link is lost.
+// call goes on; what it returns, or false where a wait for weights was given up. start is looked at
+// only when the first records have been asked for. Nothing is sent if the link is lost.
 template <class Link, Quant kQuant, Dtype kDtype, class Begin>
 __device__ __forceinline__ bool send_partials(const SmallCombineArgs& args, int senders,
-                                              const LinkStart& start, Begin begin) {
+                                              const LinkStart& start, LinkCall& call, Begin begin) {
   EPCOMM_SHARED(int32_t[kMaxLinkRanks], received);
   const LinkArgs& link = args.link;
   const int topk = args.dims.topk;
@@ -240,8 +240,16 @@ __device__ __forceinline__ bool send_partials(const SmallCombineArgs& args, int 
     else
       store_partial<kQuant, false, kDtype>(args, token, job, to);
   }
-  if (lost && lane_index() == 0) atomicExch(&link.state->lost, 1u);
   if (!begin()) return false;
+  if (__syncthreads_or(lost)) {
+    // Rows are missing: nothing may say that they are there.
+    if (thread_index() == 0) {
+      atomicExch(&link.state->lost, 1u);
+      call.bad = LinkCall::kLost;
+    }
+    __syncthreads();
+    return false;
+  }
   signal_shares<Link>(
       link, args.small, epoch, own, [&](int s) { return received[s]; },
       [&](int s, int i) {
@@ -343,7 +351,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
     }
     if (weighted) going = link_agree_briefly<Link>(link, call, false, pieces);
     if (going)
-      going = send_partials<Link, kQuant, kDtype>(args, blocks.senders, start, [&] {
+      going = send_partials<Link, kQuant, kDtype>(args, blocks.senders, start, call, [&] {
         return !begins_late || link_begin(link, call, start);
       });
   }
@@ -380,7 +388,8 @@ void launch_small_combine(const SmallCombineArgs& args, int num_sms, cudaStream_
   launch("launch of small_combine",
          fp8 ? combine_kernel<Link, Quant::kFp8>(args.dtype)
              : combine_kernel<Link, Quant::kNone>(args.dtype),
-         {persistent_blocks(num_sms), kSmallThreads, staged, !Link::kMapped}, stream, args);
+         {small_blocks(num_sms, Link::kMapped), kSmallThreads, staged, !Link::kMapped}, stream,
+         args);
 }
 
 }  // namespace epcomm

@@ -400,8 +400,8 @@ __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args,
   return true;
 }
 
-// agreed: all ranks want the same and are there. Else nobody has sent anything. False: the warp has
-// given up a wait.
+// agreed: all ranks want the same and are there. Else what they have sent stays unread. clean: of
+// LinkStart. False: the warp has given up a wait.
 template <class Link>
 __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const SmallBlocks& blocks,
                                         const LinkCall& call, bool agreed, bool clean) {
@@ -415,7 +415,8 @@ __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const Sma
   });
   auto tokens = [&](int s) { return ranges.end[s] + ranges.to_source[s]; };
   const bool routed = route_group<Link>(args, blocks, route, call.epoch, totals, tokens);
-  if (agreed && args.totals != nullptr && blocks.receiver == 0) tell_totals(args, route, totals);
+  if (agreed && routed && args.totals != nullptr && blocks.receiver == 0)
+    tell_totals(args, route, totals);
   if (args.fresh) {
     write_counts(args, blocks, route, totals);
     write_places(args, blocks, route, call.epoch, agreed);
@@ -495,7 +496,7 @@ void launch_small_dispatch(const SmallDispatchArgs& args, int num_sms, cudaStrea
   check_aligned(args.place.recv_x, "recv_x");
   const size_t staged = args.quant == Quant::kNone ? 0 : size_t{kSmallWarps} * kStagedScaleBytes;
   launch("launch of small_dispatch", kernel_of<Link>(args),
-         {persistent_blocks(num_sms), kSmallThreads,
+         {small_blocks(num_sms, Link::kMapped), kSmallThreads,
           std::max(small_shared_bytes(args.place.dims, args.small.max_tokens), staged),
           !Link::kMapped},
          stream, args);

@@ -74,7 +74,7 @@ __device__ __forceinline__ void prepare_route(const SmallDispatchArgs& args,
 }
 
 // Masks, bases and starts, by the whole block; tokens(s) of each source. Ends with a barrier.
-// False: the warp has given up a wait for ids.
+// False: a wait for ids was given up.
 template <class Link, class Tokens>
 __device__ __forceinline__ bool route_group(const SmallDispatchArgs& args,
                                             const SmallBlocks& blocks, const GroupRoute& route,
@@ -105,6 +105,8 @@ __device__ __forceinline__ bool route_group(const SmallDispatchArgs& args,
         if (begin == 0) begin = global_time_ns();
         if (spin % kSpinsPerLook == 0) lost = __any_sync(kFullWarp, gives_up(args.link, begin));
       }
+      if (begin != 0 && lane_index() == 0 && args.link.statistics.max_wait_ns != nullptr)
+        note_wait(args.link.statistics, s, global_time_ns() - begin);
 #pragma unroll
       for (int i = 0; i < kIdsInFlight; ++i)
         expert[i] = there && !lost && first + i < route.topk
@@ -113,8 +115,8 @@ __device__ __forceinline__ bool route_group(const SmallDispatchArgs& args,
     };
     mark_word_of<kIdsInFlight>(route.tile(s), route.experts, word, 0, 1, route.topk, load);
   }
-  if (lost && lane_index() == 0) atomicExch(&args.link.state->lost, 1u);
-  __syncthreads();
+  lost = __syncthreads_or(lost) != 0;
+  if (lost && thread_index() == 0) atomicExch(&args.link.state->lost, 1u);
   const bool padded = args.place.layout == Layout::kPadded;
   for (int column = thread_index(); column < columns; column += kSmallThreads) {
     int32_t total = 0;

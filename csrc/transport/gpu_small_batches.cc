@@ -7,13 +7,6 @@
 #include "transport/gpu_link_transport.h"
 
 namespace epcomm {
-namespace {
-
-// Few tokens should still spread over many SMs: what counts is when the last byte arrives
-// (docs/nvlink.md). One block announces, 64 have two of the 128 shares each, and 64 receive.
-constexpr int kSmallSms = 129;
-
-}  // namespace
 
 std::string why_not_small(const TransportContext& context) {
   const Config& config = context.options.config;
@@ -134,7 +127,7 @@ void GpuLinkTransport::dispatch_small(const Plan& plan, const DispatchArgs& args
   small.hidden = config_.hidden;
   small.global_scale = args.global_scale;
   small.topk_weights = args.topk_weights;
-  kernels_.dispatch(small, args.num_sms > 0 ? args.num_sms : kSmallSms, stream);
+  kernels_.dispatch(small, args.num_sms, stream);
   half_ = args.phase == Phase::kSend ? std::optional(Operation::kDispatch) : std::nullopt;
   call.end();
   // As in larger dispatches the host learns of a mismatch here if it has waited anyway.
@@ -177,7 +170,7 @@ void GpuLinkTransport::combine_small(const Plan& plan, const CombineArgs& args) 
   small.topk_weights = args.topk_weights;
   small.bias = args.bias;
   small.out = args.out;
-  kernels_.combine(small, args.num_sms > 0 ? args.num_sms : kSmallSms, stream);
+  kernels_.combine(small, args.num_sms, stream);
   half_ = args.phase == Phase::kSend ? std::optional(Operation::kCombine) : std::nullopt;
   call.end();
 }
