@@ -73,8 +73,8 @@ class CpuTimer:
         return [after - before for before, after in itertools.pairwise(stamps)], result
 
 
-def device_barrier() -> tuple[str, Call]:
-    """What no rank's stream passes before every rank's got there, and its name. Collective.
+def device_barrier() -> Call:
+    """What no rank's stream passes before every rank's got there. Collective.
 
     Flags in each other's memory let ranks go a microsecond apart at most. NCCL's all-reduce, for
     GPUs that cannot reach each other, lets them go several apart.
@@ -93,16 +93,16 @@ def device_barrier() -> tuple[str, Call]:
     errors: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     if barrier is not None and not any(errors):
-        return "flags in peers' memory", barrier
+        return barrier
     token = torch.zeros(1, device="cuda")
-    return "all_reduce", lambda: dist.all_reduce(token)
+    return lambda: dist.all_reduce(token)
 
 
 class CudaTimer:
     """CUDA events around each call, on the current stream, behind a spin that hides the launch."""
 
     def __init__(self) -> None:
-        self.barrier, self._barrier = device_barrier()
+        self._barrier = device_barrier()
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
