@@ -128,27 +128,6 @@ __device__ __forceinline__ bool wait_signal(const LinkArgs& link, int source,
   return true;
 }
 
-/// Waits for a word of source that carries the epoch. By a warp; lanes that need none pass null.
-/// Returns what the lane's word says. lost: set in all lanes if it was given up.
-__device__ __forceinline__ uint32_t wait_tagged(const LinkArgs& link, int source,
-                                                const uint64_t* tagged, uint64_t epoch,
-                                                bool& lost) {
-  uint64_t begin = 0;
-  for (int spin = 1;; ++spin) {
-    const uint64_t word = tagged != nullptr ? load_relaxed_system(tagged) : 0;
-    if (__all_sync(kFullWarp, tagged == nullptr || TaggedWord::is_of(word, epoch))) {
-      if (begin != 0 && lane_index() == 0 && link.statistics.max_wait_ns != nullptr)
-        note_wait(link.statistics, source, global_time_ns() - begin);
-      return static_cast<uint32_t>(word);
-    }
-    if (begin == 0) begin = global_time_ns();
-    if (spin % kSpinsPerLook == 0 && __any_sync(kFullWarp, gives_up(link, begin))) {
-      lost = true;
-      return 0;
-    }
-  }
-}
-
 /// Counts one more call begun (0) or ended (1). The host's memory is written, not read: a kernel
 /// would wait for that about as long as for a whole small batch.
 __device__ __forceinline__ void mark_progress(const LinkArgs& link, const LinkCall& call,
@@ -461,85 +440,6 @@ __device__ __forceinline__ void link_finish(const LinkArgs& link, LinkCall& call
     atomicExch(&link.state->lost, 1u);
   else
     link_close(link, call);
-}
-
-/// Ends a call without waiting for peers: by every block, all threads. agreed: of link_agree, or
-/// true of a block that did not ask. If a block says false, `done` is signalled all the same, for
-/// peers that disagree and are in a call that waits for it. completed: this thread has given up no
-/// wait since. What a block has to say of itself goes with its arrival: the last has nothing to ask
-/// then.
-template <class Link = PeerLink>
-__device__ __forceinline__ void link_leave(const LinkArgs& link, LinkCall& call, bool agreed,
-                                           bool completed = true) {
-  constexpr uint32_t kLostBlock = 1 << 10, kRefusingBlock = 1 << 20;  // there are fewer SMs
-  const bool lost = __syncthreads_or(!completed || call.bad == LinkCall::kLost) != 0;
-  const int r = thread_index();
-  if (r == 0) {
-    const uint32_t own = 1 + (lost ? kLostBlock : 0) + (agreed ? 0 : kRefusingBlock);
-    const bool releases = !Link::kMapped || !agreed;
-    if (releases) fence_system();
-    const uint32_t arrived = atomicAdd(&link.state->arrived, own) + own;
-    call.last = arrived % kLostBlock == gridDim.x;
-    if (call.last != 0) {
-      link.state->arrived = 0;
-      call.bad = arrived % kRefusingBlock >= kLostBlock ? LinkCall::kLost
-                 : arrived >= kRefusingBlock            ? LinkCall::kRefused
-                                                        : 0;
-      if constexpr (Link::kMapped) {
-        // Of a refused call nobody has read what was staged.
-        const uint32_t clean = call.bad == 0;
-        if (call.bad != LinkCall::kLost && link.state->clean[call.epoch & 1] != clean)
-          link.state->clean[call.epoch & 1] = clean;
-        if (call.bad == 0) link_close(link, call);
-      }
-    }
-  }
-  __syncthreads();
-  if (call.last == 0 || call.bad == LinkCall::kLost) return;  // lost: the host is to notice
-  if (Link::kMapped && call.bad == 0) return;
-  fence_system();
-  link_quiet<Link>(link);
-  if (call.bad != 0) {
-    if (r < link.num_ranks)
-      link_signal<Link>(link, r, own_inbox(link, offsetof(LinkInbox, done)), call.epoch);
-    link_quiet<Link>(link);
-  }
-  if (r == 0) link_close(link, call);
-}
-
-/// As link_agree, where what is compared has come with the brief entries: by every block of a
-/// kernel for small batches. Fills num_tokens of call.entry only, where all is well.
-template <class Link>
-__device__ __forceinline__ bool link_agree_briefly(const LinkArgs& link, LinkCall& call, bool tells,
-                                                   int pieces) {
-  if constexpr (!Link::kMapped) return link_agree<Link>(link, call, tells, pieces);
-  bool lost = false, doubtful = false;
-  const int lane = lane_index(), warps = static_cast<int>(blockDim.x) / kWarpSize;
-  for (int s = warp_index(); s < link.num_ranks && !lost; s += warps) {
-    const auto* words = reinterpret_cast<const uint64_t*>(link.window[link.rank] +
-                                                          link.control.brief(s, call.epoch));
-    const bool asks = lane < LinkBrief::kWords;
-    const uint32_t value = wait_tagged(link, s, asks ? words + lane : nullptr, call.epoch, lost);
-    if (lane < LinkBrief::kNumTokens)
-      doubtful |= value != static_cast<uint32_t>(link.entry.signature[lane]);
-    if (lane == LinkBrief::kNumTokens) call.entry[s].num_tokens = static_cast<int32_t>(value);
-    if (lane == LinkBrief::kTroubled) doubtful |= value != 0;
-  }
-  if (__syncthreads_or(lost || doubtful) == 0) {
-    if (thread_index() == 0 && link.token != 0 && tells)
-      store_release_system(&link.report->entered, link.token);
-    return true;
-  }
-  if (__syncthreads_or(lost) == 0) {
-    // The whole entries say what is the matter.
-    return link_agree<Link>(link, call, tells, pieces);
-  }
-  if (thread_index() == 0) {
-    call.bad = LinkCall::kLost;
-    atomicExch(&link.state->lost, 1u);
-  }
-  __syncthreads();
-  return false;
 }
 
 }  // namespace epcomm

@@ -15,7 +15,8 @@
 // again before its kernel ends, and the next sender knows of that end (kernels/small.h). Where a
 // row holds kUnwritten itself, or staging is not clean, its signal decides: the threads of a block
 // store rows, meet at a barrier, then one thread per (share, rank) releases the signal at system
-// scope, which covers the whole block; each lane that reads the rows then has acquired it.
+// scope, which covers the whole block; each lane that reads the rows then has acquired it, or is
+// ordered by __syncwarp after one that has.
 //
 // A link that puts (kernels/link.cuh) has the rows stored into this rank's own window, and one warp
 // per (share, rank) puts those that the rank gets, each with a signal.
@@ -27,6 +28,7 @@
 #include "kernels/device.cuh"
 #include "kernels/launch.cuh"
 #include "kernels/link.cuh"
+#include "kernels/link_brief.cuh"
 #include "kernels/rows.cuh"
 #include "kernels/token_layout.h"
 
