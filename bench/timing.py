@@ -76,7 +76,7 @@ class CpuTimer:
 def device_barrier() -> Call:
     """What no rank's stream passes before every rank's got there. Collective.
 
-    Flags in each other's memory let ranks go a microsecond apart at most. NCCL's all-reduce, for
+    Flags in each other's memory let ranks go within a microsecond or two. NCCL's all-reduce, for
     GPUs that cannot reach each other, lets them go several apart.
     """
     barrier, error = None, ""

@@ -143,8 +143,8 @@ struct MetaLayout {
 };
 
 /// A value with the epoch in which it was written, in one word of 8 bytes: whoever reads the word
-/// knows whether it has come, and needs no signal. The lower half of the epoch is enough: all words
-/// are written again long before it has gone round.
+/// knows whether it has come, and needs no signal. It carries the lower half of the epoch: only a
+/// word that was left from exactly 2^32 calls before would be taken for a new one.
 struct TaggedWord {
   EPCOMM_HOST_DEVICE static constexpr uint64_t of(uint64_t epoch, uint32_t value) {
     return epoch << 32 | value;
