@@ -45,6 +45,26 @@ __device__ __forceinline__ uint4 load_streaming(const void* p) {
   return v;
 }
 
+/// The same if there is something to load; else v stays as it is. Of several such loads none waits
+/// for another, as they do behind branches: there each is merged with what v is otherwise.
+__device__ __forceinline__ void load_streaming_if(bool there, uint4& v, const void* p) {
+  asm volatile(
+      "{\n.reg .pred there;\nsetp.ne.s32 there, %5, 0;\n"
+      "@there ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(p), "r"(static_cast<int>(there)));
+}
+
+/// The same of memory that others may have written while the kernel runs.
+__device__ __forceinline__ void load_if(bool there, uint4& v, const uint4* p) {
+  asm volatile(
+      "{\n.reg .pred there;\nsetp.ne.s32 there, %5, 0;\n"
+      "@there ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(p), "r"(static_cast<int>(there))
+      : "memory");
+}
+
 /// Stores 16 bytes that no thread of this kernel loads before a barrier, unless it polls for them:
 /// others may see them late.
 __device__ __forceinline__ void store_streaming(void* p, const uint4& value) {
@@ -78,13 +98,32 @@ __device__ __forceinline__ uint32_t load_relaxed_system(const uint32_t* p) {
   asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
   return value;
 }
-__device__ __forceinline__ uint4 load_relaxed_system(const uint4* p) {
-  uint4 v;
-  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p)
-               : "memory");
-  return v;
+// If there is something to load, else v stays as it is (load_streaming_if).
+__device__ __forceinline__ void load_relaxed_system_if(bool there, uint32_t& v, const uint32_t* p) {
+  asm volatile(
+      "{\n.reg .pred there;\nsetp.ne.s32 there, %2, 0;\n"
+      "@there ld.relaxed.sys.global.u32 %0, [%1];\n}"
+      : "+r"(v)
+      : "l"(p), "r"(static_cast<int>(there))
+      : "memory");
+}
+__device__ __forceinline__ void load_relaxed_system_if(bool there, uint4& v, const uint4* p) {
+  asm volatile(
+      "{\n.reg .pred there;\nsetp.ne.s32 there, %5, 0;\n"
+      "@there ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(p), "r"(static_cast<int>(there))
+      : "memory");
+}
+/// Two words of 8 bytes, each as it was or as it will be.
+__device__ __forceinline__ void load_relaxed_system_if(bool there, ulonglong2& v,
+                                                       const ulonglong2* p) {
+  asm volatile(
+      "{\n.reg .pred there;\nsetp.ne.s32 there, %3, 0;\n"
+      "@there ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];\n}"
+      : "+l"(v.x), "+l"(v.y)
+      : "l"(p), "r"(static_cast<int>(there))
+      : "memory");
 }
 __device__ __forceinline__ void fence_system() { __threadfence_system(); }
 

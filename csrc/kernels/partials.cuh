@@ -113,13 +113,15 @@ __device__ __forceinline__ void add_rows_at_once(const char* x, int64_t row_byte
     Batch batch[kRows] = {};  // so that none lives from one round to the next
     float weight[kRows];
     const int rows = min(__popc(rest), kRows);
+    int64_t row[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      if (i >= rows) continue;
-      const int k = take_lowest(rest);
-      batch[i].load(x + token.row_of(k) * row_bytes, v, end);
+      const int k = i < rows ? take_lowest(rest) : 0;
+      row[i] = token.row_of(k);
       if constexpr (kWeighted) weight[i] = __shfl_sync(kFullWarp, token.weight, k);
     }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) batch[i].load(x + row[i] * row_bytes, v, i < rows ? end : 0);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       if (i >= rows) continue;

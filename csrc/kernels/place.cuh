@@ -167,8 +167,11 @@ __device__ __forceinline__ void place_outputs(const PlaceArgs& args, int64_t n,
 __device__ __forceinline__ void fill_words(uint32_t* words, int64_t count, uint32_t value,
                                            int64_t first, int64_t step) {
   const int64_t vectors = reinterpret_cast<uintptr_t>(words) % sizeof(uint4) == 0 ? count / 4 : 0;
+  // Not unrolled: stores wait for nothing, and code that is seldom run twice has to be loaded.
+#pragma unroll 1
   for (int64_t i = first; i < vectors; i += step)
     reinterpret_cast<uint4*>(words)[i] = make_uint4(value, value, value, value);
+#pragma unroll 1
   for (int64_t i = 4 * vectors + first; i < count; i += step) words[i] = value;
 }
 

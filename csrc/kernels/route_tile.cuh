@@ -61,12 +61,12 @@ struct RouteTile {
     uint32_t masks[kTileWords];
 #pragma unroll
     for (int word = 0; word < kTileWords; ++word)
-      masks[word] = word < words ? mask(word, column) : 0;
+      masks[word] = mask(min(word, words - 1), column);
     int before = 0;
 #pragma unroll
     for (int word = 0; word < kTileWords; ++word) {
       if (word < words) prefix(word, column) = static_cast<uint8_t>(before);
-      before += __popc(masks[word]);
+      before += word < words ? __popc(masks[word]) : 0;
     }
     return before;
   }
@@ -105,17 +105,19 @@ struct RouteExperts {
   }
 };
 
-/// Sets the bits of one word's tokens, by a warp: lane i has token 32 * word + i. ids(k, expert)
-/// fills the lane's experts in slots k, k + step, ... (of those below topk; -1 = none),
-/// kIdsInFlight of them, for k = first and on.
-template <int kIdsInFlight, class Ids>
-__device__ __forceinline__ void mark_word_of(const RouteTile& tile, const RouteExperts& experts,
-                                             int word, int first, int step, int topk, Ids ids) {
+/// Sets the bits of one word's tokens, by a warp: lane i has token 32 * word + i. id(k) gives the
+/// lane's expert in slot k, of k = first, first + step, ... below topk (-1 = none); kIdsInFlight of
+/// them are asked for at a time.
+template <int kIdsInFlight = 4, class Id>
+__device__ __forceinline__ void mark_word(const RouteTile& tile, const RouteExperts& experts,
+                                          int word, int first, int step, int topk, Id id) {
   const uint32_t bit = 1u << lane_index();
   uint64_t ranks = 0;
   for (; first < topk; first += kIdsInFlight * step) {
     int32_t expert[kIdsInFlight];
-    ids(first, expert);
+#pragma unroll
+    for (int i = 0; i < kIdsInFlight; ++i)
+      expert[i] = first + i * step < topk ? id(first + i * step) : -1;
 #pragma unroll
     for (int i = 0; i < kIdsInFlight; ++i) {
       if (expert[i] < 0) continue;
@@ -123,23 +125,11 @@ __device__ __forceinline__ void mark_word_of(const RouteTile& tile, const RouteE
       ranks |= uint64_t{1} << experts.owner(expert[i]);
     }
   }
-  // No other warp has this word's tokens, but where several share their slots.
+  // Warps that share the slots of this word's tokens have ranks of their own.
   for (int r = 0; r < tile.num_ranks; ++r) {
     const uint32_t there = __ballot_sync(kFullWarp, (ranks >> r & 1) != 0);
     if (there != 0 && lane_index() == 0) atomicOr(&tile.mask(word, r), there);
   }
-}
-
-/// The same; id(k) gives the lane's expert in slot k.
-template <int kIdsInFlight = 4, class Id>
-__device__ __forceinline__ void mark_word(const RouteTile& tile, const RouteExperts& experts,
-                                          int word, int first, int step, int topk, Id id) {
-  mark_word_of<kIdsInFlight>(tile, experts, word, first, step, topk,
-                             [&](int k, int32_t (&expert)[kIdsInFlight]) {
-#pragma unroll
-                               for (int i = 0; i < kIdsInFlight; ++i)
-                                 expert[i] = k + i * step < topk ? id(k + i * step) : -1;
-                             });
 }
 
 /// Lines up the aligned groups of one rank's experts, in order of experts; by a warp. put(e, start)

@@ -70,13 +70,13 @@ struct BatchOf {
 #pragma unroll
     for (int u = 0; u < kVectors; ++u) {
       const char* p = at + u * kWarpSize * kVectorBytes;
-      if (v + u * kWarpSize >= end) continue;
+      const bool there = v + u * kWarpSize < end;
       if constexpr (kMemory == RowMemory::kConstant)
-        data[u] = load_streaming(p);
+        load_streaming_if(there, data[u], p);
       else if constexpr (kMemory == RowMemory::kArriving)
-        data[u] = load_relaxed_system(reinterpret_cast<const uint4*>(p));
+        load_relaxed_system_if(there, data[u], reinterpret_cast<const uint4*>(p));
       else
-        data[u] = *reinterpret_cast<const uint4*>(p);
+        load_if(there, data[u], reinterpret_cast<const uint4*>(p));
     }
   }
   __device__ __forceinline__ void store(char* row, int v, int end) const {
@@ -213,6 +213,16 @@ __device__ __forceinline__ int take_lowest(uint32_t& set) {
   return bit;
 }
 
+/// The sum over the lanes up to this one.
+__device__ __forceinline__ int32_t up_to_lane(int32_t value) {
+#pragma unroll
+  for (int d = 1; d < kWarpSize; d *= 2) {
+    const int32_t below = __shfl_up_sync(kFullWarp, value, d);
+    if (lane_index() >= d) value += below;
+  }
+  return value;
+}
+
 /// Tokens of one source rank: of total received, the first skipped are passed over and the next
 /// taken are worked on.
 struct SourceCount {
@@ -242,25 +252,20 @@ struct SourceRanges {
   /// counts(s) gives the SourceCount of s. By the whole block; ends with a barrier.
   template <class Counts>
   __device__ void fill(int num_ranks, Counts counts) {
-    const int s = thread_index();
-    SourceCount own = {};
-    if (s < num_ranks) {
-      own = counts(s);
-      end[s] = own.taken;
-      to_recv[s] = own.total;
-    }
-    __syncthreads();
+    const int lane = lane_index();
     int32_t taken_before = 0, total_before = 0;
-    if (s < num_ranks)
-      for (int i = 0; i < s; ++i) {
-        taken_before += end[i];
-        total_before += to_recv[i];
+    for (int first = 0; warp_index() == 0 && first < num_ranks; first += kWarpSize) {
+      const int s = first + lane;
+      const SourceCount own = s < num_ranks ? counts(s) : SourceCount{};
+      const int32_t taken = taken_before + up_to_lane(own.taken);
+      const int32_t total = total_before + up_to_lane(own.total);
+      if (s < num_ranks) {
+        end[s] = taken;
+        to_source[s] = own.skipped - (taken - own.taken);
+        to_recv[s] = total - own.total + own.skipped - (taken - own.taken);
       }
-    __syncthreads();
-    if (s < num_ranks) {
-      end[s] = taken_before + own.taken;
-      to_source[s] = own.skipped - taken_before;
-      to_recv[s] = total_before + own.skipped - taken_before;
+      taken_before = __shfl_sync(kFullWarp, taken, kWarpSize - 1);
+      total_before = __shfl_sync(kFullWarp, total, kWarpSize - 1);
     }
     __syncthreads();
   }

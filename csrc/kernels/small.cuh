@@ -264,16 +264,22 @@ struct StagedRows {
   }
 
   /// Until what load() loads is there. load() loads, and says whether the lane has found nothing
-  /// unwritten; source, i: of the row (of this lane's), as in rows_arrived.
+  /// unwritten; source, i: of the row (of this lane's), as in rows_arrived. probe: a word of it that
+  /// is stored late, of some lanes, null of others. Only these words are polled: all that is waited
+  /// for would keep the memory from those who send.
   template <class Load>
-  __device__ __forceinline__ bool wait(int source, int i, Load load) const {
+  __device__ __forceinline__ bool wait(int source, int i, const uint32_t* probe, Load load) const {
     const int first = __shfl_sync(kFullWarp, source, 0);
     const bool notes = lane_index() == 0 || source != first;
     uint64_t begin = 0, end = 0;
     bool told = i < 0, all_told = false;
     for (int spin = 1;; ++spin) {
-      const bool there = load() && clean;
-      if (__all_sync(kFullWarp, there) || all_told) break;
+      const bool come = spin == 1 || all_told || probe == nullptr ||
+                        load_relaxed_system(probe) != SmallLayout::kUnwritten;
+      if (__all_sync(kFullWarp, come)) {
+        const bool there = load() && clean;
+        if (__all_sync(kFullWarp, there) || all_told) break;
+      }
       if (begin == 0) begin = global_time_ns();
       if (!told && (told = Link::reached(row_signal<Link>(link, small, source, i), epoch)))
         end = global_time_ns();
@@ -308,12 +314,18 @@ struct StagedRows {
         there &= w + u * kWarpSize >= end_word || word[u] != SmallLayout::kUnwritten;
       return there;
     }
+    /// A word that is stored late.
+    __device__ __forceinline__ const uint32_t* last() const {
+      if (w - lane_index() < end_word) return reinterpret_cast<const uint32_t*>(words) + end_word - 1;
+      const int end = min(v - lane_index() + batch.kStep, end_vector);
+      return reinterpret_cast<const uint32_t*>(from + int64_t{end} * kVectorBytes) - 1;
+    }
     __device__ __forceinline__ void load() {
       batch.template load<RowMemory::kArriving>(from, v, end_vector);
 #pragma unroll
       for (int u = 0; u < kWords; ++u)
-        if (const int n = w + u * kWarpSize; n < end_word)
-          word[u] = load_relaxed_system(reinterpret_cast<const uint32_t*>(words) + n);
+        load_relaxed_system_if(w + u * kWarpSize < end_word, word[u],
+                               reinterpret_cast<const uint32_t*>(words) + w + u * kWarpSize);
     }
     __device__ __forceinline__ void unwrite() {
       BatchOf<kVectors>::fill(from, v, end_vector, unwritten_vector());
@@ -331,7 +343,7 @@ struct StagedRows {
       part.load();
     } else {
       bool loaded = true;
-      const bool taken = wait(source, i, [&] {
+      const bool taken = wait(source, i, part.last(), [&] {
         if (!loaded) part.load();
         loaded = false;
         return part.is_there();

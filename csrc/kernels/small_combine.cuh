@@ -82,9 +82,9 @@ struct BlockPartials {
     const int32_t tokens = lane < num_ranks ? received_from(args, lane) : 0;
     if (warp_index() == 0 && lane < num_ranks) received[lane] = tokens;
     source = (rank + 1 + lane) % num_ranks;
-    before = __shfl_sync(kFullWarp, up_to_here(tokens) - tokens, source);
+    before = __shfl_sync(kFullWarp, up_to_lane(tokens) - tokens, source);
     const int32_t own = BlockRows(__shfl_sync(kFullWarp, tokens, source), senders).count;
-    end = up_to_here(lane < num_ranks ? own : 0);
+    end = up_to_lane(lane < num_ranks ? own : 0);
     rows = __shfl_sync(kFullWarp, end, kWarpSize - 1);
   }
   struct Row {
@@ -104,16 +104,6 @@ struct BlockPartials {
     return __shfl_sync(kFullWarp, before, (of - rank - 1 + num_ranks) % num_ranks) + i;
   }
 
- private:
-  // The sum over the lanes up to this one.
-  static __device__ __forceinline__ int32_t up_to_here(int32_t value) {
-#pragma unroll
-    for (int d = 1; d < kWarpSize; d *= 2) {
-      const int32_t below = __shfl_up_sync(kFullWarp, value, d);
-      if (lane_index() >= d) value += below;
-    }
-    return value;
-  }
 };
 
 // A job's part of a partial row that is one row as it is.
@@ -289,27 +279,34 @@ __device__ __forceinline__ bool sum_partials(const SmallCombineArgs& args,
       for (uint64_t rest = at_rank.ranks(); rest != 0;) {
         Arrived arrived[kRowsAtOnce] = {};  // so that none lives from one round to the next
         const int count = min(__popcll(rest), kRowsAtOnce);
-        const uint64_t first = rest;
+        char* from[kRowsAtOnce];
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i)
+          from[i] = rows.row(i < count ? take_lowest(rest) : 0, t);
+        // Lane i looks for what is stored last of the i-th row.
+        const uint32_t* probe = nullptr;
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i)
+          if (i < count && i == lane)
+            probe = Arrived::last(from[i], args.hidden, min(at + Batch::kStep, job.end));
         auto load = [&] {
-          bool there = true;
-          rest = first;
 #pragma unroll
           for (int i = 0; i < kRowsAtOnce; ++i)
-            if (i < count)
-              there &= arrived[i].load(rows.row(take_lowest(rest), t), args.hidden, v, job.end);
+            arrived[i].load(from[i], args.hidden, v, i < count ? job.end : 0);
+          bool there = true;
+#pragma unroll
+          for (int i = 0; i < kRowsAtOnce; ++i)
+            there &= arrived[i].is_there(v, i < count ? job.end : 0);
           return there;
         };
         if constexpr (!Link::kMapped)
           load();
-        else if (!rows.wait(lane, at_rank.low, load))
+        else if (!rows.wait(lane, at_rank.low, probe, load))
           return false;
-        if constexpr (Link::kMapped) {
-          uint64_t taken = first;
+        if constexpr (Link::kMapped)
 #pragma unroll
           for (int i = 0; i < kRowsAtOnce; ++i)
-            if (i < count)
-              Arrived::unwrite(rows.row(take_lowest(taken), t), args.hidden, v, job.end);
-        }
+            Arrived::unwrite(from[i], args.hidden, v, i < count ? job.end : 0);
 #pragma unroll
         for (int i = 0; i < kRowsAtOnce; ++i)
           if (i < count) arrived[i].add_to(sum);

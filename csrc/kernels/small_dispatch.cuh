@@ -116,13 +116,11 @@ template <class Link>
 __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args,
                                              const SmallBlocks& blocks, const GroupRoute& route,
                                              const StagedRows<Link>& rows,
-                                             const SourceRanges& ranges) {
+                                             const SourceRanges& ranges, const SmallJobs& jobs) {
   const PlaceArgs& place = args.place;
   const LinkArgs& link = args.link;
   const int lane = lane_index();
   const MetaLayout meta(route.topk);
-  const auto jobs = SmallJobs::of_receivers(blocks, ranges.end[route.num_ranks - 1],
-                                            place.rows.row_bytes, kSmallUnroll);
   for (int j = jobs.first; j < jobs.count; j += jobs.step) {
     const RowJob job = jobs.at(j);
     const int s = ranges.source(job.row, route.num_ranks);
@@ -193,6 +191,8 @@ __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const Sma
     return SourceCount{0, tokens, tokens};
   });
   auto tokens = [&](int s) { return ranges.end[s] + ranges.to_source[s]; };
+  const auto jobs = SmallJobs::of_receivers(blocks, ranges.end[route.num_ranks - 1],
+                                            args.place.rows.row_bytes, kSmallUnroll);
   const bool routed = route_group<Link>(args, blocks, route, call.epoch, totals, tokens);
   if (agreed && routed && args.totals != nullptr && blocks.receiver == 0)
     tell_totals(args, route, totals);
@@ -204,7 +204,7 @@ __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const Sma
   clear_rest(args, blocks, route, totals);
   if (!agreed) return true;
   const StagedRows<Link> rows{args.link, args.small, call.epoch, clean};
-  return routed && receive_rows<Link>(args, blocks, route, rows, ranges);
+  return routed && receive_rows<Link>(args, blocks, route, rows, ranges, jobs);
 }
 
 template <class Link, Quant kQuant, Dtype kDtype>

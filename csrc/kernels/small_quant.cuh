@@ -82,10 +82,17 @@ template <Dtype kDtype>
 struct ArrivedRow {
   Batch batch;
 
-  /// Says whether all that was loaded has been written; by a warp, as what follows.
-  __device__ __forceinline__ bool load(const char* row, int /*hidden*/, int v, int end) {
+  // All functions by a warp.
+  __device__ __forceinline__ void load(const char* row, int /*hidden*/, int v, int end) {
     batch.load<RowMemory::kArriving>(row, v, end);
+  }
+  /// Whether all that was loaded has been written.
+  __device__ __forceinline__ bool is_there(int v, int end) const {
     return batch.all(v, end, is_written);
+  }
+  /// The word of the vectors below end that is stored last.
+  static __device__ __forceinline__ const uint32_t* last(const char* row, int /*hidden*/, int end) {
+    return reinterpret_cast<const uint32_t*>(row + int64_t{end} * kVectorBytes) - 1;
   }
   static __device__ __forceinline__ void unwrite(char* row, int /*hidden*/, int v, int end) {
     Batch::fill(row, v, end, unwritten_vector());
@@ -99,26 +106,34 @@ struct ArrivedFp8 {
   using Lanes = QuantLanes<Quant::kFp8, kDtype>;
   static constexpr int kCodeWords = Lanes::kCodeBytes / 4;
   uint32_t codes[kUnroll][2];
-  float scale[kUnroll];
+  uint32_t scale[kUnroll];  // bits of a float
 
-  __device__ __forceinline__ bool load(const char* row, int hidden, int v, int end) {
+  __device__ __forceinline__ void load(const char* row, int hidden, int v, int end) {
     const auto* words = reinterpret_cast<const uint32_t*>(row);
-    bool there = true;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int i = v + u * kWarpSize;
-      if (i >= end) continue;
 #pragma unroll
-      for (int w = 0; w < kCodeWords; ++w) {
-        codes[u][w] = load_relaxed_system(words + i * kCodeWords + w);
-        there &= codes[u][w] != SmallLayout::kUnwritten;
-      }
-      const uint32_t bits =
-          load_relaxed_system(words + hidden / 4 + group_of<Quant::kFp8, kDtype>(i));
-      there &= bits != SmallLayout::kUnwritten;
-      scale[u] = __uint_as_float(bits);
+      for (int w = 0; w < kCodeWords; ++w)
+        load_relaxed_system_if(i < end, codes[u][w], words + i * kCodeWords + w);
+      load_relaxed_system_if(i < end, scale[u],
+                             words + hidden / 4 + group_of<Quant::kFp8, kDtype>(i));
+    }
+  }
+  __device__ __forceinline__ bool is_there(int v, int end) const {
+    bool there = true;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      bool written = scale[u] != SmallLayout::kUnwritten;
+#pragma unroll
+      for (int w = 0; w < kCodeWords; ++w) written &= codes[u][w] != SmallLayout::kUnwritten;
+      there &= written || v + u * kWarpSize >= end;
     }
     return there;
+  }
+  static __device__ __forceinline__ const uint32_t* last(const char* row, int hidden, int end) {
+    return reinterpret_cast<const uint32_t*>(row) + hidden / 4 +
+           group_of<Quant::kFp8, kDtype>(end - 1);
   }
   static __device__ __forceinline__ void unwrite(char* row, int hidden, int v, int end) {
     auto* words = reinterpret_cast<uint32_t*>(row);
@@ -134,14 +149,16 @@ struct ArrivedFp8 {
   }
   __device__ __forceinline__ void add_to(Sum<kDtype>& sum) const {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
+    for (int u = 0; u < kUnroll; ++u) {
+      const float factor = __uint_as_float(scale[u]);
 #pragma unroll
       for (int i = 0; i < Lanes::kElements; i += 2) {
         float x[2];
         e4m3_pair_to_float(codes[u][i / 4] >> (8 * (i % 4)) & 0xffff, x);
-        sum.value[u][i] = add_rn(sum.value[u][i], mul_rn(x[0], scale[u]));
-        sum.value[u][i + 1] = add_rn(sum.value[u][i + 1], mul_rn(x[1], scale[u]));
+        sum.value[u][i] = add_rn(sum.value[u][i], mul_rn(x[0], factor));
+        sum.value[u][i + 1] = add_rn(sum.value[u][i + 1], mul_rn(x[1], factor));
       }
+    }
   }
 };
 

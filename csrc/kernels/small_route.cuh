@@ -73,47 +73,76 @@ __device__ __forceinline__ void prepare_route(const SmallDispatchArgs& args,
   route.experts.load_owners(args.place.experts);
 }
 
+// Sets the bits of 32 of source's tokens, those of a word of its tile, by a warp. ids: [tokens, K],
+// as they have been sent. lost: set if a wait was given up.
+template <class Link>
+__device__ __forceinline__ void mark_ids(const SmallDispatchArgs& args, const GroupRoute& route,
+                                         uint64_t epoch, int source, int word, const uint64_t* ids,
+                                         int tokens, bool& lost) {
+  // Lanes take two ids at a time, side by side: of a token's ids one by one, every lane would load
+  // what it has of 32 bytes four times.
+  constexpr int kPairs = 4;
+  const RouteTile tile = route.tile(source);
+  const int topk = route.topk, count = max(min(tokens, kWarpSize), 0) * topk;
+  // i / topk of i < 1024: topk is at most 32.
+  const uint32_t one_topk = 65536u / static_cast<uint32_t>(topk) + 1;
+  for (int first = 0; first < count && !lost; first += 2 * kPairs * kWarpSize) {
+    auto at = [&](int i) { return first + 2 * (i / 2 * kWarpSize + lane_index()) + i % 2; };
+    ulonglong2 pair[kPairs] = {};
+    auto id = [&](int i) { return i % 2 == 0 ? pair[i / 2].x : pair[i / 2].y; };
+    auto load = [&] {
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i)
+        load_relaxed_system_if(at(2 * i) < count, pair[i],
+                               reinterpret_cast<const ulonglong2*>(ids + at(2 * i)));
+      bool arrived = true;
+#pragma unroll
+      for (int i = 0; i < 2 * kPairs; ++i)
+        arrived &= !Link::kMapped || at(i) >= count || TaggedWord::is_of(id(i), epoch);
+      return arrived;
+    };
+    // Where the link maps, stored before the entry was, but in no order with it.
+    uint64_t begin = 0;
+    for (int spin = 1; !__all_sync(kFullWarp, load()) && !lost; ++spin) {
+      if (begin == 0) begin = global_time_ns();
+      if (spin % kSpinsPerLook == 0) lost = __any_sync(kFullWarp, gives_up(args.link, begin));
+    }
+    if (begin != 0 && lane_index() == 0 && args.link.statistics.max_wait_ns != nullptr)
+      note_wait(args.link.statistics, source, global_time_ns() - begin);
+    int owner[2 * kPairs];
+    uint32_t bit[2 * kPairs];
+#pragma unroll
+    for (int i = 0; i < 2 * kPairs; ++i) {
+      const int32_t expert = at(i) < count && !lost
+                                 ? valid_expert(args.place, static_cast<int32_t>(id(i)))
+                                 : -1;
+      bit[i] = 1u << (static_cast<uint32_t>(at(i)) * one_topk >> 16);
+      owner[i] = expert >= 0 ? route.experts.owner(expert) : -1;
+      if (expert >= 0) atomicOr(&tile.mask(word, route.num_ranks + expert), bit[i]);
+    }
+    for (int r = 0; r < route.num_ranks; ++r) {
+      uint32_t mask = 0;
+#pragma unroll
+      for (int i = 0; i < 2 * kPairs; ++i) mask |= owner[i] == r ? bit[i] : 0;
+      mask = __reduce_or_sync(kFullWarp, mask);
+      // No other warp has this word's tokens.
+      if (mask != 0 && lane_index() == 0) tile.mask(word, r) |= mask;
+    }
+  }
+}
+
 // Masks, bases and starts, by the whole block; tokens(s) of each source. Ends with a barrier.
 // False: a wait for ids was given up.
 template <class Link, class Tokens>
 __device__ __forceinline__ bool route_group(const SmallDispatchArgs& args,
                                             const SmallBlocks& blocks, const GroupRoute& route,
                                             uint64_t epoch, RouteTotals& totals, Tokens tokens) {
-  constexpr int kIdsInFlight = 8;
   const int num_ranks = route.num_ranks, columns = route.shape.columns;
   bool lost = false;
   for (int i = warp_index(); i < num_ranks * route.words; i += kSmallWarps) {
-    const int s = i / route.words, word = i - s * route.words;
-    const int t = word * kWarpSize + lane_index();
-    const uint64_t* ids = ids_of(args, epoch, s) + int64_t{t} * route.topk;
-    const bool there = t < tokens(s) && !lost;
-    auto load = [&](int first, int32_t (&expert)[kIdsInFlight]) {
-      uint64_t id[kIdsInFlight];
-      auto load_all = [&] {
-        bool arrived = true;
-#pragma unroll
-        for (int i = 0; i < kIdsInFlight; ++i) {
-          if (!there || first + i >= route.topk) continue;
-          id[i] = load_relaxed_system(ids + first + i);
-          arrived &= !Link::kMapped || TaggedWord::is_of(id[i], epoch);
-        }
-        return arrived;
-      };
-      // Where the link maps, stored before the entry was, but in no order with it.
-      uint64_t begin = 0;
-      for (int spin = 1; !__all_sync(kFullWarp, load_all()) && !lost; ++spin) {
-        if (begin == 0) begin = global_time_ns();
-        if (spin % kSpinsPerLook == 0) lost = __any_sync(kFullWarp, gives_up(args.link, begin));
-      }
-      if (begin != 0 && lane_index() == 0 && args.link.statistics.max_wait_ns != nullptr)
-        note_wait(args.link.statistics, s, global_time_ns() - begin);
-#pragma unroll
-      for (int i = 0; i < kIdsInFlight; ++i)
-        expert[i] = there && !lost && first + i < route.topk
-                        ? valid_expert(args.place, static_cast<int32_t>(id[i]))
-                        : -1;
-    };
-    mark_word_of<kIdsInFlight>(route.tile(s), route.experts, word, 0, 1, route.topk, load);
+    const int s = i / route.words, word = i - s * route.words, t = word * kWarpSize;
+    mark_ids<Link>(args, route, epoch, s, word,
+                   ids_of(args, epoch, s) + int64_t{t} * route.topk, tokens(s) - t, lost);
   }
   lost = __syncthreads_or(lost) != 0;
   if (lost && thread_index() == 0) atomicExch(&args.link.state->lost, 1u);

@@ -60,6 +60,9 @@ inline constexpr epcomm::sim::BuiltIn<epcomm::sim::block_dim> blockDim;
 inline constexpr epcomm::sim::BuiltIn<epcomm::sim::grid_dim> gridDim;
 
 // ---- vectors ----
+struct alignas(16) ulonglong2 {
+  unsigned long long x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };

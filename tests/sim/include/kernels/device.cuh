@@ -37,6 +37,12 @@ inline char* dynamic_shared() { return sim::self().block->dynamic; }
 
 inline uint64_t from_here_on(uint64_t value) { return value; }
 inline uint4 load_streaming(const void* p) { return *static_cast<const uint4*>(p); }
+inline void load_streaming_if(bool there, uint4& v, const void* p) {
+  if (there) v = load_streaming(p);
+}
+inline void load_if(bool there, uint4& v, const uint4* p) {
+  if (there) v = *p;
+}
 inline void store_streaming(void* p, const uint4& value) { sim::grid().store_late(p, &value); }
 
 // ---- signals ----
@@ -64,6 +70,16 @@ inline uint4 load_relaxed_system(const uint4* p, const sim::Where& where = sim::
   sim::grid().poll("load_relaxed_system", where);
   return {__atomic_load_n(&p->x, __ATOMIC_RELAXED), __atomic_load_n(&p->y, __ATOMIC_RELAXED),
           __atomic_load_n(&p->z, __ATOMIC_RELAXED), __atomic_load_n(&p->w, __ATOMIC_RELAXED)};
+}
+inline ulonglong2 load_relaxed_system(const ulonglong2* p,
+                                      const sim::Where& where = sim::Where::current()) {
+  sim::grid().poll("load_relaxed_system", where);
+  return {__atomic_load_n(&p->x, __ATOMIC_RELAXED), __atomic_load_n(&p->y, __ATOMIC_RELAXED)};
+}
+template <class Word>
+inline void load_relaxed_system_if(bool there, Word& v, const Word* p,
+                                   const sim::Where& where = sim::Where::current()) {
+  if (there) v = load_relaxed_system(p, where);
 }
 inline void store_relaxed_system(uint64_t* p, uint64_t value) {
   __atomic_store_n(p, value, __ATOMIC_RELAXED);
