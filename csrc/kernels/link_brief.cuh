@@ -90,8 +90,7 @@ __device__ __forceinline__ void link_leave(const LinkArgs& link, LinkCall& call,
       if constexpr (Link::kMapped) {
         // Of a refused call nobody has read what was staged.
         const uint32_t clean = call.bad == 0;
-        if (call.bad != LinkCall::kLost && link.state->clean[call.epoch & 1] != clean)
-          link.state->clean[call.epoch & 1] = clean;
+        if (call.bad != LinkCall::kLost) link.state->clean[call.epoch & 1] = clean;
         if (call.bad == 0) link_close(link, call);
       }
     }

@@ -60,8 +60,7 @@ struct RouteTile {
     // All words are loaded before a prefix is stored, else each waits for the one before.
     uint32_t masks[kTileWords];
 #pragma unroll
-    for (int word = 0; word < kTileWords; ++word)
-      masks[word] = mask(min(word, words - 1), column);
+    for (int word = 0; word < kTileWords; ++word) masks[word] = mask(min(word, words - 1), column);
     int before = 0;
 #pragma unroll
     for (int word = 0; word < kTileWords; ++word) {

@@ -33,6 +33,9 @@
 #include "kernels/token_layout.h"
 
 namespace epcomm {
+#ifndef EPX_SENDERS
+#define EPX_SENDERS 4
+#endif
 
 constexpr int kSmallThreads = 512;
 constexpr int kSmallWarps = kSmallThreads / kWarpSize;
@@ -57,40 +60,43 @@ inline int small_blocks(int num_sms, bool mapped) {
 
 constexpr int kSmallUnroll = 8;  ///< vectors of a row that a lane copies in one go
 
+/// Blocks that share something out among their threads or warps.
+struct SmallTeam {
+  int block;   ///< number of this block among them; negative: it is none of them
+  int blocks;  ///< of the team
+
+  __device__ __forceinline__ bool here() const { return block >= 0 && block < blocks; }
+  // Threads and warps of all its blocks, numbered.
+  __device__ __forceinline__ int threads() const { return blocks * kSmallThreads; }
+  __device__ __forceinline__ int warps() const { return blocks * kSmallWarps; }
+  __device__ __forceinline__ int thread() const { return block * kSmallThreads + thread_index(); }
+  // So that the first few lie in as many blocks. later: warps of a block that come last instead of
+  // first; what different warps do takes no longer than one of them.
+  __device__ __forceinline__ int spread_thread(int later = 0) const {
+    return (thread_index() + (kSmallWarps - later) * kWarpSize) % kSmallThreads * blocks + block;
+  }
+  __device__ __forceinline__ int spread_warp(int later = 0) const {
+    return (warp_index() + kSmallWarps - later) % kSmallWarps * blocks + block;
+  }
+};
+
 /// The parts that the blocks of the grid have in a call.
 struct SmallBlocks {
-  int senders;   ///< blocks 0 to senders - 1
-  int receiver;  ///< number of this block among those that receive; negative: it does not
-  int receivers;
+  int senders;  ///< blocks 0 to senders - 1
+  SmallTeam receivers;
 
   __device__ __forceinline__ explicit SmallBlocks(Phase phase) {
     const int blocks = static_cast<int>(gridDim.x);
     senders = phase == Phase::kReceive ? 0 : blocks;
-    receivers = phase == Phase::kSend ? 0 : blocks;
-    receiver = phase == Phase::kSend ? -1 : static_cast<int>(blockIdx.x);
+    receivers = {phase == Phase::kSend ? -1 : static_cast<int>(blockIdx.x),
+                 phase == Phase::kSend ? 0 : blocks};
     if (phase != Phase::kAll || blocks == 1) return;
-    senders = (blocks + 1) / 2;
-    receivers -= senders;
-    receiver -= senders;
+    senders = (blocks * EPX_SENDERS + 7) / 8;
+    receivers.blocks -= senders;
+    receivers.block -= senders;
   }
   __device__ __forceinline__ bool sends() const { return static_cast<int>(blockIdx.x) < senders; }
-  __device__ __forceinline__ bool receives() const { return receiver >= 0; }
-
-  // Threads and warps of all blocks that receive, numbered.
-  __device__ __forceinline__ int threads() const { return receivers * kSmallThreads; }
-  __device__ __forceinline__ int warps() const { return receivers * kSmallWarps; }
-  __device__ __forceinline__ int thread() const {
-    return receiver * kSmallThreads + thread_index();
-  }
-  // So that the first few lie in as many blocks. later: warps of a block that come last instead of
-  // first; what different warps do takes no longer than one of them.
-  __device__ __forceinline__ int spread_thread(int later = 0) const {
-    return (thread_index() + (kSmallWarps - later) * kWarpSize) % kSmallThreads * receivers +
-           receiver;
-  }
-  __device__ __forceinline__ int spread_warp(int later = 0) const {
-    return (warp_index() + kSmallWarps - later) % kSmallWarps * receivers + receiver;
-  }
+  __device__ __forceinline__ bool receives() const { return receivers.here(); }
 };
 
 /// The rows of a batch that this block sends, in order of shares. Block 0 announces, and sends rows
@@ -124,8 +130,9 @@ struct BlockRows {
 /// the warps done soonest, counted in batches of `unroll` vectors a lane. RowJob::row is a number
 /// below rows.
 struct SmallJobs {
-  static constexpr int kMostParts = 16;
-  int parts, units, vectors;
+  static constexpr int kMostLogParts = 4;
+  int log_parts;  ///< of the number of parts, a power of two
+  int units, vectors;
   int unit;  ///< vectors; parts begin at multiples of it
   int first, step, count;
 
@@ -134,34 +141,37 @@ struct SmallJobs {
                                        int unit = kWarpSize) {
     return SmallJobs(rows, row_bytes, unroll, least_parts, warp_index(), kSmallWarps, unit);
   }
-  static __device__ SmallJobs of_receivers(const SmallBlocks& blocks, int rows, int row_bytes,
-                                           int unroll) {
-    return SmallJobs(rows, row_bytes, unroll, 1, blocks.spread_warp(), blocks.warps());
+  static __device__ SmallJobs of_team(const SmallTeam& team, int rows, int row_bytes, int unroll) {
+    return SmallJobs(rows, row_bytes, unroll, 1, team.spread_warp(), team.warps());
   }
   __device__ __forceinline__ RowJob at(int job) const {
-    const int row = job / parts, part = job - row * parts;
-    return {row, units * part / parts * unit, min(units * (part + 1) / parts * unit, vectors),
-            part == 0};
+    const int row = job >> log_parts, part = job - (row << log_parts);
+    return {row, (units * part >> log_parts) * unit,
+            min((units * (part + 1) >> log_parts) * unit, vectors), part == 0};
   }
 
  private:
   __device__ __forceinline__ SmallJobs(int rows, int row_bytes, int unroll, int least_parts,
                                        int first_, int step_, int unit_ = kWarpSize)
-      : parts(1), unit(unit_), first(first_), step(step_) {
+      : log_parts(0), unit(unit_), first(first_), step(step_) {
     vectors = row_bytes / kVectorBytes;
     units = (vectors + unit - 1) / unit;
     const int unit_loads = unit / kWarpSize;
     int least_batches = 0;
-    for (int p = 1; p <= kMostParts && (p == 1 || p <= units); p *= 2) {
+#pragma unroll
+    for (int log = 0; log <= kMostLogParts; ++log) {
+      const int p = 1 << log;
       const int rounds = (rows * p + step - 1) / step;
-      const int batches = rounds * (((units + p - 1) / p * unit_loads + unroll - 1) / unroll);
+      const int batches = rounds * ((((units + p - 1) >> log) * unit_loads + unroll - 1) / unroll);
       // As many warps as there are, but no round more.
-      if (p != 1 && (batches > least_batches || (batches == least_batches && rounds > 1))) continue;
-      parts = p;
+      const bool better =
+          p <= units && (batches < least_batches || (batches == least_batches && rounds == 1));
+      if (log > 0 && !better) continue;
+      log_parts = log;
       least_batches = batches;
     }
-    parts = max(parts, least_parts);
-    count = rows * parts;
+    while (1 << log_parts < least_parts) ++log_parts;
+    count = rows << log_parts;
   }
 };
 
@@ -264,9 +274,9 @@ struct StagedRows {
   }
 
   /// Until what load() loads is there. load() loads, and says whether the lane has found nothing
-  /// unwritten; source, i: of the row (of this lane's), as in rows_arrived. probe: a word of it that
-  /// is stored late, of some lanes, null of others. Only these words are polled: all that is waited
-  /// for would keep the memory from those who send.
+  /// unwritten; source, i: of the row (of this lane's), as in rows_arrived. probe: a word of it
+  /// that is stored late, of some lanes, null of others. Only these words are polled: all that is
+  /// waited for would keep the memory from those who send.
   template <class Load>
   __device__ __forceinline__ bool wait(int source, int i, const uint32_t* probe, Load load) const {
     const int first = __shfl_sync(kFullWarp, source, 0);
@@ -316,7 +326,8 @@ struct StagedRows {
     }
     /// A word that is stored late.
     __device__ __forceinline__ const uint32_t* last() const {
-      if (w - lane_index() < end_word) return reinterpret_cast<const uint32_t*>(words) + end_word - 1;
+      if (w - lane_index() < end_word)
+        return reinterpret_cast<const uint32_t*>(words) + end_word - 1;
       const int end = min(v - lane_index() + batch.kStep, end_vector);
       return reinterpret_cast<const uint32_t*>(from + int64_t{end} * kVectorBytes) - 1;
     }
@@ -355,12 +366,12 @@ struct StagedRows {
   }
 
   /// Makes staging clean where it was not: what no call has taken. taken(s, t) gives the bytes of
-  /// source s's row t that this one takes. By all warps that receive.
+  /// source s's row t that this one takes. By all warps of a team.
   template <class Taken>
-  __device__ __forceinline__ void clean_up(const SmallBlocks& blocks, int num_ranks,
+  __device__ __forceinline__ void clean_up(const SmallTeam& team, int num_ranks,
                                            Taken taken) const {
     const int rows = Link::kMapped && !clean ? num_ranks * small.max_tokens : 0;
-    for (int j = blocks.spread_warp(); j < rows; j += blocks.warps()) {
+    for (int j = team.spread_warp(); j < rows; j += team.warps()) {
       const int s = j / small.max_tokens, t = j - s * small.max_tokens;
       unwrite(row(s, t), taken(s, t) / sizeof(uint32_t), small.row_bytes / sizeof(uint32_t));
     }

@@ -103,7 +103,6 @@ struct BlockPartials {
   __device__ __forceinline__ int32_t received_token(int of, int32_t i) const {
     return __shfl_sync(kFullWarp, before, (of - rank - 1 + num_ranks) % num_ranks) + i;
   }
-
 };
 
 // A job's part of a partial row that is one row as it is.
@@ -249,10 +248,9 @@ __device__ __forceinline__ bool send_partials(const SmallCombineArgs& args, int 
   return true;
 }
 
-// The tokens of this rank, by all warps that receive. False: the warp has given up a wait.
+// The tokens of this rank, by a team. False: the warp has given up a wait.
 template <class Link, Quant kQuant, Dtype kDtype>
-__device__ __forceinline__ bool sum_partials(const SmallCombineArgs& args,
-                                             const SmallBlocks& blocks,
+__device__ __forceinline__ bool sum_partials(const SmallCombineArgs& args, const SmallTeam& team,
                                              const StagedRows<Link>& rows) {
   EPCOMM_SHARED(int32_t[kMaxPackRanks], sent_before);
   constexpr int kRowsAtOnce = kQuant == Quant::kFp8 ? 2 : 3;  // what there are registers for
@@ -263,8 +261,7 @@ __device__ __forceinline__ bool sum_partials(const SmallCombineArgs& args,
   const int64_t row_bytes = int64_t{args.hidden} * kElementBytes<kDtype>;
   const char* bias = static_cast<const char*>(args.bias);
   char* out = static_cast<char*>(args.out);
-  const auto jobs =
-      SmallJobs::of_receivers(blocks, args.num_tokens, static_cast<int>(row_bytes), kUnroll);
+  const auto jobs = SmallJobs::of_team(team, args.num_tokens, static_cast<int>(row_bytes), kUnroll);
   for (int j = jobs.first; j < jobs.count; j += jobs.step) {
     const RowJob job = jobs.at(j);
     const int64_t t = job.row;
@@ -322,7 +319,7 @@ __device__ __forceinline__ bool sum_partials(const SmallCombineArgs& args,
   }
   const size_t taken =
       kQuant == Quant::kFp8 ? fp8_row_bytes(args.hidden) : static_cast<size_t>(row_bytes);
-  rows.clean_up(blocks, num_ranks, [&](int s, int t) {
+  rows.clean_up(team, num_ranks, [&](int s, int t) {
     return t < args.num_tokens && args.plan.slot[t * num_ranks + s] >= 0 ? taken : 0;
   });
   return true;
@@ -355,13 +352,13 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   if (args.phase == Phase::kSend) return;
   bool completed = true;
   if (blocks.receives()) {
-    if (going && !marks_first && blocks.thread() == 0) link_mark_begun(link, call);
+    if (going && !marks_first && blocks.receivers.thread() == 0) link_mark_begun(link, call);
     // Of a block that has sent, too, for the host.
     if (call.bad != LinkCall::kLost)
-      going = link_agree_briefly<Link>(link, call, blocks.receiver == 0, pieces);
+      going = link_agree_briefly<Link>(link, call, blocks.receivers.block == 0, pieces);
     if (going)
       completed = sum_partials<Link, kQuant, kDtype>(
-          args, blocks, StagedRows<Link>{link, args.small, call.epoch, start.clean()});
+          args, blocks.receivers, StagedRows<Link>{link, args.small, call.epoch, start.clean()});
   }
   link_leave<Link>(link, call, going, completed);
 }

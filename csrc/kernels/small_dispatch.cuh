@@ -41,10 +41,10 @@
 namespace epcomm {
 namespace {
 
-// What the call delivers to this rank's experts, by all blocks that receive.
-__device__ __forceinline__ void count_received(const SmallDispatchArgs& args,
-                                               const SmallBlocks& blocks, const GroupRoute& route) {
-  for (int e = blocks.spread_thread(11); e < args.place.dims.num_experts; e += blocks.threads())
+// What the call delivers to this rank's experts, by a team.
+__device__ __forceinline__ void count_received(const SmallDispatchArgs& args, const SmallTeam& team,
+                                               const GroupRoute& route) {
+  for (int e = team.spread_thread(11); e < args.place.dims.num_experts; e += team.threads())
     if (route.experts.owner(e) == route.rank)
       add_received(args.link.statistics, args.place.experts.local[e], route.experts.total(e));
 }
@@ -62,18 +62,18 @@ __device__ __forceinline__ void clear_entries(const PlaceArgs& place, int64_t be
                step);
 }
 
-__device__ __forceinline__ void clear_rest(const SmallDispatchArgs& args, const SmallBlocks& blocks,
+__device__ __forceinline__ void clear_rest(const SmallDispatchArgs& args, const SmallTeam& team,
                                            const GroupRoute& route, const RouteTotals& totals) {
   const PlaceArgs& place = args.place;
   if (place.recv_topk_idx == nullptr && place.recv_topk_weights == nullptr) return;
   const int topk = route.topk;
   if (route.by_token)
     return clear_entries(place, int64_t{totals.rank[route.rank]} * topk,
-                         int64_t{place.recv_capacity} * topk, blocks.thread(), blocks.threads());
+                         int64_t{place.recv_capacity} * topk, team.thread(), team.threads());
   const bool padded = place.layout == Layout::kPadded;
   const int32_t alignment = args.expert_alignment;
   // The rest of an expert's group, by a warp.
-  for (int e = blocks.spread_warp(4); e < place.dims.num_experts; e += blocks.warps()) {
+  for (int e = team.spread_warp(4); e < place.dims.num_experts; e += team.warps()) {
     if (route.experts.owner(e) != route.rank) continue;
     const int32_t start = route.experts.start(e), total = route.experts.total(e);
     const int32_t group = padded ? route.num_ranks * args.small.max_tokens
@@ -81,8 +81,7 @@ __device__ __forceinline__ void clear_rest(const SmallDispatchArgs& args, const 
     clear_entries(place, start + total, min(start + group, place.row_capacity), lane_index(),
                   kWarpSize);
   }
-  if (!padded)
-    clear_entries(place, totals.rows, place.row_capacity, blocks.thread(), blocks.threads());
+  if (!padded) clear_entries(place, totals.rows, place.row_capacity, team.thread(), team.threads());
 }
 
 // Where source's token t goes here, with what came with its id; lane k has slot k. n: received
@@ -111,11 +110,10 @@ __device__ __forceinline__ TokenSlots slots_of(const SmallDispatchArgs& args,
   return slots;
 }
 
-// What arrives goes to its rows, by all warps that receive. False: the warp has given up a wait.
+// What arrives goes to its rows, by a team. False: the warp has given up a wait.
 template <class Link>
-__device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args,
-                                             const SmallBlocks& blocks, const GroupRoute& route,
-                                             const StagedRows<Link>& rows,
+__device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args, const SmallTeam& team,
+                                             const GroupRoute& route, const StagedRows<Link>& rows,
                                              const SourceRanges& ranges, const SmallJobs& jobs) {
   const PlaceArgs& place = args.place;
   const LinkArgs& link = args.link;
@@ -170,7 +168,7 @@ __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args,
       place_outputs(place, n, slots, local, (firsts >> lane & 1) != 0);
     }
   }
-  rows.clean_up(blocks, route.num_ranks, [&](int s, int t) -> size_t {
+  rows.clean_up(team, route.num_ranks, [&](int s, int t) -> size_t {
     const bool taken = t < ranges.end[s] + ranges.to_source[s] && route.tile(s).has(route.rank, t);
     return taken ? static_cast<size_t>(place.rows.row_bytes + place.rows.scale_bytes + 3) : 0;
   });
@@ -191,20 +189,31 @@ __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const Sma
     return SourceCount{0, tokens, tokens};
   });
   auto tokens = [&](int s) { return ranges.end[s] + ranges.to_source[s]; };
-  const auto jobs = SmallJobs::of_receivers(blocks, ranges.end[route.num_ranks - 1],
-                                            args.place.rows.row_bytes, kSmallUnroll);
-  const bool routed = route_group<Link>(args, blocks, route, call.epoch, totals, tokens);
-  if (agreed && routed && args.totals != nullptr && blocks.receiver == 0)
+  // What is written beside rows would delay them: where there are many blocks a few do nothing
+  // else.
+  constexpr int kReceiversOfRecorder = 16;
+  const SmallTeam& all = blocks.receivers;
+  const int apart = args.fresh ? all.blocks / kReceiversOfRecorder : 0;
+  const SmallTeam recorders = {all.block, apart > 0 ? apart : all.blocks};
+  const SmallTeam takers = {all.block - apart, all.blocks - apart};
+  const auto jobs = SmallJobs::of_team(takers, ranges.end[route.num_ranks - 1],
+                                       args.place.rows.row_bytes, kSmallUnroll);
+  const bool routed =
+      route_group<Link>(args, route, recorders.here() ? RouteColumns::kAll : RouteColumns::kOwn,
+                        args.fresh && all.block == 0, call.epoch, totals, tokens);
+  if (agreed && routed && args.totals != nullptr && all.block == 0)
     tell_totals(args, route, totals);
-  if (args.fresh) {
-    write_counts(args, blocks, route, totals);
-    write_places(args, blocks, route, call.epoch, agreed);
+  if (recorders.here()) {
+    if (args.fresh) {
+      write_counts(args, recorders, route, totals);
+      write_places(args, recorders, route, call.epoch, agreed);
+    }
+    if (args.link.statistics.received_tokens != nullptr) count_received(args, recorders, route);
+    clear_rest(args, recorders, route, totals);
   }
-  if (args.link.statistics.received_tokens != nullptr) count_received(args, blocks, route);
-  clear_rest(args, blocks, route, totals);
-  if (!agreed) return true;
+  if (!agreed || !takers.here()) return true;
   const StagedRows<Link> rows{args.link, args.small, call.epoch, clean};
-  return routed && receive_rows<Link>(args, blocks, route, rows, ranges, jobs);
+  return routed && receive_rows<Link>(args, takers, route, rows, ranges, jobs);
 }
 
 template <class Link, Quant kQuant, Dtype kDtype>
@@ -234,10 +243,11 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   if (args.phase == Phase::kSend) return;
   bool agreed = going, completed = true;
   if (blocks.receives()) {
-    if (going && args.phase == Phase::kReceive && blocks.thread() == 0) link_mark_begun(link, call);
+    if (going && args.phase == Phase::kReceive && blocks.receivers.thread() == 0)
+      link_mark_begun(link, call);
     prepare_route(args, GroupRoute(args));
     if (going)
-      agreed = link_agree_briefly<Link>(link, call, blocks.receiver == 0, num_pieces(args));
+      agreed = link_agree_briefly<Link>(link, call, blocks.receivers.block == 0, num_pieces(args));
     completed = receive<Link>(args, blocks, call, agreed, start.clean());
   }
   link_leave<Link>(link, call, agreed, completed);

@@ -73,12 +73,16 @@ __device__ __forceinline__ void prepare_route(const SmallDispatchArgs& args,
   route.experts.load_owners(args.place.experts);
 }
 
+// Whose columns a block needs: to take rows, those of this rank and its experts, to write the plan
+// all.
+enum class RouteColumns { kOwn, kAll };
+
 // Sets the bits of 32 of source's tokens, those of a word of its tile, by a warp. ids: [tokens, K],
 // as they have been sent. lost: set if a wait was given up.
 template <class Link>
 __device__ __forceinline__ void mark_ids(const SmallDispatchArgs& args, const GroupRoute& route,
-                                         uint64_t epoch, int source, int word, const uint64_t* ids,
-                                         int tokens, bool& lost) {
+                                         RouteColumns needed, uint64_t epoch, int source, int word,
+                                         const uint64_t* ids, int tokens, bool& lost) {
   // Lanes take two ids at a time, side by side: of a token's ids one by one, every lane would load
   // what it has of 32 bytes four times.
   constexpr int kPairs = 4;
@@ -113,14 +117,15 @@ __device__ __forceinline__ void mark_ids(const SmallDispatchArgs& args, const Gr
     uint32_t bit[2 * kPairs];
 #pragma unroll
     for (int i = 0; i < 2 * kPairs; ++i) {
-      const int32_t expert = at(i) < count && !lost
-                                 ? valid_expert(args.place, static_cast<int32_t>(id(i)))
-                                 : -1;
+      const int32_t expert =
+          at(i) < count && !lost ? valid_expert(args.place, static_cast<int32_t>(id(i))) : -1;
       bit[i] = 1u << (static_cast<uint32_t>(at(i)) * one_topk >> 16);
       owner[i] = expert >= 0 ? route.experts.owner(expert) : -1;
-      if (expert >= 0) atomicOr(&tile.mask(word, route.num_ranks + expert), bit[i]);
+      if (needed == RouteColumns::kAll ? expert >= 0 : owner[i] == route.rank)
+        atomicOr(&tile.mask(word, route.num_ranks + expert), bit[i]);
     }
-    for (int r = 0; r < route.num_ranks; ++r) {
+    const bool all = needed == RouteColumns::kAll;
+    for (int r = all ? 0 : route.rank; r < (all ? route.num_ranks : route.rank + 1); ++r) {
       uint32_t mask = 0;
 #pragma unroll
       for (int i = 0; i < 2 * kPairs; ++i) mask |= owner[i] == r ? bit[i] : 0;
@@ -131,23 +136,25 @@ __device__ __forceinline__ void mark_ids(const SmallDispatchArgs& args, const Gr
   }
 }
 
-// Masks, bases and starts, by the whole block; tokens(s) of each source. Ends with a barrier.
-// False: a wait for ids was given up.
+// Masks, bases and starts, by the whole block; tokens(s) of each source. writes: this block writes
+// the plan's offsets. Ends with a barrier. False: a wait for ids was given up.
 template <class Link, class Tokens>
-__device__ __forceinline__ bool route_group(const SmallDispatchArgs& args,
-                                            const SmallBlocks& blocks, const GroupRoute& route,
-                                            uint64_t epoch, RouteTotals& totals, Tokens tokens) {
+__device__ __forceinline__ bool route_group(const SmallDispatchArgs& args, const GroupRoute& route,
+                                            RouteColumns needed, bool writes, uint64_t epoch,
+                                            RouteTotals& totals, Tokens tokens) {
   const int num_ranks = route.num_ranks, columns = route.shape.columns;
   bool lost = false;
   for (int i = warp_index(); i < num_ranks * route.words; i += kSmallWarps) {
     const int s = i / route.words, word = i - s * route.words, t = word * kWarpSize;
-    mark_ids<Link>(args, route, epoch, s, word,
+    mark_ids<Link>(args, route, needed, epoch, s, word,
                    ids_of(args, epoch, s) + int64_t{t} * route.topk, tokens(s) - t, lost);
   }
   lost = __syncthreads_or(lost) != 0;
   if (lost && thread_index() == 0) atomicExch(&args.link.state->lost, 1u);
   const bool padded = args.place.layout == Layout::kPadded;
   for (int column = thread_index(); column < columns; column += kSmallThreads) {
+    const int owner = column < num_ranks ? column : route.experts.owner(column - num_ranks);
+    if (needed == RouteColumns::kOwn && owner != route.rank) continue;
     int32_t total = 0;
     for (int s = 0; s < num_ranks; ++s) {
       const RouteTile tile = route.tile(s);
@@ -166,8 +173,9 @@ __device__ __forceinline__ bool route_group(const SmallDispatchArgs& args,
   __syncthreads();
   if (padded) return !lost;
   for (int r = warp_index(); r < num_ranks; r += kSmallWarps) {
-    const bool reports = args.fresh && blocks.receiver == 0 && r == route.rank;
+    const bool reports = writes && r == route.rank;
     if (route.by_token && !reports) continue;
+    if (needed == RouteColumns::kOwn && r != route.rank) continue;
     const int32_t end =
         line_up_groups(route.experts, r, args.expert_alignment, [&](int e, int32_t start) {
           if (!route.by_token) route.experts.start(e) = start;
@@ -193,43 +201,41 @@ __device__ __forceinline__ void tell_totals(const SmallDispatchArgs& args, const
       tell(1 + args.place.experts.local[e], route.experts.total(e));
 }
 
-// The plan's counts, by all blocks that receive.
-__device__ __forceinline__ void write_counts(const SmallDispatchArgs& args,
-                                             const SmallBlocks& blocks, const GroupRoute& route,
-                                             const RouteTotals& totals) {
+// The plan's counts, by a team.
+__device__ __forceinline__ void write_counts(const SmallDispatchArgs& args, const SmallTeam& team,
+                                             const GroupRoute& route, const RouteTotals& totals) {
   const PlanView& plan = args.place.plan;
   const int num_ranks = route.num_ranks, num_experts = args.place.dims.num_experts;
-  for (int i = blocks.spread_thread(13); i < num_ranks * num_ranks; i += blocks.threads()) {
+  for (int i = team.spread_thread(13); i < num_ranks * num_ranks; i += team.threads()) {
     const int s = i / num_ranks, r = i - s * num_ranks;
     plan.rank_count[i] = route.count(s, r, totals.rank[r]);
   }
-  for (int i = blocks.spread_thread(14); i < num_ranks * num_experts; i += blocks.threads()) {
+  for (int i = team.spread_thread(14); i < num_ranks * num_experts; i += team.threads()) {
     const int s = i / num_experts, e = i - s * num_experts;
     plan.expert_count[i] = route.count(s, num_ranks + e, route.experts.total(e));
   }
   const bool padded = args.place.layout == Layout::kPadded;
-  for (int e = blocks.spread_thread(12); e < num_experts; e += blocks.threads()) {
+  for (int e = team.spread_thread(12); e < num_experts; e += team.threads()) {
     if (route.experts.owner(e) != route.rank) continue;
     const int local = args.place.experts.local[e];
     plan.tokens_per_expert[local] = route.experts.total(e);
     if (padded) plan.expert_offset[local] = route.experts.start(e);
   }
-  if (blocks.thread() != 0) return;
+  if (team.thread() != 0) return;
   *plan.num_recv = totals.rank[route.rank];
   const int local_experts = args.place.dims.local_experts;
   if (padded) plan.expert_offset[local_experts] = local_experts * num_ranks * args.small.max_tokens;
 }
 
-// Where the tokens of this rank go: plan.row, slot and first_row, by all blocks that receive, a
-// warp a token. agreed: else nothing is sent.
-__device__ __forceinline__ void write_places(const SmallDispatchArgs& args,
-                                             const SmallBlocks& blocks, const GroupRoute& route,
-                                             uint64_t epoch, bool agreed) {
+// Where the tokens of this rank go: plan.row, slot and first_row, by a team, a warp a
+// token. agreed: else nothing is sent.
+__device__ __forceinline__ void write_places(const SmallDispatchArgs& args, const SmallTeam& team,
+                                             const GroupRoute& route, uint64_t epoch, bool agreed) {
   const PlanView& plan = args.place.plan;
   const uint64_t* ids = ids_of(args, epoch, route.rank);
   const RouteTile own = route.tile(route.rank);
   const int lane = lane_index(), topk = route.topk, num_ranks = route.num_ranks;
-  for (int t = blocks.spread_warp(8); t < args.num_tokens; t += blocks.warps()) {
+  for (int t = team.spread_warp(8); t < args.num_tokens; t += team.warps()) {
     // What routing has read; another block may still be writing plan.topk_idx.
     const int32_t expert =
         agreed && lane < topk ? valid_expert(args.place, static_cast<int32_t>(ids[t * topk + lane]))

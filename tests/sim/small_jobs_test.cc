@@ -18,12 +18,12 @@ struct Cut {
 };
 
 // Counts the jobs that each vector has, [rows, vectors], and the leading ones of each row, [rows].
-__global__ void count_jobs(const Cut cut, bool by_receivers, int* of_vector, int* leading) {
+__global__ void count_jobs(const Cut cut, bool by_team, int* of_vector, int* leading) {
   if (lane_index() != 0) return;
   const SmallJobs jobs =
-      by_receivers ? SmallJobs::of_receivers(SmallBlocks(Phase::kReceive), cut.rows, cut.row_bytes,
-                                             cut.unroll)
-                   : SmallJobs::of_block(cut.rows, cut.row_bytes, cut.unroll, cut.least_parts);
+      by_team ? SmallJobs::of_team(SmallBlocks(Phase::kReceive).receivers, cut.rows, cut.row_bytes,
+                                   cut.unroll)
+              : SmallJobs::of_block(cut.rows, cut.row_bytes, cut.unroll, cut.least_parts);
   for (int j = jobs.first; j < jobs.count; j += jobs.step) {
     const RowJob job = jobs.at(j);
     for (int v = job.begin; v < job.end; ++v) atomicAdd(&of_vector[job.row * jobs.vectors + v], 1);
@@ -40,12 +40,12 @@ TEST(SmallJobs, CoverEveryRowOnce) {
         Cut{5, 12288, 4, 24}, Cut{17, 81920, 4, 20}, Cut{300, 96, 8, 1}}) {
     const size_t rows = static_cast<size_t>(cut.rows),
                  vectors = static_cast<size_t>(cut.row_bytes / kVectorBytes);
-    for (const bool by_receivers : {true, false}) {
+    for (const bool by_team : {true, false}) {
       std::vector<int> of_vector(rows * vectors), leading(rows);
-      launch("count_jobs", count_jobs, {kBlocks, kSmallThreads}, nullptr, cut, by_receivers,
+      launch("count_jobs", count_jobs, {kBlocks, kSmallThreads}, nullptr, cut, by_team,
              of_vector.data(), leading.data());
       EPCOMM_CUDA_TRY(cudaDeviceSynchronize());
-      const int once = by_receivers ? 1 : kBlocks;
+      const int once = by_team ? 1 : kBlocks;
       EXPECT_EQ(of_vector, std::vector<int>(rows * vectors, once))
           << cut.rows << " rows of " << cut.row_bytes << " bytes";
       EXPECT_EQ(leading, std::vector<int>(rows, once));
