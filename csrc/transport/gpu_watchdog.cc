@@ -52,7 +52,7 @@ bool GpuWatchdog::faulty() const {
   return fault_.has_value();
 }
 
-void GpuWatchdog::wait(cudaEvent_t event) const {
+void GpuWatchdog::wait(cudaEvent_t event) {
   for (int spin = 0;; ++spin) {
     const cudaError_t state = cudaEventQuery(event);
     if (state == cudaSuccess) break;
@@ -60,7 +60,25 @@ void GpuWatchdog::wait(cudaEvent_t event) const {
     if (spin > 20'000) std::this_thread::yield();
     if (spin % 256 == 255) check();
   }
+  confirm();
+}
+
+void GpuWatchdog::confirm() {
+  hear_peers();
   check();
+}
+
+// Takes over what a peer says of a rank that it has lost. True: there was something.
+bool GpuWatchdog::hear_peers() {
+  for (int r = 0; window_ != nullptr && r < num_ranks_; ++r) {
+    if (r == rank_) continue;
+    const int64_t lost = reinterpret_cast<const Progress*>(window_->peer(r))
+                             ->gave_up.load(std::memory_order_acquire);
+    if (lost == 0) continue;
+    raise_fault(static_cast<int>(lost - kGaveUpBase), "another rank reported it", r);
+    return true;
+  }
+  return false;
 }
 
 void GpuWatchdog::drain() const {
@@ -118,14 +136,10 @@ void GpuWatchdog::watch() {
       grace = Deadline(kDeadPeerGraceS);
       continue;
     }
+    // First: who has lost a rank and gone may look lost itself.
+    if (hear_peers()) return;
     if (const int dead = dead_peer(); dead >= 0 && grace.passed())
       return raise_fault(dead, "its process ended or its Buffer was destroyed");
-    for (int r = 0; window_ != nullptr && r < num_ranks_; ++r) {
-      const int64_t lost = reinterpret_cast<const Progress*>(window_->peer(r))
-                               ->gave_up.load(std::memory_order_acquire);
-      if (lost != 0)
-        return raise_fault(static_cast<int>(lost - kGaveUpBase), "another rank reported it", r);
-    }
     if (failed_()) return raise_fault(latecomer(progress_count(now)), "the connection to it broke");
     if (deadline.passed())
       return raise_fault(latecomer(progress_count(now)), "it did not answer within the timeout");
@@ -136,14 +150,14 @@ void GpuWatchdog::abandon(const std::string& why) { raise_fault(rank_, why, rank
 
 void GpuWatchdog::raise_fault(int rank, const std::string& why, int by_rank) {
   const uint64_t word = begun();
-  if (window_ != nullptr) {
-    auto& mine = *reinterpret_cast<Progress*>(window_->peer(rank_));
-    mine.gave_up.store(kGaveUpBase + rank, std::memory_order_release);
-  }
   {
     std::lock_guard lock(mutex_);
     if (fault_) return;  // the watchdog and a failing call may meet
     fault_ = Fault{rank, by_rank, progress_operation(word), progress_count(word), why};
+  }
+  if (window_ != nullptr) {
+    auto& mine = *reinterpret_cast<Progress*>(window_->peer(rank_));
+    mine.gave_up.store(kGaveUpBase + rank, std::memory_order_release);
   }
   abort_();
 }

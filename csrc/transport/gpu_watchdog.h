@@ -44,8 +44,12 @@ class GpuWatchdog {
   void abandon(const std::string& why);
   /// Throws PeerLost if a peer was lost, Evicted if the peers gave this rank up.
   void check() const;
+  /// The same of calls that have ended on the stream: were they complete? A peer that gave somebody
+  /// up left its part unfinished, and NCCL, aborted there, can have told this rank otherwise.
+  /// Across machines nobody says so.
+  void confirm();
   /// Blocks the host until the event is complete. Throws as check() when a peer is lost meanwhile.
-  void wait(cudaEvent_t event) const;
+  void wait(cudaEvent_t event);
   /// Blocks until this rank's calls, and those of the peers that this rank took part in, have
   /// ended; at most one timeout for the own calls and one second for the others.
   void drain() const;
@@ -60,6 +64,7 @@ class GpuWatchdog {
     std::string why;
   };
   bool faulty() const;
+  bool hear_peers();
   void watch();
   void publish() const;
   void raise_fault(int rank, const std::string& why, int by_rank = -1);

@@ -21,7 +21,6 @@ namespace {
 // be worth its launch.
 constexpr size_t kTwoChunksBytes = size_t{48} << 20;
 constexpr size_t kAsideBytes = size_t{8} << 20;
-constexpr int kMaxCtas = 32;
 
 // Throws unless value is a number from 1 to most.
 int parse_number(const std::string& value, int most, const InvalidArgument& refusal) {
@@ -56,7 +55,8 @@ NcclOptions parse(const std::map<std::string, std::string>& given, int num_ranks
     } else if (name == "chunks") {
       o.chunks = value == "auto" ? 0 : parse_number(value, kMaxChunks, refuse("auto or 1 to 8"));
     } else if (name == "ctas") {
-      o.ctas = value == "auto" ? 0 : parse_number(value, kMaxCtas, refuse("auto or 1 to 32"));
+      o.ctas =
+          value == "auto" ? 0 : parse_number(value, NcclComm::kMostCtas, refuse("auto or 1 to 64"));
     } else {
       throw refuse("one of the options algorithm, schedule, chunks and ctas");
     }

@@ -15,6 +15,13 @@ namespace {
 
 constexpr auto kAbortPatience = std::chrono::seconds(1);
 
+// On a thread of NCCL's: what it calls must not end the capture of a graph on another thread, which
+// torch's captures else forbid to the whole process.
+void leave_captures_alone() {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaThreadExchangeStreamCaptureMode(&mode);
+}
+
 // What a rank tells the others before the communicator is made.
 struct Introduction {
   ncclUniqueId id;  // rank 0's counts
@@ -76,10 +83,12 @@ NcclComm::NcclComm(Bootstrap& bootstrap, double timeout_s, int ctas)
   std::thread([made, &api = api_, rank = rank_, num_ranks = num_ranks_, id = all[0].id,
                device = device_, ctas] {
     try {
+      leave_captures_alone();
       EPCOMM_CUDA_TRY(cudaSetDevice(device));
       ncclComm_t comm = nullptr;
       ncclConfig_v21800 config;
       config.minCTAs = ctas;
+      config.maxCTAs = kMostCtas;  // NCCL takes "unset" for fewer than any minimum
       if (ctas == 0)
         EPCOMM_NCCL_TRY(api.CommInitRank(&comm, num_ranks, id, rank));
       else
@@ -156,6 +165,7 @@ void NcclComm::abort() {
   auto done = std::make_shared<std::promise<void>>();
   std::future<void> future = done->get_future();
   std::thread([done, comm = comm_, &api = api_, device = device_] {
+    leave_captures_alone();
     cudaSetDevice(device);  // else NCCL makes a context on device 0
     api.CommAbort(comm);
     done->set_value();

@@ -34,9 +34,11 @@ struct Message {
 
 class NcclComm {
  public:
+  static constexpr int kMostCtas = 64;  ///< what NCCL can use; older versions cut it to 32
+
   /// Collective. Also connects all pairs, so that later calls neither allocate nor block. ctas: the
-  /// fewest thread blocks that NCCL prepares for (ncclConfig_t::minCTAs), 0 = its choice. PeerLost
-  /// after timeout_s.
+  /// fewest thread blocks that NCCL prepares for (ncclConfig_t::minCTAs), at most kMostCtas, 0 =
+  /// its choice. PeerLost after timeout_s.
   NcclComm(Bootstrap& bootstrap, double timeout_s, int ctas);
   ~NcclComm();
   NcclComm(const NcclComm&) = delete;

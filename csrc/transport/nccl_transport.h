@@ -93,7 +93,7 @@ class NcclTransport final : public Transport {
   RouteResult route(const RouteArgs& args) override;
   void dispatch(const Plan& plan, const DispatchArgs& args) override;
   void combine(const Plan& plan, const CombineArgs& args) override;
-  void check() override { watchdog_.check(); }
+  void check() override { watchdog_.confirm(); }
   Allocation allocate(size_t) override { return {}; }
   size_t free_bytes() const override { return 0; }
 

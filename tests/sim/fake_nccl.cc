@@ -227,7 +227,8 @@ ncclResult_t comm_init_rank(ncclComm** out, int num_ranks, ncclUniqueId id, int 
 
 ncclResult_t comm_init_rank_config(ncclComm** out, int num_ranks, ncclUniqueId id, int rank,
                                    ncclConfig_v21800* config) {
-  if (config->size != sizeof *config || config->magic != 0xcafebeef || config->minCTAs < 1)
+  if (config->size != sizeof *config || config->magic != 0xcafebeef || config->minCTAs < 1 ||
+      config->minCTAs > config->maxCTAs)
     return kInvalidUsage;
   return comm_init_rank(out, num_ranks, id, rank);
 }
