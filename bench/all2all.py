@@ -45,9 +45,9 @@ class Machine:
 
 
 @contextlib.contextmanager
-def process_group(transport: str) -> Iterator[torch.device]:
+def process_group(transports: Sequence[str]) -> Iterator[torch.device]:
     """The device of this rank. Makes a process group unless there is one already."""
-    use_cuda = transport != "cpu" and torch.cuda.is_available()
+    use_cuda = "cpu" not in transports and torch.cuda.is_available()
     if use_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     device = torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
@@ -84,15 +84,18 @@ class Bench:
         self._print(output.header())
         for tokens in self.args.tokens:
             workload = self._workload(tokens)
-            self._measure_all("raw", RawLink(workload, self._options(None)), workload, (SEPARATE,))
-            for name in self.args.adapter:
-                self._run_adapter(name, workload)
+            self._measure_all("raw", RawLink(workload), workload, (SEPARATE,))
+            for transport in self.args.transport:
+                for name in self.args.adapter:
+                    # What another library does is the same beside each transport.
+                    if ADAPTERS[name].takes_transport or transport == self.args.transport[0]:
+                        self._run_adapter(name, workload, transport)
 
     def _best_raw_link(self) -> float:
         """GB/s of the raw link with many bytes: what the byte floor of every row is made with."""
         self._show("raw link, at its best")
         workload = self._workload(FLOOR_TOKENS[self.machine.device.type])
-        link, best = RawLink(workload, self._options(None)), 0.0
+        link, best = RawLink(workload), 0.0
         for operation in link.operations():
             times, _ = self._stopwatch.measure(operation.call, SEPARATE)
             best = max(best, workload.link_bytes(operation.operation) * 1e-3 / times.p50_us)
@@ -114,11 +117,12 @@ class Bench:
         )
         return Workload(config, routing)
 
-    def _options(self, num_sms: int | None) -> Options:
+    def _options(self, transport: str, num_sms: int | None) -> Options:
         args = self.args
         chosen = dict(option.split("=", 1) for option in args.transport_option)
         return Options(
-            transport=args.transport,
+            transport=transport,
+            ranks_per_node=args.ranks_per_node if transport == "hierarchical" else None,
             num_sms=num_sms,
             launches=tuple(args.launch),
             timeout=args.timeout,
@@ -126,13 +130,13 @@ class Bench:
             like_deep_ep=args.like_deep_ep,
         )
 
-    def _run_adapter(self, name: str, workload: Workload) -> None:
+    def _run_adapter(self, name: str, workload: Workload, transport: str) -> None:
         adapter_class = ADAPTERS[name]
         sweep = self.args.num_sms if adapter_class.takes_num_sms else None
         for num_sms in sweep or [None]:
             self._show(f"{name}, setting up, {workload.tokens} tokens")
             try:
-                adapter = adapter_class(workload, self._options(num_sms))
+                adapter = adapter_class(workload, self._options(transport, num_sms))
             except Unavailable as reason:
                 self._note(f"# {name} is left out: {reason}")
                 return
@@ -176,6 +180,8 @@ class Bench:
         self._add(dataclasses.replace(row, mode=mode), wrong)
         if name == "compat" and self.args.like_deep_ep:
             self._print_beside(self.rows[-1])
+        if name == "epcomm":
+            self._print_ratios(self.rows[-1])
 
     def _print_beside(self, shim: output.Row) -> None:
         """What a call costs more than epcomm's own that does the same work."""
@@ -189,6 +195,13 @@ class Bench:
             if mode in native:
                 self._print(output.beside_line(shim, native[mode]))
                 break
+
+    def _print_ratios(self, row: output.Row) -> None:
+        """What earlier transports took for the same, as multiples of it."""
+        same = ("adapter", "operation", "mode", "tokens", "sms")
+        for other in self.rows[:-1]:
+            if all(getattr(other, field) == getattr(row, field) for field in same):
+                self._print(output.ratio_line(other, row))
 
     def _measure_overlap(self, name: str, adapter: EpcommAdapter, workload: Workload) -> None:
         gemm = overlap.GroupedGemm(workload, self.args.overlap_width)

@@ -25,6 +25,13 @@ def integers(text: str) -> list[int]:
     return values
 
 
+def transports(text: str) -> list[str]:
+    names = text.split(",")
+    if not all(names) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected different names, as nvlink,rdma")
+    return names
+
+
 def names_of(known: Sequence[str]):
     """A parser of lists of these names."""
 
@@ -43,7 +50,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Times MoE dispatch and combine. Start it with torchrun, one process per rank."
     )
     add = parser.add_argument
-    add("--transport", default=os.environ.get("EPCOMM_TRANSPORT", "auto"), help="of epcomm")
+    add(
+        "--transport",
+        type=transports,
+        default=os.environ.get("EPCOMM_TRANSPORT", "auto"),
+        help="of epcomm; several, as nvlink,rdma, are compared in one run",
+    )
+    add("--ranks-per-node", type=int, help="of the transport hierarchical; others take none")
     add("--tokens", type=integers, help="per rank: 1,8,64,512 (and 4096 on a GPU)")
     add("--hidden", type=int, default=7168, help="elements of a token row")
     add("--topk", type=int, help="experts per token: 8, or what the routing file has")
@@ -95,6 +108,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--timeout", type=float, default=30.0, help="seconds that a wait for a peer may take")
     args = parser.parse_args(argv)
+    if args.transport_option and len(args.transport) > 1:
+        parser.error("--transport-option with several transports: expected one --transport")
+    if args.ranks_per_node is not None and "hierarchical" not in args.transport:
+        parser.error("--ranks-per-node: expected --transport hierarchical, alone or among others")
     args.routing = _or_usage_error(parser, lambda: RoutingSpec.parse(args.routing))
     if args.topk is None:
         args.topk = 8 if args.routing.table is None else args.routing.table.shape[1]

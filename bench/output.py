@@ -101,6 +101,14 @@ def beside_line(shim: Row, native: Row) -> str:
     )
 
 
+def ratio_line(row: Row, of: Row) -> str:
+    """How much longer one transport takes than another for the same."""
+    return (
+        f"# {row.operation} {row.mode}: {row.transport} {row.p50_us:.1f} us, {of.transport} "
+        f"{of.p50_us:.1f} us: {row.p50_us / of.p50_us:.2f} x"
+    )
+
+
 def _aligned(text: str, width: int) -> str:
     return text.ljust(-width) if width < 0 else text.rjust(width)
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from adapters.base import Adapter, Operation, Options
+from adapters.base import Adapter, Operation
 from shared import shared_memory
 from workload import Workload
 
@@ -163,7 +163,7 @@ class RawLink(Adapter):
 
     layout = "-"
 
-    def __init__(self, workload: Workload, options: Options):
+    def __init__(self, workload: Workload):
         if workload.config.device.type == "cpu":
             link = MemcpyLink
         elif PeerCopyLink.works(workload.routing.num_ranks):

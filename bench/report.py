@@ -141,16 +141,20 @@ def column_name(row: dict) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """One line per row of epcomm, other libraries in further columns."""
+    """One line per row of epcomm, with its transport if there are several; others in columns."""
     ours = [row for row in rows if row["adapter"] == "epcomm"]
     others = [row for row in rows if row["adapter"] not in ("epcomm", "raw")]
     names = list(dict.fromkeys(column_name(row) for row in others))
     with_commit = len({row["commit"] for row in rows}) > 1
     with_floor = any(row["floor_us"] for row in ours)
+    with_transport = len({row["transport"] for row in ours}) > 1
     titles = ["operation", "dtype, layout", "tokens", "epcomm µs", "link GB/s", "of raw link"]
+    titles[1:1] = ["transport"] * with_transport
     titles += ["above floor"] * with_floor
     titles += [f"{name} µs" for name in names] + ["commit"] * with_commit
-    lines = ["| " + " | ".join(titles) + " |", "|---|---|" + "--:|" * (len(titles) - 2)]
+    texts = 2 + with_transport
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * texts]
+    lines[1] += "--:|" * (len(titles) - texts)
     for row in ours:
         cells = [
             operation_text(row),
@@ -159,6 +163,7 @@ def table(rows: list[dict]) -> str:
             time_text(row),
             *link_texts(row),
         ]
+        cells[1:1] = [row["transport"]] * with_transport
         cells += [above_floor_text(row)] * with_floor
         cells += [time_text(counterpart(row, others, name)) for name in names]
         cells += [row["commit"]] * with_commit

@@ -154,10 +154,12 @@ for wanted in $STEPS; do
       if [ "$GPUS" -ge 4 ] && [ "$(id -u)" = 0 ]; then
         EPCOMM_TEST_NVSHMEM=nodes tests rdma-nodes "${rdma_tests[@]}"
       fi
-      NVSHMEM_REMOTE_TRANSPORT=none bench rdma --transport rdma --adapter epcomm --tokens 1,8,32,64,128,256
+      # Next to the same GPUs by loads and stores.
+      NVSHMEM_REMOTE_TRANSPORT=none bench rdma --transport rdma,nvlink --adapter epcomm --tokens 1,8,32,64,128,256
       # Two logical nodes, next to the same GPUs as one NVLink domain.
-      EPCOMM_RANKS_PER_NODE=$(((GPUS + 1) / 2)) NVSHMEM_REMOTE_TRANSPORT=none NVSHMEM_SYMMETRIC_SIZE=${NVSHMEM_SYMMETRIC_SIZE:-4G} \
-        bench hierarchical --transport hierarchical --adapter epcomm --tokens 4096 --operations dispatch,combine --modes fresh,no-sync,replay
+      NVSHMEM_REMOTE_TRANSPORT=none NVSHMEM_SYMMETRIC_SIZE=${NVSHMEM_SYMMETRIC_SIZE:-4G} \
+        bench hierarchical --transport hierarchical,nvlink --ranks-per-node $(((GPUS + 1) / 2)) --adapter epcomm --tokens 4096 \
+        --operations dispatch,combine --modes fresh,no-sync,replay
       ;;
     bench) benches ;;
     *) echo "unknown step $wanted"; failed+=("$wanted") ;;

@@ -85,6 +85,48 @@ def test_what_is_timed_can_be_chosen(pool: launcher.Pool, tmp_path: Path) -> Non
     assert written == [dataclasses.asdict(row) for row in rows]
 
 
+def test_transports_beside_each_other(pool: launcher.Pool) -> None:
+    """Other libraries run once; only the transport that has nodes is told of them."""
+    chosen = ["--operations", "dispatch", "--modes", "replay,packed", "--cadence", "separate"]
+    two = ["--transport", "hierarchical,cpu", "--ranks-per-node", "1"]
+    rows = rows_of(pool, *chosen, *two)
+    assert [(row.adapter, row.transport) for row in rows[2:]] == [
+        ("epcomm", "hierarchical"),
+        ("torch", "gloo"),
+        ("epcomm", "cpu"),
+    ]
+
+
+def test_ratio_of_transports_as_text() -> None:
+    import output
+
+    values = dict.fromkeys(field.name for field in dataclasses.fields(output.Row))
+    named = {"operation": "pair", "mode": "no-sync/separate"}
+    one = output.Row(**values | named | {"transport": "rdma", "p50_us": 45.0})
+    other = dataclasses.replace(one, transport="nvlink", p50_us=30.0)
+    assert output.ratio_line(one, other) == (
+        "# pair no-sync/separate: rdma 45.0 us, nvlink 30.0 us: 1.50 x"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--transport", "nvlink,nvlink"], "different names"),
+        (["--transport", "rdma,nvlink", "--transport-option", "a=b"], "--transport-option"),
+        (["--transport", "nvlink", "--ranks-per-node", "2"], "--ranks-per-node"),
+    ],
+)
+def test_transports_that_cannot_be_compared(
+    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import arguments as command_line
+
+    with pytest.raises(SystemExit):
+        command_line.parse_args(arguments)
+    assert named in capsys.readouterr().err
+
+
 ROW_BYTES = {"fp8": 512 + 4 * 4, "fp8_ue8m0": 512 + 4, "nvfp4": 256 + 32}
 
 

@@ -67,6 +67,22 @@ ROWS = [
 ]
 
 
+def test_transports_are_told_apart() -> None:
+    rows = [
+        row("epcomm", "dispatch", "replay", 45.0, transport="rdma"),
+        row("epcomm", "dispatch", "replay", 30.0),
+        row("torch", "dispatch", "packed", 60.0),
+    ]
+    lines = [line.split(" | ") for line in report.report(rows, {}).splitlines()[2:]]
+    assert [line[:2] for line in lines[2:]] == [
+        ["| dispatch, replay", "rdma"],
+        ["| dispatch, replay", "nvlink"],
+    ]
+    assert [line[4] for line in lines[2:]] == ["45 (55)", "30 (40)"]
+    assert len({len(line) for line in (lines[0], *lines[2:])}) == 1
+    assert "transport" not in report.report(rows[1:], {})
+
+
 def lines_of(options: dict[str, str]) -> list[list[str]]:
     text = report.report(ROWS, options)
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]

@@ -21,6 +21,7 @@ class Options:
     """Command-line settings that concern adapters."""
 
     transport: str
+    ranks_per_node: int | None  # for a transport that forwards between nodes, else None
     num_sms: int | None
     launches: tuple[str, ...]  # "eager", "graph"
     timeout: float
@@ -43,6 +44,7 @@ class Adapter(abc.ABC):
 
     transport: str  # what moves the bytes
     layout: str  # of the rows that dispatch returns
+    takes_transport: bool = False  # of epcomm
     takes_num_sms: bool = False
     num_sms: int | None = None  # what it was told to use, if it takes num_sms
     left_out: str = ""  # what was asked for and cannot be timed here, and why

@@ -16,10 +16,14 @@ from adapters.deep_ep_adapter import DeepEpAdapter
 
 
 class CompatAdapter(DeepEpAdapter):
+    takes_transport = True
+
     def _library(self, options: Options) -> ModuleType:
         on_gpu = self._workload.config.device.type == "cuda"
         if options.transport_options:
             raise Unavailable("deep_ep's interface takes no transport options")
+        if options.ranks_per_node is not None:
+            raise Unavailable("deep_ep's interface takes no number of ranks per node")
         if not on_gpu and options.transport not in ("auto", "cpu"):
             raise Unavailable("deep_ep's interface moves CPU tensors by the transport cpu")
         try:

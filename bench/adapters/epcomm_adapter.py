@@ -13,6 +13,7 @@ from workload import Workload
 
 
 class EpcommAdapter(Adapter):
+    takes_transport = True
     takes_num_sms = True
 
     def __init__(self, workload: Workload, options: Options):
@@ -32,6 +33,7 @@ class EpcommAdapter(Adapter):
             max_tokens=workload.tokens,
             dtype=workload.combine_dtype,
             transport=options.transport,
+            ranks_per_node=options.ranks_per_node,
             timeout=options.timeout,
             transport_options=options.transport_options,
         )

@@ -30,6 +30,8 @@ struct GatheredStart {
 }  // namespace
 
 template <>
+constexpr bool kPuts<GatheredLink> = false;
+template <>
 __device__ __forceinline__ bool rows_arrived<GatheredLink>(const LinkArgs&, const SmallLayout&,
                                                            uint64_t, int, int) {
   return true;

@@ -145,12 +145,13 @@ struct EntryNews {
 
 /// Copies this rank's entry, with its news, and `words` 4-byte words of announce into the inbox
 /// that it writes in the window of rank `owner`. By a warp.
+template <class Link>
 __device__ __forceinline__ void write_entry(const LinkArgs& link, uint64_t epoch, int owner,
                                             const int32_t* announce, int words,
                                             const EntryNews& news) {
   char* window = link.window[owner];
   const bool troubled = link.entry.needed_bytes != 0 || news.short_rows != 0 || news.bad_index != 0;
-  if (const int i = lane_index(); i < LinkBrief::kWords) {
+  if (const int i = lane_index(); Link::kMapped && i < LinkBrief::kWords) {
     const auto value = static_cast<uint32_t>(i < LinkBrief::kNumTokens    ? link.entry.signature[i]
                                              : i == LinkBrief::kNumTokens ? link.entry.num_tokens
                                                                           : int32_t{troubled});
@@ -171,39 +172,30 @@ __device__ __forceinline__ void write_entry(const LinkArgs& link, uint64_t epoch
   entry.bad_value = news.bad_value;
 }
 
-/// What goes out with an entry where the link puts: 0 bytes = an empty piece, which is waited for
-/// all the same. Other links have stored it already.
-struct LinkPieces {
-  LinkPiece piece[2];
-  int count = 0;
-};
-
-/// Block 0 announces: by warps, one peer each, the next rank first. Ends without a barrier; begins
-/// with one where the link puts.
+/// Block 0 announces: by warps, one peer each, the next rank first. behind: bytes that the block
+/// has stored behind its entry, where the link puts. Ends without a barrier.
 template <class Link = PeerLink>
 __device__ __forceinline__ void link_announce(const LinkArgs& link, uint64_t epoch,
                                               const int32_t* announce, int words,
-                                              [[maybe_unused]] const LinkPieces& pieces = {},
-                                              const EntryNews& news = {}) {
+                                              const EntryNews& news = {},
+                                              [[maybe_unused]] size_t behind = 0) {
   const int warps = static_cast<int>(blockDim.x) / kWarpSize;
   if constexpr (!Link::kMapped) {
-    if (warp_index() == 0) write_entry(link, epoch, link.rank, announce, words, news);
+    if (warp_index() == 0) write_entry<Link>(link, epoch, link.rank, announce, words, news);
     __syncthreads();
     fence_system();  // what the block has stored is read by a network card
   }
   for (int i = warp_index(); i < link.num_ranks; i += warps) {
     const int peer = (link.rank + 1 + i) % link.num_ranks;
     if constexpr (!Link::kMapped) {
-      // Each piece has a signal of its own: nothing needs to land before anything else.
-      for (int p = 0; p < pieces.count; ++p)
-        link_put_signal<Link>(link, peer, pieces.piece[p],
-                              own_inbox(link, offsetof(LinkInbox, piece) + p * sizeof(uint64_t)),
-                              epoch);
-      link_put_signal<Link>(link, peer,
-                            same_place(link.control.entry(link.rank, epoch), sizeof(LinkEntry)),
+      // One message: nothing of it can be missing where its signal is.
+      const size_t bytes = behind == 0
+                               ? sizeof(LinkEntry)
+                               : ControlLayout::kEntryBytes + align_up(behind, sizeof(uint4));
+      link_put_signal<Link>(link, peer, same_place(link.control.entry(link.rank, epoch), bytes),
                             own_inbox(link, offsetof(LinkInbox, entered)), epoch);
     } else {
-      write_entry(link, epoch, peer, announce, words, news);
+      write_entry<Link>(link, epoch, peer, announce, words, news);
       __syncwarp();
       // Releases what all lanes have written.
       if (lane_index() == 0)
@@ -286,11 +278,10 @@ __device__ __forceinline__ bool refuses(const LinkArgs& link, const LinkEntry& e
 }
 
 /// Waits for the entries of all ranks and compares them: by every block, all threads. Returns true
-/// if all ranks want the same and have room; call holds their entries then, and `pieces` of each
-/// have arrived. tells: the host learns what this block has found. Ends with a barrier.
+/// if all ranks want the same and have room; call holds their entries then, and what is behind them
+/// has arrived. tells: the host learns what this block has found. Ends with a barrier.
 template <class Link = PeerLink>
-__device__ __forceinline__ bool link_agree(const LinkArgs& link, LinkCall& call, bool tells,
-                                           [[maybe_unused]] int pieces = 0) {
+__device__ __forceinline__ bool link_agree(const LinkArgs& link, LinkCall& call, bool tells) {
   const int r = thread_index();
   bool lost = false, refused = false;
   if (r < link.num_ranks) {
@@ -301,10 +292,6 @@ __device__ __forceinline__ bool link_agree(const LinkArgs& link, LinkCall& call,
           link.window[link.rank] + link.control.entry(r, call.epoch));
       refused = refuses(link, entry);
     }
-    // A rank that wants something else may send other pieces.
-    if constexpr (!Link::kMapped)
-      for (int p = 0; p < pieces && !lost && !refused; ++p)
-        lost = !wait_signal<Link>(link, r, &from->piece[p], call.epoch);
   }
   // One barrier where all is well: call.bad is still 0.
   if (__syncthreads_or(lost || refused)) {
@@ -330,15 +317,12 @@ __device__ __forceinline__ bool link_enter(const LinkArgs& link, LinkCall& call,
                                            int32_t short_rows = 0,
                                            BlockOrder order = BlockOrder::kIndex) {
   if (!link_begin(link, call, order)) return false;
-  LinkPieces pieces;
-  if (words != 0)
-    pieces.piece[pieces.count++] =
-        same_place(link.control.counts(link.rank, call.epoch), static_cast<size_t>(words) * 4);
   if (call.block == 0) {
     if (thread_index() == 0) link_mark_begun(link, call);
-    link_announce<Link>(link, call.epoch, announce, words, pieces, {short_rows});
+    link_announce<Link>(link, call.epoch, announce, words, {short_rows},
+                        static_cast<size_t>(words) * sizeof(int32_t));
   }
-  return link_agree<Link>(link, call, call.block == 0, pieces.count);
+  return link_agree<Link>(link, call, call.block == 0);
 }
 
 /// Goes on with a call that an earlier kernel on the stream has entered: by every block, all

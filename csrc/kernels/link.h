@@ -57,11 +57,9 @@ static_assert(LinkBrief::kWords * sizeof(uint64_t) <= ControlLayout::kBriefBytes
 
 /// Written by one source rank only; lies in the window of the rank that reads it.
 struct LinkInbox {
-  uint64_t entered;  ///< epoch of the newest entry
+  uint64_t entered;  ///< epoch of the newest entry, with what is behind it
   uint64_t pushed;   ///< epoch of the last combine of which all partial rows are stored here
   uint64_t done;     ///< epoch of the last call in which the source has left this rank's memory
-  /// Links that put: epoch of the newest piece that came with an entry, by its number.
-  uint64_t piece[2];
 };
 static_assert(sizeof(LinkInbox) <= ControlLayout::kSignalBytes);
 

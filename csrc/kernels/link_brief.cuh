@@ -33,9 +33,9 @@ __device__ __forceinline__ uint32_t wait_tagged(const LinkArgs& link, int source
 /// As link_agree, where what is compared has come with the brief entries: by every block of a
 /// kernel for small batches. Fills num_tokens of call.entry only, where all is well.
 template <class Link>
-__device__ __forceinline__ bool link_agree_briefly(const LinkArgs& link, LinkCall& call, bool tells,
-                                                   int pieces) {
-  if constexpr (!Link::kMapped) return link_agree<Link>(link, call, tells, pieces);
+__device__ __forceinline__ bool link_agree_briefly(const LinkArgs& link, LinkCall& call,
+                                                   bool tells) {
+  if constexpr (!Link::kMapped) return link_agree<Link>(link, call, tells);
   bool lost = false, doubtful = false;
   const int lane = lane_index(), warps = static_cast<int>(blockDim.x) / kWarpSize;
   for (int s = warp_index(); s < link.num_ranks && !lost; s += warps) {
@@ -55,7 +55,7 @@ __device__ __forceinline__ bool link_agree_briefly(const LinkArgs& link, LinkCal
   }
   if (__syncthreads_or(lost) == 0) {
     // The whole entries say what is the matter.
-    return link_agree<Link>(link, call, tells, pieces);
+    return link_agree<Link>(link, call, tells);
   }
   if (thread_index() == 0) {
     call.bad = LinkCall::kLost;
@@ -69,16 +69,17 @@ __device__ __forceinline__ bool link_agree_briefly(const LinkArgs& link, LinkCal
 /// true of a block that did not ask. If a block says false, `done` is signalled all the same, for
 /// peers that disagree and are in a call that waits for it. completed: this thread has given up no
 /// wait since. What a block has to say of itself goes with its arrival: the last has nothing to ask
-/// then.
+/// then. sent: where the link puts, this block may have put something; others have nothing that the
+/// last one's quiet is to cover.
 template <class Link = PeerLink>
 __device__ __forceinline__ void link_leave(const LinkArgs& link, LinkCall& call, bool agreed,
-                                           bool completed = true) {
+                                           bool completed, bool sent) {
   constexpr uint32_t kLostBlock = 1 << 10, kRefusingBlock = 1 << 20;  // there are fewer SMs
   const bool lost = __syncthreads_or(!completed || call.bad == LinkCall::kLost) != 0;
   const int r = thread_index();
   if (r == 0) {
     const uint32_t own = 1 + (lost ? kLostBlock : 0) + (agreed ? 0 : kRefusingBlock);
-    const bool releases = !Link::kMapped || !agreed;
+    const bool releases = (!Link::kMapped && sent) || !agreed;
     if (releases) fence_system();
     const uint32_t arrived = atomicAdd(&link.state->arrived, own) + own;
     call.last = arrived % kLostBlock == gridDim.x;
@@ -91,20 +92,22 @@ __device__ __forceinline__ void link_leave(const LinkArgs& link, LinkCall& call,
         // Of a refused call nobody has read what was staged.
         const uint32_t clean = call.bad == 0;
         if (call.bad != LinkCall::kLost) link.state->clean[call.epoch & 1] = clean;
-        if (call.bad == 0) link_close(link, call);
       }
+      if constexpr (!Link::kMapped) {
+        fence_system();  // acquires what the blocks have put that came before
+        if (call.bad == 0) Link::quiet(link);
+      }
+      if (call.bad == 0) link_close(link, call);
     }
   }
   __syncthreads();
   if (call.last == 0 || call.bad == LinkCall::kLost) return;  // lost: the host is to notice
-  if (Link::kMapped && call.bad == 0) return;
+  if (call.bad == 0) return;
   fence_system();
   link_quiet<Link>(link);
-  if (call.bad != 0) {
-    if (r < link.num_ranks)
-      link_signal<Link>(link, r, own_inbox(link, offsetof(LinkInbox, done)), call.epoch);
-    link_quiet<Link>(link);
-  }
+  if (r < link.num_ranks)
+    link_signal<Link>(link, r, own_inbox(link, offsetof(LinkInbox, done)), call.epoch);
+  link_quiet<Link>(link);
   if (r == 0) link_close(link, call);
 }
 

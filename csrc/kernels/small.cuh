@@ -48,8 +48,8 @@ __host__ __device__ constexpr int mask_words(int max_tokens) {
 /// Blocks of a launch: num_sms, or by default as many as make a call short: few tokens should
 /// spread over many SMs, for what counts is when the last byte arrives (docs/nvlink.md). One block
 /// announces, 64 have two of the 128 shares each, and 64 receive; a few SMs are left so that blocks
-/// that announce another Buffer's call find room. Where the link puts, a grid starts as a whole,
-/// and two of them have room beside each other.
+/// that announce another Buffer's call find room. Where the link puts, two grids have room beside
+/// each other.
 inline int small_blocks(int num_sms, bool mapped) {
   if (num_sms > 0) return persistent_blocks(num_sms);
   constexpr int kMostMapped = 129, kMostPut = 65, kLeft = 3;
@@ -239,18 +239,41 @@ __device__ __forceinline__ uint4 unwritten_vector() {
   return make_uint4(kUnwritten, kUnwritten, kUnwritten, kUnwritten);
 }
 
+/// Whether ids and weights come with the entry, and rows are put (kernels/link.cuh).
+template <class Link>
+constexpr bool kPuts = !Link::kMapped;
+
+/// The ids of source's slots in this rank's window: TaggedWord, or SlotWord where the link puts.
+template <class Link>
+__device__ __forceinline__ const uint64_t* sent_ids(const LinkArgs& link, const SmallLayout& small,
+                                                    uint64_t epoch, int source) {
+  return reinterpret_cast<const uint64_t*>(
+      link.window[link.rank] +
+      (kPuts<Link> ? link.control.slots(source, epoch) : small.source_ids(source, epoch)));
+}
+/// Their weights, likewise.
+template <class Link>
+__device__ __forceinline__ const uint64_t* sent_weights(const LinkArgs& link,
+                                                        const SmallLayout& small, uint64_t epoch,
+                                                        int source) {
+  return reinterpret_cast<const uint64_t*>(
+      link.window[link.rank] +
+      (kPuts<Link> ? link.control.slots(source, epoch) : small.source_weights(source, epoch)));
+}
+
 /// By one thread: word i of an array of TaggedWord.
 __device__ __forceinline__ void store_tagged(char* words, int i, uint64_t epoch, uint32_t value) {
   store_relaxed_system(reinterpret_cast<uint64_t*>(words) + i, TaggedWord::of(epoch, value));
 }
 
-/// The lane's weight of source's, by a warp; lanes that need none pass null. lost: set if a wait
-/// was given up.
+/// The lane's weight of source's, at a word of sent_weights, by a warp; lanes that need none pass
+/// null. lost: set if a wait was given up.
 template <class Link>
-__device__ __forceinline__ float tagged_weight(const LinkArgs& link, int source,
-                                               const uint64_t* word, uint64_t epoch, bool& lost) {
+__device__ __forceinline__ float sent_weight(const LinkArgs& link, int source, const uint64_t* word,
+                                             uint64_t epoch, bool& lost) {
   if constexpr (Link::kMapped) return __uint_as_float(wait_tagged(link, source, word, epoch, lost));
-  return word != nullptr ? __uint_as_float(static_cast<uint32_t>(*word)) : 0.0f;
+  if (word == nullptr) return 0.0f;
+  return __uint_as_float(kPuts<Link> ? SlotWord::weight(*word) : static_cast<uint32_t>(*word));
 }
 
 /// Makes words [begin, end) of a staged row unwritten, by a warp.

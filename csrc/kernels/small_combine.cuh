@@ -42,23 +42,25 @@ static_assert(sizeof(SmallCombineArgs) <= kMaxKernelArgs);
 template <class Link>
 __device__ __forceinline__ void announce(const SmallCombineArgs& args, uint64_t epoch) {
   const LinkArgs& link = args.link;
+  const int slots = args.num_tokens * args.dims.topk;
   if (args.topk_weights != nullptr) {
-    const int slots = args.num_tokens * args.dims.topk;
     for (int i = thread_index(); i < slots; i += kSmallThreads) {
       const float weight = args.topk_weights[i];
-      for (int r = 0; r < (Link::kMapped ? link.num_ranks : 1); ++r)
-        store_tagged(link.window[(link.rank + r) % link.num_ranks] +
-                         args.small.source_weights(link.rank, epoch),
-                     i, epoch, __float_as_uint(weight));
+      if constexpr (kPuts<Link>) {
+        auto* words = link.window[link.rank] + link.control.slots(link.rank, epoch);
+        reinterpret_cast<uint64_t*>(words)[i] = SlotWord::of(0, __float_as_uint(weight));
+      } else {
+        for (int r = 0; r < link.num_ranks; ++r)
+          store_tagged(link.window[(link.rank + r) % link.num_ranks] +
+                           args.small.source_weights(link.rank, epoch),
+                       i, epoch, __float_as_uint(weight));
+      }
     }
   }
   __syncthreads();
-  const LinkPieces pieces = {
-      {same_place(args.small.source_weights(link.rank, epoch),
-                  static_cast<size_t>(args.num_tokens * args.dims.topk) * sizeof(uint64_t)),
-       {}},
-      args.topk_weights != nullptr ? 1 : 0};
-  link_announce<Link>(link, epoch, nullptr, 0, pieces);
+  link_announce<Link>(
+      link, epoch, nullptr, 0, {},
+      args.topk_weights != nullptr ? static_cast<size_t>(slots) * sizeof(uint64_t) : 0);
 }
 
 // Tokens of source s that this rank has received.
@@ -215,9 +217,8 @@ __device__ __forceinline__ bool send_partials(const SmallCombineArgs& args, int 
     const bool weighted = args.topk_weights != nullptr;
     float weight = 0.0f;
     if (weighted && !lost) {
-      const auto* weights = reinterpret_cast<const uint64_t*>(link.window[link.rank] +
-                                                              args.small.source_weights(s, epoch));
-      weight = tagged_weight<Link>(
+      const uint64_t* weights = sent_weights<Link>(link, args.small, epoch, s);
+      weight = sent_weight<Link>(
           link, s, lane_index() < topk ? weights + now.token * topk + lane_index() : nullptr, epoch,
           lost);
     }
@@ -333,7 +334,6 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   const LinkStart start(link);
   const SmallBlocks blocks(args.phase);
   const bool weighted = args.topk_weights != nullptr, announces = blockIdx.x == 0;
-  const int pieces = weighted ? 1 : 0;
   const bool marks_first = args.phase == Phase::kAll || weighted;  // before the first wait
   // A block that sends rows begins when they are on their way, but for weights, which it waits for.
   const bool begins_late = blocks.sends() && !weighted && !announces;
@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
       if (thread_index() == 0 && marks_first) link_mark_begun(link, call);
       announce<Link>(args, call.epoch);
     }
-    if (weighted) going = link_agree_briefly<Link>(link, call, false, pieces);
+    if (weighted) going = link_agree_briefly<Link>(link, call, false);
     if (going)
       going = send_partials<Link, kQuant, kDtype>(args, blocks.senders, start, call, [&] {
         return !begins_late || link_begin(link, call, start);
@@ -355,12 +355,12 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
     if (going && !marks_first && blocks.receivers.thread() == 0) link_mark_begun(link, call);
     // Of a block that has sent, too, for the host.
     if (call.bad != LinkCall::kLost)
-      going = link_agree_briefly<Link>(link, call, blocks.receivers.block == 0, pieces);
+      going = link_agree_briefly<Link>(link, call, blocks.receivers.block == 0);
     if (going)
       completed = sum_partials<Link, kQuant, kDtype>(
           args, blocks.receivers, StagedRows<Link>{link, args.small, call.epoch, start.clean()});
   }
-  link_leave<Link>(link, call, going, completed);
+  link_leave<Link>(link, call, going, completed, blocks.sends());
 }
 
 template <class Link, Quant kQuant>
@@ -382,8 +382,7 @@ void launch_small_combine(const SmallCombineArgs& args, int num_sms, cudaStream_
   launch("launch of small_combine",
          fp8 ? combine_kernel<Link, Quant::kFp8>(args.dtype)
              : combine_kernel<Link, Quant::kNone>(args.dtype),
-         {small_blocks(num_sms, Link::kMapped), kSmallThreads, staged, !Link::kMapped}, stream,
-         args);
+         {small_blocks(num_sms, Link::kMapped), kSmallThreads, staged}, stream, args);
 }
 
 }  // namespace epcomm

@@ -3,7 +3,8 @@
 //
 // Blocks that send (kernels/small_send.cuh):
 //   1. Block 0 announces the call to all ranks. Every block sends the ids and weights of its
-//      tokens, those of its shares, to all ranks.
+//      tokens, those of its shares, to all ranks; or, where the link puts, block 0 those of all
+//      tokens, with the entry.
 //   2. Rows: of these tokens, each once per destination rank, quantised in registers if asked. Then
 //      their signals.
 // Blocks that receive:
@@ -14,16 +15,16 @@
 // The send half is 1 and 2, the receive half 3 and 4.
 //
 // Buffers: topk_idx [T, K] (or plan.topk_idx), topk_weights, x, scales are read. In every rank's
-// window, at SmallLayout of this rank and epoch: ids, weights, rows. From this rank's window, of
-// all sources: the same; the rows are unwritten afterwards. Written: the plan, its records, and the
-// outputs of place.
+// window, at SmallLayout of this rank and epoch (ids and weights at ControlLayout::slots, where the
+// link puts): ids, weights, rows. From this rank's window, of all sources: the same; the rows are
+// unwritten afterwards. Written: the plan, its records, and the outputs of place.
 // Launch: num_sms blocks of 512 threads, one per SM, all of which must find room at some time:
 // blocks wait for other blocks, of this rank, too. Sending, warps share the rows of their block;
 // receiving, all warps that do share all rows, cut into parts. Rows go through registers.
 // Host guarantees: max_tokens is at most kTileTokens, small_shared_bytes at most kMaxSmallShared.
 // Memory order: ids and weights are words that carry the epoch, rows are taken as
 // kernels/small.cuh says, so that nothing waits until stores were acknowledged. Where the link
-// puts, ids are released by `entered` (kernels/link.cuh), rows by their signals.
+// puts, ids and weights are released by `entered` (kernels/link.cuh), rows by their signals.
 #pragma once
 
 #include <algorithm>
@@ -95,13 +96,12 @@ __device__ __forceinline__ TokenSlots slots_of(const SmallDispatchArgs& args,
   TokenSlots slots;
   slots.token = t;
   if (args.topk_weights != nullptr) {
-    const auto* weights = reinterpret_cast<const uint64_t*>(
-        args.link.window[args.link.rank] + args.small.source_weights(source, epoch));
-    slots.weight = tagged_weight<Link>(args.link, source, lane < route.topk ? weights + i : nullptr,
-                                       epoch, lost);
+    const uint64_t* weights = sent_weights<Link>(args.link, args.small, epoch, source);
+    slots.weight = sent_weight<Link>(args.link, source, lane < route.topk ? weights + i : nullptr,
+                                     epoch, lost);
   }
   if (lane >= route.topk) return slots;
-  slots.expert = valid_expert(place, static_cast<int32_t>(ids_of(args, epoch, source)[i]));
+  slots.expert = valid_expert(place, static_cast<int32_t>(ids_of<Link>(args, epoch, source)[i]));
   const MetaLayout meta(route.topk);
   if (args.topk_weights == nullptr && !args.records)
     slots.weight = meta.topk_weights(place.plan.recv_meta, n)[lane];
@@ -206,7 +206,7 @@ __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const Sma
   if (recorders.here()) {
     if (args.fresh) {
       write_counts(args, recorders, route, totals);
-      write_places(args, recorders, route, call.epoch, agreed);
+      write_places<Link>(args, recorders, route, call.epoch, agreed);
     }
     if (args.link.statistics.received_tokens != nullptr) count_received(args, recorders, route);
     clear_rest(args, recorders, route, totals);
@@ -231,10 +231,9 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   if (going && blocks.sends()) {
     if (announces) {
       if (thread_index() == 0 && args.phase == Phase::kAll) link_mark_begun(link, call);
-      if (!Link::kMapped) send_ids<Link>(args, blocks, start);
       announce<Link>(args, call.epoch, first_bad);
     }
-    if (Link::kMapped) send_ids<Link>(args, blocks, start);
+    if constexpr (!kPuts<Link>) send_ids<Link>(args, blocks, start);
     const BlockRows own(args.num_tokens, blocks.senders);
     send_rows<Link, kQuant, kDtype>(args, own, start);
     if (begins_late) going = link_begin(link, call, start);
@@ -246,11 +245,10 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
     if (going && args.phase == Phase::kReceive && blocks.receivers.thread() == 0)
       link_mark_begun(link, call);
     prepare_route(args, GroupRoute(args));
-    if (going)
-      agreed = link_agree_briefly<Link>(link, call, blocks.receivers.block == 0, num_pieces(args));
+    if (going) agreed = link_agree_briefly<Link>(link, call, blocks.receivers.block == 0);
     completed = receive<Link>(args, blocks, call, agreed, start.clean());
   }
-  link_leave<Link>(link, call, agreed, completed);
+  link_leave<Link>(link, call, agreed, completed, blocks.sends());
 }
 
 using SmallDispatchKernel = void (*)(SmallDispatchArgs);
@@ -286,8 +284,7 @@ void launch_small_dispatch(const SmallDispatchArgs& args, int num_sms, cudaStrea
   const size_t staged = args.quant == Quant::kNone ? 0 : size_t{kSmallWarps} * kStagedScaleBytes;
   launch("launch of small_dispatch", kernel_of<Link>(args),
          {small_blocks(num_sms, Link::kMapped), kSmallThreads,
-          std::max(small_shared_bytes(args.place.dims, args.small.max_tokens), staged),
-          !Link::kMapped},
+          std::max(small_shared_bytes(args.place.dims, args.small.max_tokens), staged)},
          stream, args);
 }
 

@@ -57,10 +57,10 @@ struct RouteTotals {
   int32_t rows;                 // of layout kExpert: end of the last group of this rank
 };
 
+template <class Link>
 __device__ __forceinline__ const uint64_t* ids_of(const SmallDispatchArgs& args, uint64_t epoch,
                                                   int source) {
-  return reinterpret_cast<const uint64_t*>(args.link.window[args.link.rank] +
-                                           args.small.source_ids(source, epoch));
+  return sent_ids<Link>(args.link, args.small, epoch, source);
 }
 
 // What can be done before there are ids, by the whole block. A barrier must follow before
@@ -147,7 +147,7 @@ __device__ __forceinline__ bool route_group(const SmallDispatchArgs& args, const
   for (int i = warp_index(); i < num_ranks * route.words; i += kSmallWarps) {
     const int s = i / route.words, word = i - s * route.words, t = word * kWarpSize;
     mark_ids<Link>(args, route, needed, epoch, s, word,
-                   ids_of(args, epoch, s) + int64_t{t} * route.topk, tokens(s) - t, lost);
+                   ids_of<Link>(args, epoch, s) + int64_t{t} * route.topk, tokens(s) - t, lost);
   }
   lost = __syncthreads_or(lost) != 0;
   if (lost && thread_index() == 0) atomicExch(&args.link.state->lost, 1u);
@@ -229,10 +229,11 @@ __device__ __forceinline__ void write_counts(const SmallDispatchArgs& args, cons
 
 // Where the tokens of this rank go: plan.row, slot and first_row, by a team, a warp a
 // token. agreed: else nothing is sent.
+template <class Link>
 __device__ __forceinline__ void write_places(const SmallDispatchArgs& args, const SmallTeam& team,
                                              const GroupRoute& route, uint64_t epoch, bool agreed) {
   const PlanView& plan = args.place.plan;
-  const uint64_t* ids = ids_of(args, epoch, route.rank);
+  const uint64_t* ids = ids_of<Link>(args, epoch, route.rank);
   const RouteTile own = route.tile(route.rank);
   const int lane = lane_index(), topk = route.topk, num_ranks = route.num_ranks;
   for (int t = team.spread_warp(8); t < args.num_tokens; t += team.warps()) {

@@ -24,11 +24,6 @@ __device__ __forceinline__ bool good_id(const SmallDispatchArgs& args, int64_t i
   return id >= -1 && id < args.place.dims.num_experts;
 }
 
-// Pieces that are announced, where the link puts: ids, and weights where there are any.
-__device__ __forceinline__ int num_pieces(const SmallDispatchArgs& args) {
-  return args.topk_weights != nullptr ? 2 : 1;
-}
-
 // Stores slot i of this rank's ids and weights to all ranks, or, where the link does not map them,
 // to this rank's own window. expert: -1 = none.
 template <class Link>
@@ -46,8 +41,8 @@ __device__ __forceinline__ void store_slot(const SmallDispatchArgs& args, uint64
 }
 
 // The ids and weights of the tokens of this block, by its warps, a token each, ahead of all rows:
-// what every rank routes by must not queue behind them. Where the link puts, block 0 has those of
-// all tokens. -1 for tokens that there are not.
+// what every rank routes by must not queue behind them. Where the link does not map, block 0 has
+// those of all tokens. -1 for tokens that there are not.
 template <class Link, class Start>
 __device__ __forceinline__ void send_ids(const SmallDispatchArgs& args, const SmallBlocks& blocks,
                                          const Start& start) {
@@ -67,6 +62,43 @@ __device__ __forceinline__ void send_ids(const SmallDispatchArgs& args, const Sm
     }
     if (!start.lost()) store_slot<Link>(args, start.epoch(), i, expert, weight);
   }
+}
+
+// By block 0, where the link puts: ids and weights of all tokens, behind this rank's entry in its
+// own window, and the first slot with a bad id. Ends with a barrier.
+__device__ __forceinline__ void stage_slots(const SmallDispatchArgs& args, uint64_t epoch,
+                                            int32_t& first_bad) {
+  constexpr int kAtOnce = 4;
+  const int slots = args.num_tokens * args.place.dims.topk;
+  auto* words = reinterpret_cast<uint64_t*>(args.link.window[args.link.rank] +
+                                            args.link.control.slots(args.link.rank, epoch));
+  int32_t bad = kNoBadId;
+  for (int begin = thread_index(); begin < slots; begin += kAtOnce * kSmallThreads) {
+    // All are on their way before the first is needed.
+    int64_t id[kAtOnce];
+    uint32_t weight[kAtOnce] = {};
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int i = begin + u * kSmallThreads;
+      if (i < slots) id[u] = given_id(args, i);
+      if (i < slots && args.topk_weights != nullptr)
+        weight[u] = __float_as_uint(args.topk_weights[i]);
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int i = begin + u * kSmallThreads;
+      if (i >= slots) continue;
+      const bool good = good_id(args, id[u]);
+      if (!good) bad = min(bad, i);
+      const int32_t expert = good ? static_cast<int32_t>(id[u]) : -1;
+      if (args.fresh) args.place.plan.topk_idx[i] = expert;
+      words[i] = SlotWord::of(expert, weight[u]);
+    }
+  }
+  if (thread_index() == 0) first_bad = kNoBadId;
+  __syncthreads();
+  if (bad != kNoBadId) atomicMin(&first_bad, bad);
+  __syncthreads();
 }
 
 // By a block: the first slot of this rank with a bad id. Ends with a barrier.
@@ -92,21 +124,21 @@ __device__ __forceinline__ void report_bad_id(const SmallDispatchArgs& args, int
   args.bad_index[0] = first_bad + 1;
 }
 
-// By block 0: the entry, and, where the link puts, the ids and weights that it has stored.
+// By block 0: the entry, and, where the link puts, ids and weights with it.
 template <class Link>
 __device__ __forceinline__ void announce(const SmallDispatchArgs& args, uint64_t epoch,
                                          int32_t& first_bad) {
   const LinkArgs& link = args.link;
-  const int slots = args.num_tokens * args.place.dims.topk;
-  find_bad_id(args, first_bad);
-  const size_t bytes = static_cast<size_t>(slots) * sizeof(uint64_t);
-  const LinkPieces pieces = {{same_place(args.small.source_ids(link.rank, epoch), bytes),
-                              same_place(args.small.source_weights(link.rank, epoch), bytes)},
-                             num_pieces(args)};
+  if constexpr (kPuts<Link>)
+    stage_slots(args, epoch, first_bad);
+  else
+    find_bad_id(args, first_bad);
   EntryNews news;
   if (first_bad != kNoBadId && args.bad_index == nullptr)
     news = {0, first_bad + 1, bad_id(args, first_bad)};
-  link_announce<Link>(link, epoch, nullptr, 0, pieces, news);
+  link_announce<Link>(
+      link, epoch, nullptr, 0, news,
+      static_cast<size_t>(args.num_tokens * args.place.dims.topk) * sizeof(uint64_t));
   report_bad_id(args, first_bad);
 }
 
@@ -150,6 +182,13 @@ __device__ __forceinline__ void send_scales(const SmallDispatchArgs& args, int t
   }
 }
 
+// Where the link puts: the ranks that each token of this block goes to, one bit each, from before
+// it is stored to when it is put.
+__device__ __forceinline__ uint32_t* kept_destinations() {
+  EPCOMM_SHARED(uint32_t[kTileTokens], ranks);
+  return ranks;
+}
+
 // Uses the shared memory of routing, which begins after the next barrier. Start: LinkStart, which
 // is looked at only when the first row has been asked for. Nothing is sent if the link is lost.
 template <class Link, Quant kQuant, Dtype kDtype, class Start>
@@ -187,6 +226,9 @@ __device__ __forceinline__ void send_rows(const SmallDispatchArgs& args, const B
       // The row is on its way before it is known where it goes.
       if (at == job.begin) {
         ranks = Link::kMapped ? destinations(args, t) : 1u << link.rank;
+        if (kPuts<Link> && job.leads)
+          if (const uint32_t to = destinations(args, t); lane_index() == 0)
+            kept_destinations()[t] = to;
         if (start.lost()) ranks = 0;
         slot = args.small.row(link.rank, start.epoch(), t);
       }
@@ -216,7 +258,7 @@ __device__ __forceinline__ void send_rows(const SmallDispatchArgs& args, const B
 __device__ __forceinline__ LinkPiece staged_row(const SmallDispatchArgs& args, uint64_t epoch,
                                                 int peer, int t) {
   const RowSpec& rows = args.place.rows;
-  const bool sent = (destinations(args, t) >> peer & 1) != 0;
+  const bool sent = (kept_destinations()[t] >> peer & 1) != 0;
   return same_place(args.small.row(args.link.rank, epoch, t),
                     sent ? static_cast<size_t>(rows.row_bytes + rows.scale_bytes) : 0);
 }

@@ -154,11 +154,23 @@ struct TaggedWord {
   }
 };
 
+/// Where the link puts: what goes out of a slot of a small batch, in one word.
+struct SlotWord {
+  EPCOMM_HOST_DEVICE static constexpr uint64_t of(int32_t expert, uint32_t weight) {
+    return static_cast<uint64_t>(weight) << 32 | static_cast<uint32_t>(expert);
+  }
+  EPCOMM_HOST_DEVICE static constexpr uint32_t weight(uint64_t word) {
+    return static_cast<uint32_t>(word >> 32);
+  }
+};
+
 /// Control area at the start of every rank's window, on transports whose peers store into it: a
 /// header, then one inbox per source rank, then the memory that allocate() hands out. An inbox is
 /// the signals of its source, two briefs and two entries (what the source announces when it enters
 /// a call; alternating by the parity of the epoch), the latter followed by the counts that routing
 /// announces: int32 tokens to each rank, to each expert, to each node (where rows are forwarded).
+/// Where the link puts, the same place takes the slots that go out with the entry of a small batch:
+/// an entry and what is behind it are one message.
 struct ControlLayout {
   static constexpr size_t kHeaderBytes = 128;
   static constexpr size_t kSignalBytes = 128;
@@ -170,11 +182,14 @@ struct ControlLayout {
   size_t inbox_bytes;
   size_t arena;  ///< offset of allocatable memory in the window
 
-  EPCOMM_HOST_DEVICE explicit ControlLayout(const Dims& d) {
+  /// slots_bytes: room behind an entry for slots of a small batch.
+  EPCOMM_HOST_DEVICE explicit ControlLayout(const Dims& d, size_t slots_bytes = 0) {
     const AnnounceLayout announcement{d.num_ranks, d.num_experts};
     num_counts = d.device ? static_cast<size_t>(announcement.words())
                           : static_cast<size_t>(d.num_ranks + d.num_experts + d.num_nodes);
-    entry_bytes = align_up(kEntryBytes + num_counts * sizeof(int32_t), kBlockAlignment);
+    const size_t counts_bytes = num_counts * sizeof(int32_t);
+    entry_bytes = align_up(kEntryBytes + (counts_bytes > slots_bytes ? counts_bytes : slots_bytes),
+                           kBlockAlignment);
     inbox_bytes = kSignalBytes + 2 * (kBriefBytes + entry_bytes);
     arena = align_up(kHeaderBytes + inbox_bytes * static_cast<size_t>(d.num_ranks), 4096);
   }
@@ -192,6 +207,11 @@ struct ControlLayout {
   /// int32 [num_counts]; on a GPU the whole announcement (AnnounceLayout).
   EPCOMM_HOST_DEVICE size_t counts(int source, uint64_t epoch) const {
     return entry(source, epoch) + kEntryBytes;
+  }
+  /// SlotWord [T, K], where the link puts and the call is of a small batch: dispatch: expert ids of
+  /// source's tokens, -1 = none, and their weights, if any; combine: weights.
+  EPCOMM_HOST_DEVICE size_t slots(int source, uint64_t epoch) const {
+    return counts(source, epoch);
   }
 };
 
@@ -245,14 +265,15 @@ struct SmallLayout {
       rows_step;  ///< from the ids (or weights), and the rows, of a source to the next's
   int32_t num_ranks, max_tokens, topk;
 
-  /// From offset `begin` on; widest_row is a multiple of kRowAlignment. puts: with an outbox.
+  /// From offset `begin` on; widest_row is a multiple of kRowAlignment. puts: with an outbox, but
+  /// without ids and weights (ControlLayout::slots).
   EPCOMM_HOST_DEVICE SmallLayout(const Dims& d, int max_tokens_, size_t widest_row, size_t begin,
                                  bool puts = false)
       : row_bytes(widest_row), num_ranks(d.num_ranks), max_tokens(max_tokens_), topk(d.topk) {
     const size_t ranks = static_cast<size_t>(num_ranks), tokens = static_cast<size_t>(max_tokens);
     signals = align_up(begin, kBlockAlignment);
     ids = align_up(signals + ranks * kSignals * sizeof(uint64_t), kBlockAlignment);
-    slots_step = slots_bytes();
+    slots_step = puts ? 0 : slots_bytes(max_tokens, topk);
     rows_step = tokens * row_bytes;
     weights = ids + 2 * ranks * slots_step;
     rows = weights + 2 * ranks * slots_step;
@@ -264,11 +285,16 @@ struct SmallLayout {
   static SmallLayout gathered(const Dims& d, int max_tokens, size_t widest_row) {
     SmallLayout all(d, max_tokens, widest_row, 0);
     all.signals = all.ids = 0;
-    all.weights = all.slots_bytes();
+    all.weights = slots_bytes(max_tokens, d.topk);
     all.rows = 2 * all.weights;
     all.slots_step = all.rows_step = align_up(all.rows + all.rows_step, kBlockAlignment);
     all.outbox = all.end = static_cast<size_t>(d.num_ranks) * all.rows_step;
     return all;
+  }
+  /// Of the words of all slots of a rank.
+  EPCOMM_HOST_DEVICE static size_t slots_bytes(int max_tokens, int topk) {
+    return align_up(static_cast<size_t>(max_tokens) * static_cast<size_t>(topk) * sizeof(uint64_t),
+                    kBlockAlignment);
   }
   /// uint64: epoch of the last call in which the rows of this signal were stored by source.
   EPCOMM_HOST_DEVICE size_t signal(int source, int i) const {
@@ -299,10 +325,6 @@ struct SmallLayout {
  private:
   EPCOMM_HOST_DEVICE size_t slot(int source, uint64_t epoch) const {
     return (epoch & 1) * static_cast<size_t>(num_ranks) + static_cast<size_t>(source);
-  }
-  EPCOMM_HOST_DEVICE size_t slots_bytes() const {
-    return align_up(static_cast<size_t>(max_tokens) * static_cast<size_t>(topk) * sizeof(uint64_t),
-                    kBlockAlignment);
   }
 };
 

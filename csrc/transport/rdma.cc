@@ -2,7 +2,7 @@
 // call, the kernels of small batches (kernels/small.h) over a link that puts. docs/rdma.md.
 //
 // Window map, alike on all ranks:
-//   control   ControlLayout: the inboxes of the peers
+//   control   ControlLayout: the inboxes of the peers, with the slots of their batches
 //   small     SmallLayout with its outbox
 #include "transport/rdma.h"
 
@@ -60,7 +60,9 @@ std::unique_ptr<Transport> make_rdma_transport(const TransportContext& context) 
   const std::string why_not = why_not_small(context);
   EPCOMM_CHECK(why_not.empty(), "the rdma transport moves small batches only, and " + why_not +
                                     "; dispatch in smaller batches, or use transport='nccl'");
-  const ControlLayout control(gpu_dims(context));
+  const Config& config = context.options.config;
+  const ControlLayout control(gpu_dims(context),
+                              SmallLayout::slots_bytes(config.max_tokens, config.topk));
   const SmallLayout small = small_layout(context, control.arena, nvshmem_link_kernels().puts);
   auto window = make_nvshmem_window(context.bootstrap, small.end, context.options.window_bytes);
   if (!unproven) check_mapped(context.bootstrap, *window, "rdma");
