@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Which torch to install. Empty: the one that VENV, or else PYTHON, already has.
 TORCH ?= $(shell grep '^torch==' constraints.txt)
+# Tests at the same time, of those that ctest starts.
+JOBS ?= $(shell nproc)
 # More arguments for pytest: make test PYTEST_ARGS='-k combine -x'
 PYTEST_ARGS ?=
 
@@ -50,11 +52,11 @@ test-cpp: $(VENV)/.build_tools
 	cmake -S . -B build/tests -G Ninja -DEPCOMM_BUILD_PYTHON=OFF -DEPCOMM_BUILD_TESTS=ON >build/tests.log || { cat build/tests.log; exit 1; }
 	@grep 'C++ tests' build/tests.log
 	cmake --build build/tests
-	ctest --test-dir build/tests --output-on-failure
+	ctest --test-dir build/tests --output-on-failure --parallel $(JOBS)
 	cmake -S . -B build/tests-tsan -G Ninja -DEPCOMM_BUILD_PYTHON=OFF -DEPCOMM_BUILD_TESTS=ON -DEPCOMM_SANITIZE=thread >build/tests-tsan.log || { cat build/tests-tsan.log; exit 1; }
 	@grep 'C++ tests' build/tests-tsan.log
 	cmake --build build/tests-tsan
-	$(FIXED_ADDRESSES) ctest --test-dir build/tests-tsan --output-on-failure
+	$(FIXED_ADDRESSES) ctest --test-dir build/tests-tsan --output-on-failure --parallel $(JOBS)
 
 test-python: $(VENV)/.installed engines
 	$(VENV)/bin/python -m pytest -q -m 'not gpu' $(NOT_ENGINES) $(PYTEST_ARGS)

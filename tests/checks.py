@@ -1,5 +1,6 @@
 """Compares what epcomm returned with the oracle, every row and every bit."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,18 @@ class Routing:
             size = self.layout.alignment
         layout = (self.layout.name,) if self.layout.name == "token" else (self.layout.name, size)
         return reference.dispatch(self.topk_idx, topk_weights, self.owner, rank, *layout)
+
+    @functools.cached_property
+    def counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens from every source to every rank and to every expert, each counted once."""
+        ranks, experts = range(self.num_ranks), range(len(self.owner))
+        named = [[{e for e in token if e >= 0} for token in idx.tolist()] for idx in self.topk_idx]
+        to_rank = [
+            [sum(any(self.owner[e] == r for e in token) for token in tokens) for r in ranks]
+            for tokens in named
+        ]
+        to_expert = [[sum(e in token for token in tokens) for e in experts] for tokens in named]
+        return np.array(to_rank, dtype=np.int32), np.array(to_expert, dtype=np.int32)
 
 
 def routing_of(case: Case, num_ranks: int, layout: Layout) -> Routing:
@@ -168,16 +181,9 @@ def _check_plan(
 
 
 def _check_counts(plan: Any, routing: Routing) -> None:
-    """Tokens from every source to every rank and expert, each counted once."""
-    ranks, experts = range(routing.num_ranks), range(len(routing.owner))
-    named = [[{e for e in token if e >= 0} for token in idx.tolist()] for idx in routing.topk_idx]
-    to_rank = [
-        [sum(any(routing.owner[e] == r for e in token) for token in tokens) for r in ranks]
-        for tokens in named
-    ]
-    to_expert = [[sum(e in token for token in tokens) for e in experts] for tokens in named]
-    equal(plan.rank_count, np.array(to_rank, dtype=np.int32), "plan.rank_count")
-    equal(plan.expert_count, np.array(to_expert, dtype=np.int32), "plan.expert_count")
+    to_rank, to_expert = routing.counts
+    equal(plan.rank_count, to_rank, "plan.rank_count")
+    equal(plan.expert_count, to_expert, "plan.expert_count")
 
 
 def fill(recv_x: torch.Tensor, values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:

@@ -111,23 +111,31 @@ void bind_types(py::module_& m) {
       .def_readonly("num_recv", &SendBlock::num_recv);
 }
 
-void bind_args(py::module_& m) {
+// What a routing announces of the rows that will move by it.
+RouteArgs route_of(const DispatchArgs& dispatch) {
+  RouteArgs args;
+  args.dtype = dispatch.dtype;
+  args.row_bytes = dispatch.row_bytes;
+  args.scale_bytes = dispatch.scale_bytes;
+  args.weighted = dispatch.topk_weights != nullptr;
+  args.stream = dispatch.stream;
+  return args;
+}
+
+void bind_route_args(py::module_& m) {
   py::class_<RouteArgs> route(m, "RouteArgs", py::module_local());
-  route.def(py::init<>())
+  route.def(py::init(&route_of))
       .def_readwrite("index_type", &RouteArgs::index_type)
       .def_readwrite("num_tokens", &RouteArgs::num_tokens)
       .def_readwrite("topk", &RouteArgs::topk)
       .def_readwrite("layout", &RouteArgs::layout)
       .def_readwrite("expert_alignment", &RouteArgs::expert_alignment)
-      .def_readwrite("dtype", &RouteArgs::dtype)
-      .def_readwrite("row_bytes", &RouteArgs::row_bytes)
-      .def_readwrite("scale_bytes", &RouteArgs::scale_bytes)
-      .def_readwrite("weighted", &RouteArgs::weighted)
       .def_readwrite("host_sync", &RouteArgs::host_sync)
       .def_readwrite("ahead", &RouteArgs::ahead);
   def_pointer(route, "topk_idx", &RouteArgs::topk_idx);
-  def_pointer(route, "stream", &RouteArgs::stream);
+}
 
+void bind_args(py::module_& m) {
   py::class_<DispatchArgs> dispatch(m, "DispatchArgs", py::module_local());
   dispatch.def(py::init<>())
       .def_readwrite("dtype", &DispatchArgs::dtype)
@@ -143,6 +151,7 @@ void bind_args(py::module_& m) {
       .def_readwrite("needed_bytes", &DispatchArgs::needed_bytes)
       .def_readwrite("free_bytes", &DispatchArgs::free_bytes)
       .def_readwrite("phase", &DispatchArgs::phase)
+      .def_property_readonly("whole", [](const DispatchArgs& a) { return a.phase == Phase::kAll; })
       .def_readwrite("num_sms", &DispatchArgs::num_sms);
   def_pointer(dispatch, "x", &DispatchArgs::x);
   def_pointer(dispatch, "scales", &DispatchArgs::scales);
@@ -215,6 +224,7 @@ void bind_buffer(py::module_& m) {
   py::register_local_exception_translator(&translate);
   bind_types(m);
   bind_args(m);
+  bind_route_args(m);
   bind_plan(m);
 
   // The buffer protocol lets torch.frombuffer make tensors that own their piece of the window.

@@ -109,14 +109,9 @@ class RouteArgs:
     topk: int
     layout: Layout
     expert_alignment: int
-    dtype: Dtype
-    row_bytes: int
-    scale_bytes: int
-    weighted: bool
     host_sync: bool
     ahead: bool
-    stream: int
-    def __init__(self) -> None: ...
+    def __init__(self, dispatch: DispatchArgs) -> None: ...
 
 class DispatchArgs:
     x: int
@@ -143,6 +138,8 @@ class DispatchArgs:
     phase: Phase
     num_sms: int
     stream: int
+    @property
+    def whole(self) -> bool: ...
     def __init__(self) -> None: ...
 
 class CombineArgs:

@@ -36,6 +36,8 @@ def choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
 
 def integer(name: str, value: Any, low: int = -INT32_MAX, high: int = INT32_MAX) -> int:
     """Checks an int in [low, high]."""
+    if type(value) is int and low <= value <= high:
+        return value
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} is a {type(value).__name__}; expected an int")
     number = int(value.__index__())
@@ -80,9 +82,10 @@ class Limits:
         if value.dtype not in dtypes:
             wanted = " or ".join(map(dtype_name, dtypes))
             raise ValueError(f"{name} has dtype {dtype_name(value.dtype)}; expected {wanted}")
-        if not _matches(value.shape, shape):
+        got = value.shape
+        if got != shape and not _matches(got, shape):
             wanted = "[" + ", ".join(map(str, shape)) + "]"
-            raise ValueError(f"{name} has shape {list(value.shape)}; expected {wanted}")
+            raise ValueError(f"{name} has shape {list(got)}; expected {wanted}")
         if not value.is_contiguous():
             raise ValueError(
                 f"{name} has strides {tuple(value.stride())}; expected a contiguous tensor, "

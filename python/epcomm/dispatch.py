@@ -13,7 +13,7 @@ from . import quant as quantisation
 from .endpoint import Endpoint, address
 from .errors import Error
 from .plans import Routing, route, settle
-from .results import Plan, Recv, Rows, changed
+from .results import Plan, Recv, Rows, changed, made_of
 from .streams import Call, CallOptions
 from .tracing import profiled
 
@@ -73,12 +73,11 @@ def dispatch_rows(end: Endpoint, payload: Payload, routing: Routing, options: Ca
     if options.return_recv_hook:
         native_plan = plan.native
         hook = end.hook(call, event, args, lambda: end.native.dispatch(native_plan, args), made)
-    return Recv(
+    return made_of(
+        Recv,
         x=x,
         topk_idx=topk_idx,
         topk_weights=topk_weights,
-        tokens_per_expert=plan.tokens_per_expert,
-        num_tokens=plan.num_recv,
         plan=plan,
         event=event,
         hook=hook,
@@ -125,9 +124,13 @@ def _check(
 def _moved(
     end: Endpoint, payload: Payload, rows: torch.Tensor, scales: torch.Tensor | None
 ) -> Moved:
-    parts = [(part.dtype, part.shape[1]) for part in (rows, scales) if part is not None]
+    parts: Sequence[tuple[torch.dtype, int]]
     if payload.quant is not None:
-        parts = list(quantisation.FORMATS[payload.quant].moved(end.hidden))
+        parts = quantisation.FORMATS[payload.quant].moved(end.hidden)
+    elif scales is None:
+        parts = ((rows.dtype, rows.shape[1]),)
+    else:
+        parts = ((rows.dtype, rows.shape[1]), (scales.dtype, scales.shape[1]))
     columns = payload.scale_layout == "column" and end.caps.column_scales
     return Moved(parts, columns and parts[1][0].itemsize == 4)
 
@@ -137,8 +140,11 @@ def _arguments(
 ) -> Any:
     """DispatchArgs with what route needs to know; rows, plan and results are filled in later."""
     args = end.module.DispatchArgs()
-    args.dtype = end.native_dtypes[moved.parts[0][0]]
-    args.row_bytes, args.scale_bytes = [w * d.itemsize for d, w in (*moved.parts, _NOTHING)][:2]
+    (dtype, width), *scales = moved.parts
+    args.dtype = end.native_dtypes[dtype]
+    args.row_bytes = width * dtype.itemsize
+    for dtype, width in scales:
+        args.scale_bytes = width * dtype.itemsize
     args.topk_weights = address(payload.topk_weights)
     args.num_sms = options.num_sms or 0
     args.stream = call.stream
@@ -184,29 +190,29 @@ def _send(
     args.recv_capacity = plan.recv_capacity
     args.row_capacity = plan.num_recv_rows
     received = _receive_tensors(end, plan, moved, args)
-    meta = None
-    if plan.recv_block is None:
+    native_plan, meta = plan.native, plan.recv_block
+    if meta is None:
         meta = received.get("meta")
-        attached = plan.native.with_recv_block(0 if meta is None else meta.data_ptr())
-        plan = changed(plan, native=attached, recv_block=meta)
+        native_plan = native_plan.with_recv_block(0 if meta is None else meta.data_ptr())
     if "scale_columns" in received:
         columns = received["scale_columns"]
         args.scale_column_bytes = columns.shape[-1] * columns.element_size()
-    for name in ("x", "scales", "scale_columns", "topk_idx", "topk_weights"):
-        if name in received:
+    for name in received:
+        if name != "meta":
             setattr(args, f"recv_{name}", received[name].data_ptr())
-    end.native.dispatch(plan.native, args)
-    if plan.native.unsettled:
-        plan, sent = settle(end, plan)
+    end.native.dispatch(native_plan, args)
+    if native_plan.unsettled:
+        plan, sent = settle(end, plan, native_plan)
         if not sent:
             # Nothing of the first attempt is kept: the second may need its room.
-            plan = changed(plan, recv_block=None)
             received.clear()
             args.recv_scale_columns = 0
             del meta
             return _send(end, plan, moved, args)
         received = _received_part(end, plan, received)
-        plan = changed(plan, recv_block=received["meta"])
+        return changed(plan, recv_block=received["meta"]), received
+    if plan.recv_block is None:
+        plan = changed(plan, native=native_plan, recv_block=meta)
     return plan, received
 
 
@@ -257,12 +263,18 @@ def _received_part(
     Columns of scales stay as far apart as they are.
     """
     rows, entries = end.row_shape(plan, 0)[0], end.slot_shape(plan)[0]
-    lengths = {"x": rows, "scales": rows, "topk_idx": entries, "topk_weights": entries}
-    lengths["meta"] = end.native.recv_block_bytes(plan.native, plan.recv_capacity)
-    return {
-        name: tensor if len(tensor) == lengths.get(name, len(tensor)) else tensor[: lengths[name]]
-        for name, tensor in received.items()
+    lengths = {
+        "x": rows,
+        "scales": rows,
+        "topk_idx": entries,
+        "topk_weights": entries,
+        "meta": end.native.recv_block_bytes(plan.native, plan.recv_capacity),
     }
+    for name, tensor in received.items():
+        length = lengths.get(name)
+        if length is not None and tensor.shape[0] != length:
+            received[name] = tensor[:length]
+    return received
 
 
 def _arrange_scales(
@@ -284,6 +296,3 @@ def _arrange_scales(
 
 def _has_global_scale(quant: str | None) -> bool:
     return quant is not None and quantisation.FORMATS[quant].global_scale
-
-
-_NOTHING = (torch.uint8, 0)

@@ -15,7 +15,7 @@ from . import checks, env, native
 from .bootstrap import TIMEOUT_S, Bootstrap, bootstrap_of, set_up_seconds
 from .events import Event
 from .quant import ROW_DTYPES
-from .results import Plan
+from .results import ArrayShapes, Plan
 from .statistics import Counters
 from .streams import Call, CallOrder
 from .symmetric import tensors_of
@@ -106,9 +106,11 @@ class Endpoint:
         num_experts, hidden, dtype, max_tokens, num_ranks, local_experts, max_recv_tokens: as of
             `Buffer`.
         device: of the tensors.
-        native_dtypes, index_types: what the extension module calls torch's dtypes.
+        native_dtypes, index_types, layouts: what the extension module calls torch's dtypes, and
+            layouts.
         fused_quants: names of the quantisations that the transport does on the way.
-        send_block, max_recv_rows: as of the native Buffer.
+        send_block: as of the native Buffer; max_recv_rows, too, of a layout's name.
+        array_shapes: of the arrays in send blocks.
         limits: checks what callers pass.
         tensors: makes the tensors that calls return.
         received: tokens and rows that the last dispatch with host_sync received, by layout, topk
@@ -139,10 +141,18 @@ class Endpoint:
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else _CPU
         self.native_dtypes = _by_dtype(module.Dtype)
         self.index_types = _by_dtype(module.IndexType)
+        self.layouts = dict(module.Layout.__members__)
         self.fused_quants = frozenset(kind.name for kind in self.caps.fused_quants)
         # Asked for in every call.
         self.send_block = functools.lru_cache(maxsize=1024)(native_buffer.send_block)
-        self.max_recv_rows = functools.lru_cache(maxsize=1024)(native_buffer.max_recv_rows)
+        layouts = self.layouts
+        self.max_recv_rows = functools.lru_cache(maxsize=1024)(
+            lambda layout, *routing: native_buffer.max_recv_rows(layouts[layout], *routing)
+        )
+        ranks, local_experts = self.num_ranks, self.local_experts
+        self.array_shapes = ArrayShapes(
+            (ranks, ranks), (ranks, num_experts), (local_experts,), (local_experts + 1,)
+        )
         self.limits = checks.Limits(native_buffer.id, self.device, hidden, topk, max_tokens, dtype)
         self.tensors = tensors_of(native_buffer, module, self.device)
         self.received: dict[tuple[str, int, int], tuple[int, int]] = {}

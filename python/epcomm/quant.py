@@ -54,20 +54,24 @@ class Format:
         """Entries of a row's scales."""
         return int(self.layout(hidden).scale_bytes) // self.scale_dtype.itemsize
 
-    def moved(self, hidden: int) -> list[tuple[torch.dtype, int]]:
+    def moved(self, hidden: int) -> tuple[tuple[torch.dtype, int], ...]:
         """Type and width of the tensors that a dispatch moves: q, and scales as bytes travel."""
-        layout, scales = self.layout(hidden), self.scale_dtype
-        if self.global_scale:
-            scales = torch.uint8
-        return [
-            (self.q_dtype, layout.row_bytes),
-            (scales, layout.wire_scale_bytes // scales.itemsize),
-        ]
+        return _moved(self.name, hidden)
 
 
 @functools.lru_cache(maxsize=64)
 def _layout(quant: str, hidden: int) -> Any:
     return _core.quant_layout(getattr(_core.Quant, quant), hidden)
+
+
+@functools.lru_cache(maxsize=64)
+def _moved(quant: str, hidden: int) -> tuple[tuple[torch.dtype, int], ...]:
+    fmt, layout = FORMATS[quant], _layout(quant, hidden)
+    scales = torch.uint8 if fmt.global_scale else fmt.scale_dtype
+    return (
+        (fmt.q_dtype, layout.row_bytes),
+        (scales, layout.wire_scale_bytes // scales.itemsize),
+    )
 
 
 FORMATS = {

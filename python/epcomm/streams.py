@@ -20,6 +20,9 @@ class CallOptions(NamedTuple):
     num_sms: int | None
 
 
+_HERE = contextlib.nullcontext()
+
+
 class Call:
     """One call of a Buffer, on one stream.
 
@@ -40,11 +43,13 @@ class Call:
     ) -> None:
         self._own = own
         self._current = current
-        self._inputs = tuple(t for t in inputs if t is not None)
         self._check = check
-        self._capturing = current is not None and torch.cuda.is_current_stream_capturing()
+        if own is None:
+            return
+        self._inputs = tuple(t for t in inputs if t is not None)
+        self._capturing = torch.cuda.is_current_stream_capturing()
         # Recorded before the launch: the work may be under way when an error ends the call.
-        if own is not None and not self._capturing:
+        if not self._capturing:
             for t in self._inputs:
                 t.record_stream(own)
 
@@ -57,7 +62,7 @@ class Call:
     def allocating(self) -> contextlib.AbstractContextManager[object]:
         """Where tensors of the call are made."""
         if self._own is None:
-            return contextlib.nullcontext()
+            return _HERE
         return torch.cuda.stream(self._own)
 
     def end(self, made: Iterable[torch.Tensor | None] = ()) -> Event:
