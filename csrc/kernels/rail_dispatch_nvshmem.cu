@@ -268,11 +268,11 @@ __device__ __forceinline__ void forward_beside(const RailDispatchArgs& args, con
             const int j = here.peer(lane) - here.first;
             slot = layout.slot(rows)[j];
             row = layout.first_row(rows)[j];
-            if (args.records) kept.slot(args.forwarded, chunk.area, m)[j] = slot;
+            if (args.records) kept.slot(args.plan.forwarded, chunk.area, m)[j] = slot;
           }
           if (args.records) {
-            if (lane < topk) kept.topk_idx(args.forwarded, chunk.area, m)[lane] = slots.expert;
-            if (lane == 0) *kept.token(args.forwarded, chunk.area, m) = slots.token;
+            if (lane < topk) kept.topk_idx(args.plan.forwarded, chunk.area, m)[lane] = slots.expert;
+            if (lane == 0) *kept.token(args.plan.forwarded, chunk.area, m) = slots.token;
           }
           deliver_beside(args, call, here, slots, slot, row, rows + layout.scales_at);
         }
@@ -288,7 +288,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const RailDispatchArgs& dispatch = args.dispatch;
   const RailArgs& rail = dispatch.rail;
   const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
-  if (link_enter<NvshmemLink>(rail.link, call)) {
+  if (has_no_routing(rail.link, dispatch.room)) return;
+  if (link_enter<NvshmemLink>(rail.link, call, nullptr, 0, missing_room(dispatch.room))) {
     const Here here(rail);
     sources.fill(rail);
     if (block == 0 && rail.link.statistics.received_tokens != nullptr)

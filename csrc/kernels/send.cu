@@ -284,23 +284,6 @@ __device__ __forceinline__ void send_records(const SendArgs& args, const LinkCal
   sent.tell(args.num_tokens);
 }
 
-// Tokens or rows that this rank receives and has no room for.
-__device__ __forceinline__ int32_t missing_room(const SendArgs& args) {
-  int32_t missing = 0;
-  if (args.tokens != nullptr) missing = max(missing, *args.tokens - args.token_capacity);
-  if (args.rows_end != nullptr) missing = max(missing, *args.rows_end - args.row_capacity);
-  return missing;
-}
-
-// A dispatch ahead of its counts: of a routing that all ranks have refused, which some of them may
-// have learned before they came here. Then nobody enters.
-__device__ __forceinline__ bool has_no_routing(const SendArgs& args) {
-  if (args.tokens == nullptr || args.link.state->route_refused == 0) return false;
-  if (blockIdx.x == 0 && thread_index() == 0)
-    store_release_system(&args.link.report->entered, args.link.token);
-  return true;
-}
-
 // Of the tokens below some token, how many go to the rank of the lane.
 class TokensBelow {
  public:
@@ -387,9 +370,9 @@ __global__ void __launch_bounds__((kMaxRowWarps<kQuant != Quant::kNone> +
   EPCOMM_SHARED(SentTokens, sent);
   EPCOMM_SHARED(Arrivals, here);
   const SendArgs& send = args.send;
-  if (has_no_routing(send)) return;
+  if (has_no_routing(send.link, send.room)) return;
   sent.clear();
-  if (link_enter(send.link, call, nullptr, 0, missing_room(send),
+  if (link_enter(send.link, call, nullptr, 0, missing_room(send.room),
                  send.places ? BlockOrder::kStarted : BlockOrder::kIndex)) {
     if (call.block == 0 && send.link.statistics.received_tokens != nullptr)
       for (int e = thread_index(); e < send.dims.local_experts; e += static_cast<int>(blockDim.x))

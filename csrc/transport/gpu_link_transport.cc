@@ -224,6 +224,7 @@ RouteResult GpuLinkTransport::route(const RouteArgs& args) {
   kernels_.exchange(link, route_.announce(), args.plan.announced, route_.layout().words(), stream);
   if (args.host_sync) route_.fetch(args.plan.announced, stream);
   launch_assign(k, stream);
+  route_more(args);
   call.end();
   const uint64_t number = ++routes_;  // also where this throws: it does so on all ranks
   RouteResult result;
@@ -266,6 +267,13 @@ void GpuLinkTransport::check_capacity(const Plan& plan, const DispatchArgs& args
                "recv_capacity and row_capacity are " + std::to_string(args.recv_capacity) +
                    " and " + std::to_string(args.row_capacity) + "; this plan receives " +
                    std::to_string(tokens) + " tokens in " + std::to_string(rows) + " rows");
+}
+
+GuessedRoom GpuLinkTransport::guessed_room(const Plan& plan, const DispatchArgs& args) const {
+  if (!plan.result.unsettled) return {};
+  const bool grouped = plan.layout == Layout::kExpert;
+  const int32_t* rows_end = plan.view.expert_offset + experts_.local_experts(rank_);
+  return {plan.view.num_recv, grouped ? rows_end : nullptr, args.recv_capacity, args.row_capacity};
 }
 
 }  // namespace epcomm

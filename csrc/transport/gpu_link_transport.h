@@ -95,7 +95,13 @@ class GpuLinkTransport : public Transport {
   int32_t most_rows(const Plan& plan) const;
   LinkArgs link(Operation operation) const;
   void check_capacity(const Plan& plan, const DispatchArgs& args) const;
-  /// Throws InvalidArgument for a row that is wider than those that staging is made for.
+  /// What the kernel of a dispatch ahead of its counts compares them with; of others, nothing.
+  GuessedRoom guessed_room(const Plan& plan, const DispatchArgs& args) const;
+  /// Whether a row is no wider than those that staging is made for.
+  bool fits_slot(int64_t row_bytes, int64_t scale_bytes) const {
+    return row_bytes + scale_bytes <= static_cast<int64_t>(small_.row_bytes);
+  }
+  /// Throws InvalidArgument for one that is.
   void check_fits_slot(int64_t row_bytes, int64_t scale_bytes) const;
   /// Until all ranks have entered the call of this token; throws what they refuse it for.
   void wait_entered(uint64_t token);
@@ -123,6 +129,8 @@ class GpuLinkTransport : public Transport {
   GpuCallOrder order_;
 
  private:
+  /// Launches what else a transport makes of the plan's topk_idx as it routes.
+  virtual void route_more(const RouteArgs&) {}
   /// What else helps where a row does not fit into staging, beginning with " or"; "" = nothing.
   virtual std::string too_wide_advice() const { return ""; }
   template <class Reached>

@@ -76,13 +76,7 @@ void NvlinkTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
   send.records = !args.replay || args.topk_weights != nullptr;
   send.experts = route_.experts();
   send.plan = plan.view;
-  if (plan.result.unsettled) {
-    send.tokens = plan.view.num_recv;
-    if (plan.layout == Layout::kExpert)
-      send.rows_end = plan.view.expert_offset + experts_.local_experts(rank_);
-    send.token_capacity = args.recv_capacity;
-    send.row_capacity = args.row_capacity;
-  }
+  send.room = guessed_room(plan, args);
   send.first_row = plan.layout == Layout::kToken ? plan.view.slot : plan.view.first_row;
   const int sending_sms = args.quant == Quant::kNone ? kDispatchSms : kQuantisingSms;
   send.places = plan.layout != Layout::kToken;
