@@ -83,7 +83,7 @@ TEST(RailRoute, SlotsFollowTheTokens) {
   std::vector<int32_t> owner;
   for (int e = 0; e < kExperts; ++e) owner.push_back(e * e % kRanks);
   std::mt19937 random(5);
-  for (int tokens : {0, 1, 31, 1023, 1024, 1025, 2600}) {
+  for (int tokens : {0, 1, 31, 1023, 1024, 1025, 2600, 4096, 9001}) {
     std::vector<int32_t> idx;
     for (int i = 0; i < tokens * kSlots; ++i)
       idx.push_back(random() % 3 == 0 ? static_cast<int32_t>(random() % kExperts) : -1);
