@@ -358,6 +358,20 @@ __device__ __forceinline__ bool has_no_routing(const LinkArgs& link, const Guess
   return true;
 }
 
+/// The entries of received token n in the recv_topk_idx and recv_topk_weights that a rank has
+/// announced, in its window; by a warp. Lane k < K has slot k of the token: the expert's number at
+/// that rank, -1 = it is elsewhere, and the weight.
+__device__ __forceinline__ void write_slots(char* window, const LinkEntry& there, int topk,
+                                            int64_t n, int32_t local, float weight) {
+  if (lane_index() >= topk) return;
+  const int64_t entry = n * topk + lane_index();
+  if (there.topk_idx != 0)
+    store_index(window + there.topk_idx, static_cast<IndexType>(there.index_bytes), entry, local);
+  if (there.topk_weights != 0)
+    reinterpret_cast<float*>(window + there.topk_weights)[entry] =
+        local >= 0 ? __fadd_rn(0.0f, weight) : 0.0f;
+}
+
 /// Goes on with a call that an earlier kernel on the stream has entered: by every block, all
 /// threads. False: that kernel has given up, or the call was refused. Ends with a barrier.
 __device__ __forceinline__ bool link_resume(const LinkArgs& link, LinkCall& call) {

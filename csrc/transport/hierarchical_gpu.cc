@@ -142,11 +142,6 @@ class HierarchicalGpuTransport final : public GpuLinkTransport {
  private:
   void route_more(const RouteArgs& args) override;
   RailArgs rail(Operation operation) const;
-  uint64_t offset_of(const void* p) const {
-    return p == nullptr ? 0 : static_cast<uint64_t>(static_cast<const char*>(p) - own_node());
-  }
-  char* own_node() const { return node_->peer(rank_ - first_); }
-  void check_outputs(const Plan& plan, const DispatchArgs& args) const;
   void store_partials(const Plan& plan, const CombineArgs& args);
 
   NodeMap map_;
@@ -180,45 +175,17 @@ RailArgs HierarchicalGpuTransport::rail(Operation operation) const {
   return rail;
 }
 
-// Ranks of the node write to these addresses: a wrong one must be refused here, not met there.
-void HierarchicalGpuTransport::check_outputs(const Plan& plan, const DispatchArgs& args) const {
-  auto inside = [this](const void* p, int64_t bytes) {
-    return bytes == 0 || arena_.contains(p, static_cast<size_t>(bytes));
-  };
-  check_capacity(plan, args);
-  const int64_t block =
-      args.recv_capacity * static_cast<int64_t>(MetaLayout(plan.topk).record_bytes);
-  EPCOMM_CHECK(inside(args.recv_x, int64_t{args.row_capacity} * args.row_bytes) &&
-                   inside(args.recv_scales, int64_t{args.row_capacity} * args.scale_bytes) &&
-                   inside(plan.view.recv_meta, block),
-               "recv_x, recv_scales and recv_meta must lie in memory from Buffer::allocate and "
-               "hold what the plan receives");
-}
-
 void HierarchicalGpuTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
   check();
   check_fits_slot(args.row_bytes, args.scale_bytes);
-  // Ahead of its counts, a rank that has not found even the memory that it guessed says -1.
-  const bool has_room = args.needed_bytes == 0 && args.recv_capacity >= 0;
-  if (has_room) check_outputs(plan, args);
+  check_outputs(plan, args, arena_);
   const auto stream = static_cast<cudaStream_t>(args.stream);
   Call call(*this, stream);
   RailDispatchArgs k{};
   k.rail = rail(Operation::kDispatch);
   k.rail.link.token = ++tokens_;
   LinkEntry& entry = k.rail.link.entry;
-  describe_plan(entry, plan);
-  entry_field(entry, CallField::kDtype) = static_cast<int32_t>(args.dtype);
-  entry_field(entry, CallField::kRowBytes) = args.row_bytes;
-  entry_field(entry, CallField::kScaleBytes) = args.scale_bytes;
-  entry_field(entry, CallField::kWeighted) = args.topk_weights != nullptr ? 1 : 0;
-  entry.needed_bytes = args.needed_bytes;
-  entry.free_bytes = args.free_bytes;
-  if (has_room) {
-    entry.rows = offset_of(args.recv_x);
-    entry.scales = offset_of(args.recv_scales);
-    entry.meta = offset_of(plan.view.recv_meta);
-  }
+  describe_dispatch(entry, plan, args, arena_);
   k.dims = dims(plan.topk);
   k.rows = {args.row_bytes, args.scale_bytes};
   k.num_tokens = plan.num_tokens;
@@ -232,7 +199,9 @@ void HierarchicalGpuTransport::dispatch(const Plan& plan, const DispatchArgs& ar
   k.room = guessed_room(plan, args);
   const int num_sms = args.num_sms > 0 ? args.num_sms : kDispatchSms;
   const PlaceArgs place = route_.place_args(plan, args);
-  // With counts on the host every entry of layout kToken that the caller gets has a token.
+  // With counts on the host every entry of layout kToken that the caller gets has a token. Cleared
+  // before the ranks of the node are let in.
+  const bool has_room = makes_room(args);
   if (has_room && (plan.layout != Layout::kToken || !plan.host_sync))
     launch_clear_outputs(place, stream);
   launch_rail_dispatch(k, num_sms, stream);
@@ -241,7 +210,8 @@ void HierarchicalGpuTransport::dispatch(const Plan& plan, const DispatchArgs& ar
     wait_entered(k.rail.link.token);
     throw WindowFull(rank_, args.needed_bytes, args.free_bytes);
   }
-  if (has_room) launch_place(place, num_sms, stream);
+  if (has_room && (plan.layout != Layout::kToken || leaves_slots(entry, args)))
+    launch_place(place, num_sms, stream);
   call.end();
   // The host has waited in this dispatch already, so that it may as well learn of a full window or
   // a mismatch here; the rows are on their way meanwhile.
@@ -267,7 +237,7 @@ void HierarchicalGpuTransport::combine(const Plan& plan, const CombineArgs& args
   // where they are. Others are summed here first, and stored where they are wanted.
   const bool one_row = args.by_token || plan.layout == Layout::kToken;
   const bool pushed = !one_row || !arena_.contains(args.x, 1);
-  if (!pushed) entry.rows = offset_of(args.x);
+  if (!pushed) entry.rows = arena_.offset(args.x);
   entry.pushed = pushed ? 1 : 0;
   enter.topk = plan.topk;
   enter.num_tokens = plan.num_tokens;
