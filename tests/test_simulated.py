@@ -290,14 +290,13 @@ def test_small_batches_ahead_of_counts(path: str, num_ranks: int) -> None:
     launcher.pool("simulated").run(num_ranks, run_small_ahead, path)
 
 
-def run_ahead(group: Any) -> None:
+def run_ahead(group: Any, transport: Transport, ranks_per_node: int | None) -> None:
     """Rows are sent before the host knows how many arrive, into memory of a guessed size."""
     import epcomm
 
     arguments: dict[str, Any] = {"num_experts": 8, "hidden": 64, "topk": 2, "max_tokens": 300}
-    arguments["window_bytes"] = 6 << 20
-    options = {"path": "large"}
-    with epcomm.Buffer(group, transport="nvlink", transport_options=options, **arguments) as buf:
+    arguments |= transport.buffer_arguments(ranks_per_node) | {"window_bytes": 6 << 20}
+    with epcomm.Buffer(group, **arguments) as buf:
         assert buf.caps.sends_ahead
         sent = watch_settle(buf)
         rng = torch.Generator().manual_seed(buf.rank)
@@ -329,11 +328,17 @@ def run_ahead(group: Any) -> None:
         assert sent == wanted, sent
         # What ranks disagree on, and expert ids that do not exist, are told to all as ever.
         x = torch.ones(8, 64).bfloat16()
+        wide = torch.ones(8, 64).to(torch.float8_e4m3fn), torch.ones(8, 32)
         idx = torch.arange(16).view(8, 2) % 8
         buf.dispatch(x, idx)
         if buf.num_ranks > 1:
             with pytest.raises(epcomm.ConfigMismatch, match="topk"):
                 buf.dispatch(x, idx if buf.rank else idx[:, :1].contiguous())
+            with pytest.raises(epcomm.ConfigMismatch, match="dtype"):
+                buf.dispatch(x if buf.rank else wide, idx)
+        if transport.name == "hierarchical":
+            with pytest.raises(ValueError, match="64 bytes per row and 128 of scales"):
+                buf.dispatch(wide, idx)
         bad = idx.clone()
         if buf.rank == buf.num_ranks - 1:
             bad[3, 1] = 8
@@ -351,7 +356,11 @@ def run_ahead(group: Any) -> None:
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_rows_ahead_of_counts(num_ranks: int) -> None:
-    launcher.pool("simulated").run(num_ranks, run_ahead)
+    launcher.pool("simulated").run(num_ranks, run_ahead, transport_of("large"), None)
+
+
+def test_rows_between_nodes_ahead_of_counts() -> None:
+    launcher.pool("simulated").run(3, run_ahead, Transport("hierarchical"), 2)
 
 
 def run_too_large(group: Any) -> None:

@@ -16,6 +16,7 @@
 #include "core/recv_rows.h"
 #include "epcomm/quant.h"
 #include "kernels/node_layout.h"
+#include "kernels/rail_layout.h"
 #include "kernels/token_layout.h"
 #include "transport/transport.h"
 
@@ -135,6 +136,12 @@ struct Buffer::State {
     const NodeMap nodes{num_ranks, options.ranks_per_node};
     return {num_ranks, options.config.num_experts,           experts.local_experts(rank), topk,
             caps.cuda, caps.forwards ? nodes.num_nodes() : 0};
+  }
+  PlanSendLayout send_layout(int topk, int64_t num_tokens) const {
+    const NodeMap nodes{num_ranks, options.ranks_per_node};
+    const ForwardedLayout kept{topk, nodes.size(nodes.node(rank)), options.config.max_tokens};
+    const bool keeps = caps.cuda && caps.forwards;
+    return {dims(topk), num_tokens, keeps ? kept.words(nodes.num_sources(rank)) : 0};
   }
   // Most rows that a rank with so many experts can receive in one call.
   int64_t max_recv_rows(const RouteArgs& args, int64_t local_experts) const {
@@ -278,14 +285,14 @@ int Buffer::local_experts() const { return state_->experts.local_experts(rank())
 int Buffer::max_local_experts() const { return state_->experts.max_local_experts(); }
 
 SendBlock Buffer::send_block(int num_tokens, int topk) const {
-  const PlanSendLayout layout(state_->dims(topk), num_tokens);
+  const PlanSendLayout layout = state_->send_layout(topk, num_tokens);
   return {layout.bytes,         layout.rank_count,        layout.expert_count,
           layout.expert_offset, layout.tokens_per_expert, layout.num_recv};
 }
 
 PlanView Buffer::view_send_block(void* block, int num_tokens, int topk) const {
   PlanView view;
-  set_send_block(view, block, PlanSendLayout(state_->dims(topk), num_tokens));
+  set_send_block(view, block, state_->send_layout(topk, num_tokens));
   return view;
 }
 

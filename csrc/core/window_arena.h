@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 
 #include "core/arena.h"
@@ -33,6 +34,12 @@ class WindowArena {
     const char* begin = static_cast<const char*>(p);
     return begin >= shared_->base && begin <= shared_->end &&
            static_cast<size_t>(shared_->end - begin) >= bytes;
+  }
+
+  /// In the window, of memory that contains() says is here; 0 for null.
+  uint64_t offset(const void* p) const {
+    return p == nullptr ? 0
+                        : static_cast<uint64_t>(static_cast<const char*>(p) - shared_->piece.get());
   }
 
  private:

@@ -325,6 +325,37 @@ __device__ __forceinline__ bool link_enter(const LinkArgs& link, LinkCall& call,
   return link_agree<Link>(link, call, call.block == 0);
 }
 
+/// Tokens or rows that this rank receives and has no room for; for link_enter.
+__device__ __forceinline__ int32_t missing_room(const GuessedRoom& room) {
+  int32_t missing = 0;
+  if (room.tokens != nullptr) missing = max(missing, *room.tokens - room.token_capacity);
+  if (room.rows_end != nullptr) missing = max(missing, *room.rows_end - room.row_capacity);
+  return missing;
+}
+
+/// A dispatch ahead of its counts: of a routing that all ranks have refused, which some of them may
+/// have learned before they came here. Then nobody enters.
+__device__ __forceinline__ bool has_no_routing(const LinkArgs& link, const GuessedRoom& room) {
+  if (room.tokens == nullptr || link.state->route_refused == 0) return false;
+  if (blockIdx.x == 0 && thread_index() == 0)
+    store_release_system(&link.report->entered, link.token);
+  return true;
+}
+
+/// The entries of received token n in the recv_topk_idx and recv_topk_weights that a rank has
+/// announced, in its window; by a warp. Lane k < K has slot k of the token: the expert's number at
+/// that rank, -1 = it is elsewhere, and the weight.
+__device__ __forceinline__ void write_slots(char* window, const LinkEntry& there, int topk,
+                                            int64_t n, int32_t local, float weight) {
+  if (lane_index() >= topk) return;
+  const int64_t entry = n * topk + lane_index();
+  if (there.topk_idx != 0)
+    store_index(window + there.topk_idx, static_cast<IndexType>(there.index_bytes), entry, local);
+  if (there.topk_weights != 0)
+    reinterpret_cast<float*>(window + there.topk_weights)[entry] =
+        local >= 0 ? __fadd_rn(0.0f, weight) : 0.0f;
+}
+
 /// Goes on with a call that an earlier kernel on the stream has entered: by every block, all
 /// threads. False: that kernel has given up, or the call was refused. Ends with a barrier.
 __device__ __forceinline__ bool link_resume(const LinkArgs& link, LinkCall& call) {

@@ -109,6 +109,14 @@ struct LinkArgs {
 /// knows nothing of the link and is launched next.
 void launch_enter(const LinkArgs& link, cudaStream_t stream);
 
+/// Of a dispatch that is launched ahead of its counts: what the memory that was announced holds.
+/// What this rank receives may not fit.
+struct GuessedRoom {
+  const int32_t* tokens;    ///< received tokens; null: launched behind the counts
+  const int32_t* rows_end;  ///< received rows of layout kExpert; else null
+  int32_t token_capacity, row_capacity;
+};
+
 /// The data phase of a dispatch, with its beginning and end. Each row is read once and written
 /// once per destination rank, into the first of its rows there, with its record and, where the
 /// receiver has announced them, its entries of recv_topk_idx and recv_topk_weights. Layouts in
@@ -131,10 +139,7 @@ struct SendArgs {
   DeviceExperts experts;
   PlanView plan;
   const int32_t* first_row;  ///< [T, R]: row at rank r that is written, -1 = not sent there
-  /// Not null: launched ahead of the counts. What this rank receives may not fit: tokens, and rows
-  /// of layout kExpert (else null), against what the memory that was announced holds.
-  const int32_t *tokens, *rows_end;
-  int32_t token_capacity, row_capacity;
+  GuessedRoom room;
   /// What arrives goes from the first row of its token to the others, and ids and weights to the
   /// outputs; source[] of place is unused. The same on all ranks.
   bool places;

@@ -48,7 +48,7 @@ struct RailDispatchArgs {
   DeviceExperts experts;
   PlanView plan;
   const int32_t* first_row;  ///< [T, R]: row at rank r that is written, -1 = not sent there
-  int32_t* forwarded;        ///< ForwardedLayout
+  GuessedRoom room;
 };
 /// Uses exactly num_sms SMs, all at the same time.
 void launch_rail_dispatch(const RailDispatchArgs& args, int num_sms, cudaStream_t stream);
@@ -74,8 +74,7 @@ struct RailCombineArgs {
   int32_t hidden;
   int32_t num_tokens;
   PlanView plan;
-  int32_t* forwarded;  ///< ForwardedLayout
-  bool weighted;       ///< with the weights that launch_rail_enter has exchanged
+  bool weighted;  ///< with the weights that launch_rail_enter has exchanged
   DeviceExperts experts;
   const void* bias;  ///< [T, hidden], or null
   void* out;         ///< [T, hidden]

@@ -215,10 +215,10 @@ __device__ __forceinline__ void return_sums(const RailCombineArgs& args, uint64_
     const size_t from = rail.rail.out_area(i) + at;
     for (int m = chunk.begin; m < chunk.end; ++m) {
       NodeToken token;
-      if (lane < size) token.slot = kept.slot(args.forwarded, i, m)[lane];
+      if (lane < size) token.slot = kept.slot(args.plan.forwarded, i, m)[lane];
       if (args.weighted)
-        token.weigh_by(args, kept.topk_idx(args.forwarded, i, m),
-                       weights_of(args, source, *kept.token(args.forwarded, i, m)));
+        token.weigh_by(args, kept.topk_idx(args.plan.forwarded, i, m),
+                       weights_of(args, source, *kept.token(args.plan.forwarded, i, m)));
       char* to = rail.link.window[rank] + from + int64_t{m - chunk.begin} * row_bytes;
       for (int v = lane; v - lane < vectors; v += Batch::kStep) {
         Batch batch{};

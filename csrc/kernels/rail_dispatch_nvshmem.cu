@@ -5,13 +5,13 @@
 // Buffers: x, scales [T, bytes], topk_weights [T, K] and the plan's send block are read. In this
 // rank's window: out areas are filled and put to in areas of forwarders (kernels/rail_layout.h). In
 // the node windows, at the offsets that rank r announced: rows, scales and records of recv_x,
-// recv_scales and recv_meta. What stays of forwarded rows (ForwardedLayout) and their node_count in
-// the plan are written.
-// Launch: num_sms blocks, one per SM, all at the same time (a cooperative launch). The first warps
-// of a block move rows: those of this rank within the node, then those that arrive. The other warps
-// put: a chunk each, to the nodes in shifted order; then they write records and scales, in the same
-// order as the others move rows. Nobody waits for what comes before all of its own is on its way.
-// Memory order: kernels/link.cuh, kernels/rail.cuh, kernels/move_rows.cuh.
+// recv_scales and recv_meta, entries of recv_topk_idx and recv_topk_weights. What stays of
+// forwarded rows (ForwardedLayout) and their node_count in the plan are written. Launch: num_sms
+// blocks, one per SM, all at the same time (a cooperative launch). The first warps of a block move
+// rows: those of this rank within the node, then those that arrive. The other warps put: a chunk
+// each, to the nodes in shifted order; then they write records and scales, in the same order as the
+// others move rows. Nobody waits for what comes before all of its own is on its way. Memory order:
+// kernels/link.cuh, kernels/rail.cuh, kernels/move_rows.cuh.
 #include <algorithm>
 
 #include "kernels/launch.cuh"
@@ -199,26 +199,27 @@ __device__ __forceinline__ void move_rows(const RailDispatchArgs& args, const Li
 
 // ---- what goes beside the rows ----
 
-// The record and the scales of a token at each rank of the node that gets it. Lane i has `slot` and
-// `row` at the rank that it serves; lane k < K has slot k of the token in `slots`.
+// The record, the slots and the scales of a token at each rank of the node that gets it. Lane i has
+// `slot` and `row` at the rank that it serves; lane k < K has slot k of the token in `slots`.
 __device__ __forceinline__ void deliver_beside(const RailDispatchArgs& args, const LinkCall& call,
                                                const Here& here, TokenSlots slots, int32_t slot,
                                                int32_t row, const char* scales) {
   const MetaLayout meta(args.dims.topk);
   const int owner = slots.expert >= 0 ? args.experts.rank[slots.expert] : -1;
   const int32_t owners_row = slots.row;
+  const int32_t local = slots.expert >= 0 ? args.experts.local[slots.expert] : -1;
   for (uint32_t rest = __ballot_sync(kFullWarp, slot >= 0); rest != 0;) {
     const int i = take_lowest(rest), peer = here.peer(i);
     const int64_t n = __shfl_sync(kFullWarp, slot, i), to = __shfl_sync(kFullWarp, row, i);
+    const LinkEntry& there = call.entry[peer];
     char* window = args.rail.node_window[peer];
     if (args.records) {
       slots.row = owner == peer ? owners_row : -1;
-      write_record(meta, meta.row(window + call.entry[peer].meta, n), slots,
-                   args.topk_weights != nullptr);
+      write_record(meta, meta.row(window + there.meta, n), slots, args.topk_weights != nullptr);
     }
+    write_slots(window, there, args.dims.topk, n, owner == peer ? local : -1, slots.weight);
     if (args.rows.scale_bytes != 0)
-      copy_bytes(window + call.entry[peer].scales + to * args.rows.scale_bytes, scales,
-                 args.rows.scale_bytes);
+      copy_bytes(window + there.scales + to * args.rows.scale_bytes, scales, args.rows.scale_bytes);
   }
 }
 
@@ -268,11 +269,11 @@ __device__ __forceinline__ void forward_beside(const RailDispatchArgs& args, con
             const int j = here.peer(lane) - here.first;
             slot = layout.slot(rows)[j];
             row = layout.first_row(rows)[j];
-            if (args.records) kept.slot(args.forwarded, chunk.area, m)[j] = slot;
+            if (args.records) kept.slot(args.plan.forwarded, chunk.area, m)[j] = slot;
           }
           if (args.records) {
-            if (lane < topk) kept.topk_idx(args.forwarded, chunk.area, m)[lane] = slots.expert;
-            if (lane == 0) *kept.token(args.forwarded, chunk.area, m) = slots.token;
+            if (lane < topk) kept.topk_idx(args.plan.forwarded, chunk.area, m)[lane] = slots.expert;
+            if (lane == 0) *kept.token(args.plan.forwarded, chunk.area, m) = slots.token;
           }
           deliver_beside(args, call, here, slots, slot, row, rows + layout.scales_at);
         }
@@ -288,7 +289,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const RailDispatchArgs& dispatch = args.dispatch;
   const RailArgs& rail = dispatch.rail;
   const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
-  if (link_enter<NvshmemLink>(rail.link, call)) {
+  if (has_no_routing(rail.link, dispatch.room)) return;
+  if (link_enter<NvshmemLink>(rail.link, call, nullptr, 0, missing_room(dispatch.room))) {
     const Here here(rail);
     sources.fill(rail);
     if (block == 0 && rail.link.statistics.received_tokens != nullptr)

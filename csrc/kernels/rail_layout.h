@@ -36,21 +36,20 @@ struct RailRow {
 };
 
 /// What stays of each row at the rank that has forwarded it, for the combines of the plan, in
-/// 4-byte words; behind the records of a plan's receive block:
+/// 4-byte words; PlanView::forwarded:
 ///   [0, n)       slot, as in RailRow
 ///   [n, n + K)   topk_idx: global expert ids
 ///   [n + K]      token: its index on the source rank
 struct ForwardedLayout {
   int32_t topk, node_size, max_tokens;
 
-  EPCOMM_HOST_DEVICE int32_t words() const { return node_size + topk + 1; }
-  EPCOMM_HOST_DEVICE size_t bytes(int num_sources) const {
-    return static_cast<size_t>(num_sources) * static_cast<size_t>(max_tokens) *
-           static_cast<size_t>(words()) * sizeof(int32_t);
+  EPCOMM_HOST_DEVICE int32_t row_words() const { return node_size + topk + 1; }
+  EPCOMM_HOST_DEVICE int64_t words(int num_sources) const {
+    return int64_t{num_sources} * max_tokens * row_words();
   }
   /// Row m of a source, by its number among those that the rank forwards for.
   EPCOMM_HOST_DEVICE int32_t* slot(int32_t* block, int source, int64_t m) const {
-    return block + (int64_t{source} * max_tokens + m) * words();
+    return block + (int64_t{source} * max_tokens + m) * row_words();
   }
   EPCOMM_HOST_DEVICE int32_t* topk_idx(int32_t* block, int source, int64_t m) const {
     return slot(block, source, m) + node_size;

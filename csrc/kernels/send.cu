@@ -231,21 +231,6 @@ __device__ __forceinline__ void copy_rows(const SendArgs& args, const LinkCall& 
   }
 }
 
-// The entries of received token n in the receiver's recv_topk_idx and recv_topk_weights; lane k has
-// slot k, whose expert is at that rank where `here`.
-__device__ __forceinline__ void write_slots(const SendArgs& args, const LinkCall& call, int peer,
-                                            int64_t n, const TokenSlots& slots, bool here) {
-  const LinkEntry& there = call.entry[peer];
-  if (lane_index() >= args.dims.topk) return;
-  const int64_t entry = n * args.dims.topk + lane_index();
-  if (there.topk_idx != 0)
-    store_index(call.at(args.link, peer, there.topk_idx), static_cast<IndexType>(there.index_bytes),
-                entry, here ? args.experts.local[slots.expert] : -1);
-  if (there.topk_weights != 0)
-    reinterpret_cast<float*>(call.at(args.link, peer, there.topk_weights))[entry] =
-        here ? __fadd_rn(0.0f, slots.weight) : 0.0f;
-}
-
 // What goes beside the rows of the tokens w, w + warps, ...: records, slots and scales.
 __device__ __forceinline__ void send_records(const SendArgs& args, const LinkCall& call, int w,
                                              int warps, SentByWarp sent) {
@@ -260,12 +245,15 @@ __device__ __forceinline__ void send_records(const SendArgs& args, const LinkCal
     TokenSlots slots;
     slots.token = t;
     int owner = -1;
-    int32_t row = -1;
+    int32_t row = -1, local = -1;  // of the slot, at the owner of its expert
     if (lane < topk) {
       slots.expert = args.plan.topk_idx[int64_t{t} * topk + lane];
       if (args.records) row = args.plan.row[int64_t{t} * topk + lane];
       if (weighted) slots.weight = args.topk_weights[int64_t{t} * topk + lane];
-      if (slots.expert >= 0) owner = args.experts.rank[slots.expert];
+      if (slots.expert >= 0) {
+        owner = args.experts.rank[slots.expert];
+        local = args.experts.local[slots.expert];
+      }
     }
     for (uint32_t rest = __ballot_sync(kFullWarp, first >= 0); rest != 0;) {
       const int i = take_lowest(rest), peer = (args.link.rank + 1 + i) % num_ranks;
@@ -275,30 +263,13 @@ __device__ __forceinline__ void send_records(const SendArgs& args, const LinkCal
         slots.row = owner == peer ? row : -1;
         write_record(meta, meta.row(call.at(args.link, peer, there.meta), n), slots, weighted);
       }
-      write_slots(args, call, peer, n, slots, owner == peer);
+      write_slots(args.link.window[peer], there, topk, n, owner == peer ? local : -1, slots.weight);
       if (args.scales != nullptr && args.rows.scale_bytes != 0)
         copy_bytes(call.at(args.link, peer, there.scales) + to * args.rows.scale_bytes,
                    args.scales + int64_t{t} * args.rows.scale_bytes, args.rows.scale_bytes);
     }
   }
   sent.tell(args.num_tokens);
-}
-
-// Tokens or rows that this rank receives and has no room for.
-__device__ __forceinline__ int32_t missing_room(const SendArgs& args) {
-  int32_t missing = 0;
-  if (args.tokens != nullptr) missing = max(missing, *args.tokens - args.token_capacity);
-  if (args.rows_end != nullptr) missing = max(missing, *args.rows_end - args.row_capacity);
-  return missing;
-}
-
-// A dispatch ahead of its counts: of a routing that all ranks have refused, which some of them may
-// have learned before they came here. Then nobody enters.
-__device__ __forceinline__ bool has_no_routing(const SendArgs& args) {
-  if (args.tokens == nullptr || args.link.state->route_refused == 0) return false;
-  if (blockIdx.x == 0 && thread_index() == 0)
-    store_release_system(&args.link.report->entered, args.link.token);
-  return true;
 }
 
 // Of the tokens below some token, how many go to the rank of the lane.
@@ -387,9 +358,9 @@ __global__ void __launch_bounds__((kMaxRowWarps<kQuant != Quant::kNone> +
   EPCOMM_SHARED(SentTokens, sent);
   EPCOMM_SHARED(Arrivals, here);
   const SendArgs& send = args.send;
-  if (has_no_routing(send)) return;
+  if (has_no_routing(send.link, send.room)) return;
   sent.clear();
-  if (link_enter(send.link, call, nullptr, 0, missing_room(send),
+  if (link_enter(send.link, call, nullptr, 0, missing_room(send.room),
                  send.places ? BlockOrder::kStarted : BlockOrder::kIndex)) {
     if (call.block == 0 && send.link.statistics.received_tokens != nullptr)
       for (int e = thread_index(); e < send.dims.local_experts; e += static_cast<int>(blockDim.x))

@@ -67,9 +67,11 @@ struct PlanSendLayout {
   size_t announced, first_row;   ///< empty unless Dims::device
   size_t node_slot, node_count;  ///< empty unless Dims::num_nodes
   size_t node_token;             ///< empty unless both
+  size_t forwarded;              ///< of forwarded_words
   size_t bytes;
 
-  EPCOMM_HOST_DEVICE PlanSendLayout(const Dims& d, int64_t num_tokens) {
+  EPCOMM_HOST_DEVICE PlanSendLayout(const Dims& d, int64_t num_tokens,
+                                    int64_t forwarded_words = 0) {
     size_t at = 0;
     auto take = [&at](int64_t count) {
       size_t offset = at;
@@ -90,6 +92,7 @@ struct PlanSendLayout {
     node_slot = take(num_tokens * d.num_nodes);
     node_count = take(int64_t{d.num_ranks} * d.num_nodes);
     node_token = take(d.device ? num_tokens * d.num_nodes : 0);
+    forwarded = take(forwarded_words);
     bytes = at;
   }
 };
@@ -112,6 +115,7 @@ inline void set_send_block(PlanView& view, void* block, const PlanSendLayout& la
   view.node_slot = at(layout.node_slot);
   view.node_count = at(layout.node_count);
   view.node_token = at(layout.node_token);
+  view.forwarded = at(layout.forwarded);
 }
 
 /// Metadata of one received token, written by its source rank. A plan's receive block is an array

@@ -71,6 +71,26 @@ void describe_plan(LinkEntry& entry, const Plan& plan) {
   entry_field(entry, CallField::kPlan) = static_cast<int32_t>(plan.result.epoch);
 }
 
+void describe_dispatch(LinkEntry& entry, const Plan& plan, const DispatchArgs& args,
+                       const WindowArena& arena) {
+  describe_plan(entry, plan);
+  entry_field(entry, CallField::kDtype) = static_cast<int32_t>(args.dtype);
+  entry_field(entry, CallField::kRowBytes) = args.row_bytes;
+  entry_field(entry, CallField::kScaleBytes) = args.scale_bytes;
+  entry_field(entry, CallField::kWeighted) = args.topk_weights != nullptr ? 1 : 0;
+  entry.needed_bytes = args.needed_bytes;
+  entry.free_bytes = args.free_bytes;
+  if (!makes_room(args)) return;
+  entry.rows = arena.offset(args.recv_x);
+  entry.scales = arena.offset(args.recv_scales);
+  entry.meta = arena.offset(plan.view.recv_meta);
+  if (plan.layout != Layout::kToken) return;
+  entry.index_bytes = static_cast<int32_t>(args.index_type);
+  if (arena.contains(args.recv_topk_idx, 1)) entry.topk_idx = arena.offset(args.recv_topk_idx);
+  if (arena.contains(args.recv_topk_weights, 1))
+    entry.topk_weights = arena.offset(args.recv_topk_weights);
+}
+
 GpuLinkTransport::GpuLinkTransport(const TransportContext& context, const LinkKernels& kernels,
                                    LinkWindows windows, const ControlLayout& control,
                                    const SmallLayout& small, bool takes_small)
@@ -224,6 +244,7 @@ RouteResult GpuLinkTransport::route(const RouteArgs& args) {
   kernels_.exchange(link, route_.announce(), args.plan.announced, route_.layout().words(), stream);
   if (args.host_sync) route_.fetch(args.plan.announced, stream);
   launch_assign(k, stream);
+  route_more(args);
   call.end();
   const uint64_t number = ++routes_;  // also where this throws: it does so on all ranks
   RouteResult result;
@@ -266,6 +287,30 @@ void GpuLinkTransport::check_capacity(const Plan& plan, const DispatchArgs& args
                "recv_capacity and row_capacity are " + std::to_string(args.recv_capacity) +
                    " and " + std::to_string(args.row_capacity) + "; this plan receives " +
                    std::to_string(tokens) + " tokens in " + std::to_string(rows) + " rows");
+}
+
+// Peers write to these addresses: a wrong one must be refused here, not met there.
+void GpuLinkTransport::check_outputs(const Plan& plan, const DispatchArgs& args,
+                                     const WindowArena& arena) const {
+  if (args.needed_bytes != 0) return;
+  check_capacity(plan, args);
+  if (plan.result.unsettled && args.recv_capacity < 0) return;
+  auto inside = [&arena](const void* p, int64_t bytes) {
+    return bytes == 0 || arena.contains(p, static_cast<size_t>(bytes));
+  };
+  const auto record_bytes = static_cast<int64_t>(MetaLayout(plan.topk).record_bytes);
+  EPCOMM_CHECK(inside(args.recv_x, int64_t{args.row_capacity} * args.row_bytes) &&
+                   inside(args.recv_scales, int64_t{args.row_capacity} * args.scale_bytes) &&
+                   inside(plan.view.recv_meta, args.recv_capacity * record_bytes),
+               "recv_x, recv_scales and recv_meta must lie in memory from Buffer::allocate and "
+               "hold what the plan receives");
+}
+
+GuessedRoom GpuLinkTransport::guessed_room(const Plan& plan, const DispatchArgs& args) const {
+  if (!plan.result.unsettled) return {};
+  const bool grouped = plan.layout == Layout::kExpert;
+  const int32_t* rows_end = plan.view.expert_offset + experts_.local_experts(rank_);
+  return {plan.view.num_recv, grouped ? rows_end : nullptr, args.recv_capacity, args.row_capacity};
 }
 
 }  // namespace epcomm

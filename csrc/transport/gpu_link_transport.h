@@ -12,6 +12,7 @@
 #include <string>
 
 #include "core/call_fields.h"
+#include "core/window_arena.h"
 #include "kernels/link.h"
 #include "kernels/small.h"
 #include "transport/gpu_call_order.h"
@@ -40,6 +41,21 @@ inline int32_t& entry_field(LinkEntry& entry, CallField field) {
 }
 /// What all ranks must know alike of the plan of a dispatch or combine.
 void describe_plan(LinkEntry& entry, const Plan& plan);
+
+/// The same of a dispatch whose rows the peers store where they stay, in this rank's arena; and
+/// where that is, or what is missing for it.
+void describe_dispatch(LinkEntry& entry, const Plan& plan, const DispatchArgs& args,
+                       const WindowArena& arena);
+/// Whether such a dispatch can receive anything. Ahead of its counts, a rank that has not found
+/// even the memory that it guessed says -1.
+inline bool makes_room(const DispatchArgs& args) {
+  return args.needed_bytes == 0 && args.recv_capacity >= 0;
+}
+/// Whether some slots of layout kToken are not in the window, where the peers would write them.
+inline bool leaves_slots(const LinkEntry& entry, const DispatchArgs& args) {
+  return (args.recv_topk_idx != nullptr && entry.topk_idx == 0) ||
+         (args.recv_topk_weights != nullptr && entry.topk_weights == 0);
+}
 
 /// All ranks' windows, as kernels of this rank address them (LinkArgs), and what keeps them.
 struct LinkWindows {
@@ -95,7 +111,15 @@ class GpuLinkTransport : public Transport {
   int32_t most_rows(const Plan& plan) const;
   LinkArgs link(Operation operation) const;
   void check_capacity(const Plan& plan, const DispatchArgs& args) const;
-  /// Throws InvalidArgument for a row that is wider than those that staging is made for.
+  /// Throws InvalidArgument unless what the peers store lies in the arena, and fits.
+  void check_outputs(const Plan& plan, const DispatchArgs& args, const WindowArena& arena) const;
+  /// What the kernel of a dispatch ahead of its counts compares them with; of others, nothing.
+  GuessedRoom guessed_room(const Plan& plan, const DispatchArgs& args) const;
+  /// Whether a row is no wider than those that staging is made for.
+  bool fits_slot(int64_t row_bytes, int64_t scale_bytes) const {
+    return row_bytes + scale_bytes <= static_cast<int64_t>(small_.row_bytes);
+  }
+  /// Throws InvalidArgument for one that is.
   void check_fits_slot(int64_t row_bytes, int64_t scale_bytes) const;
   /// Until all ranks have entered the call of this token; throws what they refuse it for.
   void wait_entered(uint64_t token);
@@ -123,6 +147,8 @@ class GpuLinkTransport : public Transport {
   GpuCallOrder order_;
 
  private:
+  /// Launches what else a transport makes of the plan's topk_idx as it routes.
+  virtual void route_more(const RouteArgs&) {}
   /// What else helps where a row does not fit into staging, beginning with " or"; "" = nothing.
   virtual std::string too_wide_advice() const { return ""; }
   template <class Reached>

@@ -38,11 +38,10 @@ void GpuLinkTransport::check_phase(Phase phase, Operation operation) {
 }
 
 void GpuLinkTransport::check_fits_slot(int64_t row_bytes, int64_t scale_bytes) const {
-  const int64_t slot = static_cast<int64_t>(small_.row_bytes);
   EPCOMM_CHECK(
-      row_bytes + scale_bytes <= slot,
+      fits_slot(row_bytes, scale_bytes),
       "x has " + std::to_string(row_bytes) + " bytes per row and " + std::to_string(scale_bytes) +
-          " of scales; expected at most " + std::to_string(slot) +
+          " of scales; expected at most " + std::to_string(small_.row_bytes) +
           " together, a row of the Buffer's hidden and dtype; make the Buffer with a wider dtype" +
           too_wide_advice());
 }

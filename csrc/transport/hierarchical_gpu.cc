@@ -6,8 +6,7 @@
 //   rail      RailLayout: what is put to other nodes, and what comes from them
 // In memory that the GPUs of one node load and store, and no other:
 //   node      NodeWindowLayout: partial rows of a combine
-//   arena     what Buffer::allocate hands out: received rows, and the plans' receive blocks. Behind
-//             the records of the received tokens lie those of ForwardedLayout.
+//   arena     what Buffer::allocate hands out: received rows, and the plans' receive blocks
 #include "transport/hierarchical_gpu.h"
 
 #include <algorithm>
@@ -122,7 +121,7 @@ class HierarchicalGpuTransport final : public GpuLinkTransport {
         node_(std::move(node)),
         arena_(*node_, layouts_.node.end) {
     caps_.symmetric_outputs = caps_.forwards = true;
-    caps_.sends_ahead = caps_.column_scales = false;
+    caps_.column_scales = false;
   }
   ~HierarchicalGpuTransport() override {
     drain();
@@ -137,20 +136,12 @@ class HierarchicalGpuTransport final : public GpuLinkTransport {
   RouteResult route(const RouteArgs& args) override;
   void dispatch(const Plan& plan, const DispatchArgs& args) override;
   void combine(const Plan& plan, const CombineArgs& args) override;
-  size_t forward_bytes(const Plan& plan) const override {
-    return ForwardedLayout{plan.topk, size_, config_.max_tokens}.bytes(map_.num_sources(rank_));
-  }
   Allocation allocate(size_t bytes) override { return arena_.allocate(bytes); }
   size_t free_bytes() const override { return arena_.largest_free(); }
 
  private:
+  void route_more(const RouteArgs& args) override;
   RailArgs rail(Operation operation) const;
-  int32_t* forwarded(const Plan& plan) const;
-  uint64_t offset_of(const void* p) const {
-    return p == nullptr ? 0 : static_cast<uint64_t>(static_cast<const char*>(p) - own_node());
-  }
-  char* own_node() const { return node_->peer(rank_ - first_); }
-  void check_outputs(const Plan& plan, const DispatchArgs& args) const;
   void store_partials(const Plan& plan, const CombineArgs& args);
 
   NodeMap map_;
@@ -161,14 +152,18 @@ class HierarchicalGpuTransport final : public GpuLinkTransport {
   WindowArena arena_;
 };
 
-// Which tokens go to which node needs no word from other ranks.
 RouteResult HierarchicalGpuTransport::route(const RouteArgs& args) {
-  RouteResult result = GpuLinkTransport::route(args);
-  const auto stream = static_cast<cudaStream_t>(args.stream);
-  Call call(*this, stream);
-  launch_node_slots(map_, rank_, args.num_tokens, args.topk, route_.experts(), args.plan, stream);
-  call.end();
-  return result;
+  RouteArgs routed = args;
+  // dispatch refuses a row that is too wide. It does so on all ranks, if none of them is ahead of
+  // what tells whether all have such rows.
+  routed.ahead = args.ahead && fits_slot(args.row_bytes, args.scale_bytes);
+  return GpuLinkTransport::route(routed);
+}
+
+// Which tokens go to which node needs no word from other ranks.
+void HierarchicalGpuTransport::route_more(const RouteArgs& args) {
+  launch_node_slots(map_, rank_, args.num_tokens, args.topk, route_.experts(), args.plan,
+                    static_cast<cudaStream_t>(args.stream));
 }
 
 RailArgs HierarchicalGpuTransport::rail(Operation operation) const {
@@ -180,56 +175,17 @@ RailArgs HierarchicalGpuTransport::rail(Operation operation) const {
   return rail;
 }
 
-// Behind as many records as the receive block was made for.
-int32_t* HierarchicalGpuTransport::forwarded(const Plan& plan) const {
-  const int64_t capacity = plan.result.num_recv_tokens >= 0
-                               ? int64_t{plan.result.num_recv_tokens}
-                               : int64_t{num_ranks_} * config_.max_tokens;
-  char* block = static_cast<char*>(plan.view.recv_meta);
-  return reinterpret_cast<int32_t*>(
-      block + capacity * static_cast<int64_t>(MetaLayout(plan.topk).record_bytes));
-}
-
-// Ranks of the node write to these addresses: a wrong one must be refused here, not met there.
-void HierarchicalGpuTransport::check_outputs(const Plan& plan, const DispatchArgs& args) const {
-  auto inside = [this](const void* p, int64_t bytes) {
-    return bytes == 0 || arena_.contains(p, static_cast<size_t>(bytes));
-  };
-  check_capacity(plan, args);
-  const int64_t block =
-      args.recv_capacity * static_cast<int64_t>(MetaLayout(plan.topk).record_bytes) +
-      static_cast<int64_t>(forward_bytes(plan));
-  EPCOMM_CHECK(inside(args.recv_x, int64_t{args.row_capacity} * args.row_bytes) &&
-                   inside(args.recv_scales, int64_t{args.row_capacity} * args.scale_bytes) &&
-                   inside(plan.view.recv_meta, block),
-               "recv_x, recv_scales and recv_meta must lie in memory from Buffer::allocate and "
-               "hold what the plan receives, and what stays of rows that this rank forwards");
-}
-
 void HierarchicalGpuTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
   check();
   check_fits_slot(args.row_bytes, args.scale_bytes);
-  const bool has_room = args.needed_bytes == 0;
-  if (has_room) check_outputs(plan, args);
+  check_outputs(plan, args, arena_);
   const auto stream = static_cast<cudaStream_t>(args.stream);
   Call call(*this, stream);
   RailDispatchArgs k{};
   k.rail = rail(Operation::kDispatch);
   k.rail.link.token = ++tokens_;
   LinkEntry& entry = k.rail.link.entry;
-  describe_plan(entry, plan);
-  entry_field(entry, CallField::kDtype) = static_cast<int32_t>(args.dtype);
-  entry_field(entry, CallField::kRowBytes) = args.row_bytes;
-  entry_field(entry, CallField::kScaleBytes) = args.scale_bytes;
-  entry_field(entry, CallField::kWeighted) = args.topk_weights != nullptr ? 1 : 0;
-  entry.needed_bytes = args.needed_bytes;
-  entry.free_bytes = args.free_bytes;
-  if (has_room) {
-    entry.rows = offset_of(args.recv_x);
-    entry.scales = offset_of(args.recv_scales);
-    entry.meta = offset_of(plan.view.recv_meta);
-    k.forwarded = forwarded(plan);
-  }
+  describe_dispatch(entry, plan, args, arena_);
   k.dims = dims(plan.topk);
   k.rows = {args.row_bytes, args.scale_bytes};
   k.num_tokens = plan.num_tokens;
@@ -240,22 +196,26 @@ void HierarchicalGpuTransport::dispatch(const Plan& plan, const DispatchArgs& ar
   k.experts = route_.experts();
   k.plan = plan.view;
   k.first_row = plan.layout == Layout::kToken ? plan.view.slot : plan.view.first_row;
+  k.room = guessed_room(plan, args);
   const int num_sms = args.num_sms > 0 ? args.num_sms : kDispatchSms;
   const PlaceArgs place = route_.place_args(plan, args);
-  // With counts on the host every entry of layout kToken that the caller gets has a token.
+  // With counts on the host every entry of layout kToken that the caller gets has a token. Cleared
+  // before the ranks of the node are let in.
+  const bool has_room = makes_room(args);
   if (has_room && (plan.layout != Layout::kToken || !plan.host_sync))
     launch_clear_outputs(place, stream);
   launch_rail_dispatch(k, num_sms, stream);
-  if (!has_room) {
+  if (args.needed_bytes != 0) {
     call.end();
     wait_entered(k.rail.link.token);
     throw WindowFull(rank_, args.needed_bytes, args.free_bytes);
   }
-  launch_place(place, num_sms, stream);
+  if (has_room && (plan.layout != Layout::kToken || leaves_slots(entry, args)))
+    launch_place(place, num_sms, stream);
   call.end();
   // The host has waited in this dispatch already, so that it may as well learn of a full window or
   // a mismatch here; the rows are on their way meanwhile.
-  if (plan.host_sync && !args.replay) wait_entered(k.rail.link.token);
+  if (plan.host_sync && !args.replay && !plan.result.unsettled) wait_entered(k.rail.link.token);
 }
 
 void HierarchicalGpuTransport::combine(const Plan& plan, const CombineArgs& args) {
@@ -277,7 +237,7 @@ void HierarchicalGpuTransport::combine(const Plan& plan, const CombineArgs& args
   // where they are. Others are summed here first, and stored where they are wanted.
   const bool one_row = args.by_token || plan.layout == Layout::kToken;
   const bool pushed = !one_row || !arena_.contains(args.x, 1);
-  if (!pushed) entry.rows = offset_of(args.x);
+  if (!pushed) entry.rows = arena_.offset(args.x);
   entry.pushed = pushed ? 1 : 0;
   enter.topk = plan.topk;
   enter.num_tokens = plan.num_tokens;
@@ -292,7 +252,6 @@ void HierarchicalGpuTransport::combine(const Plan& plan, const CombineArgs& args
   k.hidden = args.hidden;
   k.num_tokens = plan.num_tokens;
   k.plan = plan.view;
-  k.forwarded = forwarded(plan);
   k.weighted = args.topk_weights != nullptr;
   k.experts = route_.experts();
   k.bias = args.bias;

@@ -62,11 +62,6 @@ NvlinkTransport::NvlinkTransport(const TransportContext& context, const ControlL
   if (can_quantise_on_the_way()) caps_.fused_quants = kAllQuants;
 }
 
-uint64_t NvlinkTransport::offset_of(const void* p) const {
-  return p == nullptr ? 0
-                      : static_cast<uint64_t>(static_cast<const char*>(p) - window_->peer(rank_));
-}
-
 std::unique_ptr<Transport> make_nvlink_transport(const TransportContext& context) {
   EPCOMM_CHECK(context.bootstrap.size() <= kMaxLinkRanks,
                "the nvlink transport takes at most " + std::to_string(kMaxLinkRanks) +

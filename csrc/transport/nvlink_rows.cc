@@ -17,52 +17,17 @@ constexpr int kSummingSms = 48;  // where rows are summed before they cross the 
 
 }  // namespace
 
-// Peers write to these addresses: a wrong one must be refused here, not met there.
-void NvlinkTransport::check_outputs(const Plan& plan, const DispatchArgs& args) const {
-  auto inside = [this](const void* p, int64_t bytes) {
-    return bytes == 0 || arena_.contains(p, static_cast<size_t>(bytes));
-  };
-  check_capacity(plan, args);
-  if (plan.result.unsettled && args.recv_capacity < 0) return;
-  EPCOMM_CHECK(
-      inside(args.recv_x, int64_t{args.row_capacity} * args.row_bytes) &&
-          inside(args.recv_scales, int64_t{args.row_capacity} * args.scale_bytes) &&
-          inside(plan.view.recv_meta,
-                 args.recv_capacity * static_cast<int64_t>(MetaLayout(plan.topk).record_bytes)),
-      "recv_x, recv_scales and recv_meta must lie in memory from Buffer::allocate and hold what "
-      "the "
-      "plan receives");
-}
-
 void NvlinkTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
   if (takes_small_) return dispatch_small(plan, args);
   check();
-  if (args.needed_bytes == 0) check_outputs(plan, args);
+  check_outputs(plan, args, arena_);
   const auto stream = static_cast<cudaStream_t>(args.stream);
   Call call(*this, stream);
   SendArgs send{};
   send.link = link(Operation::kDispatch);
   send.link.token = ++tokens_;
   LinkEntry& entry = send.link.entry;
-  describe_plan(entry, plan);
-  entry_field(entry, CallField::kDtype) = static_cast<int32_t>(args.dtype);
-  entry_field(entry, CallField::kRowBytes) = args.row_bytes;
-  entry_field(entry, CallField::kScaleBytes) = args.scale_bytes;
-  entry_field(entry, CallField::kWeighted) = args.topk_weights != nullptr ? 1 : 0;
-  if (args.needed_bytes == 0) {
-    entry.rows = offset_of(args.recv_x);
-    entry.scales = offset_of(args.recv_scales);
-    entry.meta = offset_of(plan.view.recv_meta);
-    if (plan.layout == Layout::kToken) {
-      entry.index_bytes = static_cast<int32_t>(args.index_type);
-      if (arena_.contains(args.recv_topk_idx, 1)) entry.topk_idx = offset_of(args.recv_topk_idx);
-      if (arena_.contains(args.recv_topk_weights, 1))
-        entry.topk_weights = offset_of(args.recv_topk_weights);
-    }
-  } else {
-    entry.needed_bytes = args.needed_bytes;
-    entry.free_bytes = args.free_bytes;
-  }
+  describe_dispatch(entry, plan, args, arena_);
   send.dims = dims(plan.topk);
   send.rows = {args.row_bytes, args.scale_bytes};
   send.num_tokens = plan.num_tokens;
@@ -76,13 +41,7 @@ void NvlinkTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
   send.records = !args.replay || args.topk_weights != nullptr;
   send.experts = route_.experts();
   send.plan = plan.view;
-  if (plan.result.unsettled) {
-    send.tokens = plan.view.num_recv;
-    if (plan.layout == Layout::kExpert)
-      send.rows_end = plan.view.expert_offset + experts_.local_experts(rank_);
-    send.token_capacity = args.recv_capacity;
-    send.row_capacity = args.row_capacity;
-  }
+  send.room = guessed_room(plan, args);
   send.first_row = plan.layout == Layout::kToken ? plan.view.slot : plan.view.first_row;
   const int sending_sms = args.quant == Quant::kNone ? kDispatchSms : kQuantisingSms;
   send.places = plan.layout != Layout::kToken;
@@ -94,7 +53,7 @@ void NvlinkTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
   const int num_sms = args.num_sms > 0 ? args.num_sms : usual_sms;
   // With counts on the host every entry of layout kToken that the caller gets has a token. Cleared
   // before the peers are let in.
-  const bool has_room = args.needed_bytes == 0 && args.recv_capacity >= 0;
+  const bool has_room = makes_room(args);
   if (has_room && (plan.layout != Layout::kToken || !plan.host_sync))
     launch_clear_outputs(send.place, stream);
   launch_send(send, num_sms, stream);
@@ -103,10 +62,8 @@ void NvlinkTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
     wait_entered(send.link.token);
     throw WindowFull(rank_, args.needed_bytes, args.free_bytes);
   }
-  // Of layout kToken the peers have written what is in the window.
-  const bool slots_left = (args.recv_topk_idx != nullptr && entry.topk_idx == 0) ||
-                          (args.recv_topk_weights != nullptr && entry.topk_weights == 0);
-  if (has_room && !send.places && slots_left) launch_place(send.place, num_sms, stream);
+  if (has_room && !send.places && leaves_slots(entry, args))
+    launch_place(send.place, num_sms, stream);
   if (has_room && args.recv_scale_columns != nullptr) make_columns(plan, args, num_sms);
   call.end();
   // The host has waited in this dispatch already, so that it may as well learn of a full window or
@@ -159,7 +116,7 @@ void NvlinkTransport::combine(const Plan& plan, const CombineArgs& args) {
   const int num_sms = args.num_sms > 0 ? args.num_sms : usual_sms;
   pull.partials = !one_row;
   const bool pushes = one_row && !arena_.contains(args.x, 1);
-  if (one_row && !pushes) entry.rows = offset_of(args.x);
+  if (one_row && !pushes) entry.rows = arena_.offset(args.x);
   entry.pushed = pull.partials || pushes ? 1 : 0;
   if (pull.partials) push_partials(plan, args, pull.link, num_sms);
   if (pushes) pull.own_rows = static_cast<const char*>(args.x);

@@ -53,8 +53,6 @@ class NvlinkTransport final : public GpuLinkTransport {
 
  private:
   std::string too_wide_advice() const override { return " or transport_options={'path': 'large'}"; }
-  uint64_t offset_of(const void* p) const;
-  void check_outputs(const Plan& plan, const DispatchArgs& args) const;
   void make_columns(const Plan& plan, const DispatchArgs& args, int num_sms) const;
   void push_partials(const Plan& plan, const CombineArgs& args, const LinkArgs& link, int num_sms);
   /// Offset in every window of the staging rows that this rank writes there.

@@ -209,8 +209,11 @@ struct PlanView {
   int32_t* node_count = nullptr;  ///< [R source, M] tokens; on a GPU only what this rank sends, and
                                   ///< what it forwards inside its own node
   int32_t* node_token = nullptr;  ///< GPU only: [M, T] token that is the m-th which goes to a node
+  int32_t* forwarded = nullptr;  ///< GPU only, filled by dispatch: what stays of the rows that this
+                                 ///< rank forwards (ForwardedLayout in rail_layout.h)
   // The receive block, filled by dispatch: N records of MetaLayout, written by the source ranks;
-  // behind them, where this rank forwards rows, one record of ForwardLayout for each.
+  // behind them, where a rank forwards rows between processes, one record of ForwardLayout for
+  // each.
   void* recv_meta = nullptr;
 };
 

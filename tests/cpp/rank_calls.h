@@ -50,7 +50,10 @@ inline BufferOptions options_for(int num_experts, int hidden, int topk, int max_
   return options;
 }
 
-inline void route(Buffer& buffer, const Batch& batch, Layout layout, int alignment, Received& to) {
+/// ahead: as RouteArgs::ahead. The caller then says in to.plan.result how many tokens it makes room
+/// for, and in to.num_rows how many rows.
+inline void route(Buffer& buffer, const Batch& batch, Layout layout, int alignment, Received& to,
+                  bool ahead = false) {
   to.send_block.assign(buffer.send_block(batch.tokens, batch.topk).bytes / sizeof(int32_t), -7);
   RouteArgs args;
   args.topk_idx = batch.topk_idx.data();
@@ -59,6 +62,7 @@ inline void route(Buffer& buffer, const Batch& batch, Layout layout, int alignme
   args.topk = batch.topk;
   args.layout = layout;
   args.expert_alignment = alignment;
+  args.ahead = ahead;
   args.plan = buffer.view_send_block(to.send_block.data(), batch.tokens, batch.topk);
   finish(buffer, [&] { to.plan = buffer.route(args); });
   to.num_rows = to.plan.result.num_recv_rows;

@@ -55,8 +55,17 @@ TEST(TokenLayout, PlanSendArraysDoNotOverlap) {
     }
 }
 
+// What stays of forwarded rows (ForwardedLayout) lies behind all other arrays.
+TEST(TokenLayout, ForwardedRowsHaveTheirWords) {
+  const Dims dims{4, 16, 4, 2, true, 2};
+  const PlanSendLayout without(dims, 10), with(dims, 10, 70);
+  EXPECT_EQ(with.forwarded, without.bytes);
+  EXPECT_EQ(with.forwarded % kBlockAlignment, 0u);
+  EXPECT_GE(with.bytes, with.forwarded + 70 * sizeof(int32_t));
+}
+
 TEST(TokenLayout, SendBlockPointersAreTheOffsets) {
-  const PlanSendLayout layout({4, 16, 4, 2, false, 2}, 10);
+  const PlanSendLayout layout({4, 16, 4, 2, false, 2}, 10, 5);
   std::vector<char> block(layout.bytes);
   PlanView view;
   set_send_block(view, block.data(), layout);
@@ -74,6 +83,7 @@ TEST(TokenLayout, SendBlockPointersAreTheOffsets) {
   EXPECT_EQ(offset(view.node_slot), layout.node_slot);
   EXPECT_EQ(offset(view.node_count), layout.node_count);
   EXPECT_EQ(offset(view.node_token), layout.node_token);
+  EXPECT_EQ(offset(view.forwarded), layout.forwarded);
 }
 
 // Every word of every record is its own: writing them all and reading them back finds nothing

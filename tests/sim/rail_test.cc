@@ -83,7 +83,7 @@ TEST(RailRoute, SlotsFollowTheTokens) {
   std::vector<int32_t> owner;
   for (int e = 0; e < kExperts; ++e) owner.push_back(e * e % kRanks);
   std::mt19937 random(5);
-  for (int tokens : {0, 1, 31, 1023, 1024, 1025, 2600}) {
+  for (int tokens : {0, 1, 31, 1023, 1024, 1025, 2600, 4096, 9001}) {
     std::vector<int32_t> idx;
     for (int i = 0; i < tokens * kSlots; ++i)
       idx.push_back(random() % 3 == 0 ? static_cast<int32_t>(random() % kExperts) : -1);
@@ -115,6 +115,19 @@ TEST(RailRoute, SlotsFollowTheTokens) {
   }
 }
 
+// What all ranks put in a call that all of them make.
+template <class Call>
+uint64_t put_bytes_of(Bootstrap& bootstrap, Call call) {
+  bootstrap.barrier();
+  const uint64_t before = sim::Nic::put_bytes();
+  bootstrap.barrier();
+  call();
+  bootstrap.barrier();
+  const uint64_t after = sim::Nic::put_bytes();
+  bootstrap.barrier();  // nobody goes on to another call before all have read it
+  return after - before;
+}
+
 class RailBytesTest : public ::testing::TestWithParam<NodeMap> {};
 
 TEST_P(RailBytesTest, OneRowPerTokenAndRemoteNode) {
@@ -132,14 +145,7 @@ TEST_P(RailBytesTest, OneRowPerTokenAndRemoteNode) {
       Buffer buffer(bootstrap, options);
       const Batch batch = make_batch(map, bootstrap->rank(), routing);
       Received recv;
-      auto bytes_of = [&](auto call) {
-        bootstrap->barrier();
-        const uint64_t before = sim::Nic::put_bytes();
-        bootstrap->barrier();
-        call();
-        bootstrap->barrier();
-        return sim::Nic::put_bytes() - before;
-      };
+      auto bytes_of = [&](auto call) { return put_bytes_of(*bootstrap, call); };
       testing::route(buffer, batch, Layout::kToken, 1, recv);
       EXPECT_EQ(bytes_of([&] { testing::dispatch(buffer, batch, recv); }), rows.dispatch + entries);
       std::vector<float> y;
@@ -159,6 +165,55 @@ TEST_P(RailBytesTest, OneRowPerTokenAndRemoteNode) {
       }
     });
   }
+}
+
+// Ahead of the counts, one rank has room for a token too few: that is known before any row is put.
+TEST_P(RailBytesTest, EntriesAloneWhereOneRankHasNoRoom) {
+  const NodeMap map = GetParam();
+  const auto ranks = static_cast<uint64_t>(map.num_ranks);
+  const uint64_t entries = ranks * (ranks - 1) * sizeof(LinkEntry);
+  const RailBytes rows = expected(map, Routing::kUniform);
+  testing::run_threads(map.num_ranks, kTimeout, [&](std::shared_ptr<Bootstrap> bootstrap) {
+    const int rank = bootstrap->rank();
+    BufferOptions options =
+        testing::options_for(map.num_ranks * kExpertsPerRank, kHidden, kTopk, kTokens, kTimeout);
+    options.transport = "hierarchical";
+    options.ranks_per_node = map.ranks_per_node;
+    Buffer buffer(bootstrap, options);
+    const Batch batch = make_batch(map, rank, Routing::kUniform);
+    const Batch skewed = make_batch(map, rank, Routing::kSkewed);
+    auto bytes_of = [&](auto call) { return put_bytes_of(*bootstrap, call); };
+    Received known, recv, other;
+    testing::route(buffer, batch, Layout::kToken, 1, known);
+    for (int missing_at = -1; missing_at < map.num_ranks; ++missing_at) {
+      testing::route(buffer, batch, Layout::kToken, 1, recv, true);
+      ASSERT_TRUE(recv.plan.result.unsettled);
+      const int guess = known.num_rows - (missing_at == rank ? 1 : 0);
+      recv.plan.result.num_recv_tokens = recv.num_rows = guess;
+      const bool fits = missing_at < 0;
+      EXPECT_EQ(bytes_of([&] { testing::dispatch(buffer, batch, recv); }),
+                (fits ? rows.dispatch : 0) + entries);
+      ASSERT_EQ(buffer.settle(recv.plan), fits);
+      EXPECT_FALSE(recv.plan.result.unsettled);
+      EXPECT_EQ(recv.plan.result.num_recv_tokens, known.num_rows);
+      if (!fits) {
+        recv.num_rows = recv.plan.result.num_recv_rows;
+        EXPECT_EQ(bytes_of([&] { testing::dispatch(buffer, batch, recv); }),
+                  rows.dispatch + entries);
+      }
+      for (int i = 0; i < recv.num_rows * kHidden; ++i) ASSERT_EQ(recv.row(0, kHidden)[i], 1.0f);
+      // The plan lasts while others are made and used.
+      testing::route(buffer, skewed, Layout::kToken, 1, other);
+      testing::dispatch(buffer, skewed, other);
+      const std::vector<float> y = testing::combine(buffer, batch, recv);
+      for (int t = 0; t < kTokens; ++t) {
+        std::set<int> owners;
+        for (int k = 0; k < kTopk; ++k)
+          owners.insert(batch.topk_idx[static_cast<size_t>(t * kTopk + k)] / kExpertsPerRank);
+        ASSERT_EQ(y[static_cast<size_t>(t * kHidden)], static_cast<float>(owners.size())) << t;
+      }
+    }
+  });
 }
 
 INSTANTIATE_TEST_SUITE_P(Nodes, RailBytesTest,
