@@ -1,9 +1,9 @@
 // What the kernels for small batches share: which blocks send and which receive, which rows of a
 // batch a block sends, and the signals that say that they have been stored.
 //
-// In a whole call the first half of the blocks sends and the others receive, so that nothing that
-// has to be done before rows can be taken waits until this rank's own are on their way. A half of a
-// call, and a grid of one block, has all of its blocks do all there is to do.
+// In a whole call the first blocks send and the others receive, so that nothing that has to be done
+// before rows can be taken waits until this rank's own are on their way. A half of a call, and a
+// grid of one block, has all of its blocks do all there is to do.
 //
 // Row i of a batch belongs to share i % kShares, and a share to one block of its source. The block
 // stores its rows, then signals its shares. So no grid waits for all of its blocks, and ranks may
@@ -33,9 +33,6 @@
 #include "kernels/token_layout.h"
 
 namespace epcomm {
-#ifndef EPX_SENDERS
-#define EPX_SENDERS 4
-#endif
 
 constexpr int kSmallThreads = 512;
 constexpr int kSmallWarps = kSmallThreads / kWarpSize;
@@ -45,11 +42,15 @@ __host__ __device__ constexpr int mask_words(int max_tokens) {
   return (max_tokens + kWarpSize - 1) / kWarpSize;
 }
 
+/// Of eight blocks, those that send. A dispatch stores each received row to all that carry it; for
+/// a combine the senders load and sum all rows.
+constexpr int kDispatchSenders = 3, kCombineSenders = 4;
+
 /// Blocks of a launch: num_sms, or by default as many as make a call short: few tokens should
-/// spread over many SMs, for what counts is when the last byte arrives (docs/nvlink.md). One block
-/// announces, 64 have two of the 128 shares each, and 64 receive; a few SMs are left so that blocks
-/// that announce another Buffer's call find room. Where the link puts, two grids have room beside
-/// each other.
+/// spread over many SMs, for what counts is when the last byte arrives (docs/nvlink.md). In a
+/// combine one announces, 64 have two of the 128 shares each, and 64 receive; a few SMs are left so
+/// that blocks that announce another Buffer's call find room. Where the link puts, two grids have
+/// room beside each other.
 inline int small_blocks(int num_sms, bool mapped) {
   if (num_sms > 0) return persistent_blocks(num_sms);
   constexpr int kMostMapped = 129, kMostPut = 65, kLeft = 3;
@@ -85,13 +86,14 @@ struct SmallBlocks {
   int senders;  ///< blocks 0 to senders - 1
   SmallTeam receivers;
 
-  __device__ __forceinline__ explicit SmallBlocks(Phase phase) {
+  /// eighths: of the blocks that send, in a whole call.
+  __device__ __forceinline__ SmallBlocks(Phase phase, int eighths) {
     const int blocks = static_cast<int>(gridDim.x);
     senders = phase == Phase::kReceive ? 0 : blocks;
     receivers = {phase == Phase::kSend ? -1 : static_cast<int>(blockIdx.x),
                  phase == Phase::kSend ? 0 : blocks};
     if (phase != Phase::kAll || blocks == 1) return;
-    senders = (blocks * EPX_SENDERS + 7) / 8;
+    senders = (blocks * eighths + 7) / 8;
     receivers.blocks -= senders;
     receivers.block -= senders;
   }

@@ -332,7 +332,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   EPCOMM_SHARED(LinkCall, call);
   const LinkArgs& link = args.link;
   const LinkStart start(link);
-  const SmallBlocks blocks(args.phase);
+  const SmallBlocks blocks(args.phase, kCombineSenders);
   const bool weighted = args.topk_weights != nullptr, announces = blockIdx.x == 0;
   const bool marks_first = args.phase == Phase::kAll || weighted;  // before the first wait
   // A block that sends rows begins when they are on their way, but for weights, which it waits for.

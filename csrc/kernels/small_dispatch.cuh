@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   EPCOMM_SHARED(int32_t, first_bad);
   const LinkArgs& link = args.link;
   const LinkStart start(link);
-  const SmallBlocks blocks(args.phase);
+  const SmallBlocks blocks(args.phase, kDispatchSenders);
   const bool announces = blockIdx.x == 0;
   // A block that sends rows begins when they are on their way.
   const bool begins_late = blocks.sends() && !announces;

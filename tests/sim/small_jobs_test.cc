@@ -21,8 +21,8 @@ struct Cut {
 __global__ void count_jobs(const Cut cut, bool by_team, int* of_vector, int* leading) {
   if (lane_index() != 0) return;
   const SmallJobs jobs =
-      by_team ? SmallJobs::of_team(SmallBlocks(Phase::kReceive).receivers, cut.rows, cut.row_bytes,
-                                   cut.unroll)
+      by_team ? SmallJobs::of_team(SmallBlocks(Phase::kReceive, kDispatchSenders).receivers,
+                                   cut.rows, cut.row_bytes, cut.unroll)
               : SmallJobs::of_block(cut.rows, cut.row_bytes, cut.unroll, cut.least_parts);
   for (int j = jobs.first; j < jobs.count; j += jobs.step) {
     const RowJob job = jobs.at(j);
