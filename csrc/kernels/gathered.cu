@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
     find_bad_id(args, first_bad);
     report_bad_id(args, first_bad);
   }
-  const SmallBlocks blocks(Phase::kSend);
+  const SmallBlocks blocks(Phase::kSend, kDispatchSenders);
   send_ids<GatheredLink>(args, blocks, GatheredStart());
   const BlockRows own(args.num_tokens, blocks.senders);
   send_rows<GatheredLink, Quant::kNone, Dtype::kBfloat16>(args, own, GatheredStart());
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   }
   prepare_route(args, GroupRoute(args));
   __syncthreads();
-  receive<GatheredLink>(args, SmallBlocks(Phase::kReceive), call, true, true);
+  receive<GatheredLink>(args, SmallBlocks(Phase::kReceive, kDispatchSenders), call, true, true);
 }
 
 }  // namespace
