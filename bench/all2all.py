@@ -208,7 +208,7 @@ class Bench:
         self._note(f"# grouped GEMM: {gemm.shape}")
         for operation, start, check in adapter.overlapped():
             self._show(f"{name}, {operation} beside a GEMM, {workload.tokens} tokens")
-            measured, wrong = overlap.measure(self._stopwatch, gemm, start, check)
+            measured, wrong = overlap.measure(self._stopwatch, gemm, start, check, adapter.num_sms)
             row = self._row(name, adapter, workload, operation, measured.together)
             row = dataclasses.replace(
                 row,
