@@ -71,8 +71,7 @@ void describe_plan(LinkEntry& entry, const Plan& plan) {
   entry_field(entry, CallField::kPlan) = static_cast<int32_t>(plan.result.epoch);
 }
 
-void describe_dispatch(LinkEntry& entry, const Plan& plan, const DispatchArgs& args,
-                       const WindowArena& arena) {
+void describe_rows(LinkEntry& entry, const Plan& plan, const DispatchArgs& args) {
   describe_plan(entry, plan);
   entry_field(entry, CallField::kDtype) = static_cast<int32_t>(args.dtype);
   entry_field(entry, CallField::kRowBytes) = args.row_bytes;
@@ -80,6 +79,11 @@ void describe_dispatch(LinkEntry& entry, const Plan& plan, const DispatchArgs& a
   entry_field(entry, CallField::kWeighted) = args.topk_weights != nullptr ? 1 : 0;
   entry.needed_bytes = args.needed_bytes;
   entry.free_bytes = args.free_bytes;
+}
+
+void describe_dispatch(LinkEntry& entry, const Plan& plan, const DispatchArgs& args,
+                       const WindowArena& arena) {
+  describe_rows(entry, plan, args);
   if (!makes_room(args)) return;
   entry.rows = arena.offset(args.recv_x);
   entry.scales = arena.offset(args.recv_scales);

@@ -42,8 +42,9 @@ inline int32_t& entry_field(LinkEntry& entry, CallField field) {
 /// What all ranks must know alike of the plan of a dispatch or combine.
 void describe_plan(LinkEntry& entry, const Plan& plan);
 
-/// The same of a dispatch whose rows the peers store where they stay, in this rank's arena; and
-/// where that is, or what is missing for it.
+/// The same of a dispatch, and what is missing to receive its rows.
+void describe_rows(LinkEntry& entry, const Plan& plan, const DispatchArgs& args);
+/// The same where the peers store rows where they stay, in this rank's arena, and where that is.
 void describe_dispatch(LinkEntry& entry, const Plan& plan, const DispatchArgs& args,
                        const WindowArena& arena);
 /// Whether such a dispatch can receive anything. Ahead of its counts, a rank that has not found

@@ -102,14 +102,8 @@ void GpuLinkTransport::dispatch_small(const Plan& plan, const DispatchArgs& args
   }
   if (waits || settles) small.link.token = ++tokens_;
   LinkEntry& entry = small.link.entry;
-  describe_plan(entry, plan);
-  entry_field(entry, CallField::kDtype) = static_cast<int32_t>(args.dtype);
-  entry_field(entry, CallField::kRowBytes) = args.row_bytes;
-  entry_field(entry, CallField::kScaleBytes) = args.scale_bytes;
-  entry_field(entry, CallField::kWeighted) = args.topk_weights != nullptr ? 1 : 0;
+  describe_rows(entry, plan, args);
   entry.num_tokens = plan.num_tokens;
-  entry.needed_bytes = args.needed_bytes;
-  entry.free_bytes = args.free_bytes;
   small.phase = args.phase;
   small.num_tokens = plan.num_tokens;
   small.expert_alignment = plan.expert_alignment;
