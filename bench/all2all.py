@@ -189,6 +189,7 @@ class Bench:
             row.mode: row
             for row in self.rows
             if (row.adapter, row.operation, row.tokens) == ("epcomm", shim.operation, shim.tokens)
+            and shim.transport in ("auto", row.transport.partition(":")[0])
         }
         # On the CPU there is no no-sync: nothing is waited for anyway.
         for mode in (shim.mode, shim.mode.replace("no-sync", "fresh")):

@@ -211,9 +211,10 @@ __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const Sma
     if (args.link.statistics.received_tokens != nullptr) count_received(args, recorders, route);
     clear_rest(args, recorders, route, totals);
   }
-  if (!agreed || !takers.here()) return true;
+  if (!agreed) return true;
+  if (!routed || !takers.here()) return routed;
   const StagedRows<Link> rows{args.link, args.small, call.epoch, clean};
-  return routed && receive_rows<Link>(args, takers, route, rows, ranges, jobs);
+  return receive_rows<Link>(args, takers, route, rows, ranges, jobs);
 }
 
 template <class Link, Quant kQuant, Dtype kDtype>

@@ -119,7 +119,7 @@ __device__ __forceinline__ void mark_ids(const SmallDispatchArgs& args, const Gr
     for (int i = 0; i < 2 * kPairs; ++i) {
       const int32_t expert =
           at(i) < count && !lost ? valid_expert(args.place, static_cast<int32_t>(id(i))) : -1;
-      bit[i] = 1u << (static_cast<uint32_t>(at(i)) * one_topk >> 16);
+      bit[i] = 1u << (static_cast<uint32_t>(at(i)) * one_topk >> 16) % kWarpSize;
       owner[i] = expert >= 0 ? route.experts.owner(expert) : -1;
       if (needed == RouteColumns::kAll ? expert >= 0 : owner[i] == route.rank)
         atomicOr(&tile.mask(word, route.num_ranks + expert), bit[i]);

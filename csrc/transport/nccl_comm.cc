@@ -5,6 +5,7 @@
 #include <exception>
 #include <future>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <thread>
 
@@ -129,6 +130,7 @@ void NcclComm::connect() {
 
 bool NcclComm::failed() const {
   ncclResult_t state = ncclSuccess;
+  std::lock_guard lock(ending_);  // a communicator that is being aborted must not be asked
   if (aborted_ || api_.CommGetAsyncError(comm_, &state) != ncclSuccess) return false;
   return state != ncclSuccess && state != ncclInProgress;
 }
@@ -159,7 +161,11 @@ void NcclComm::reduce_scatter(const float* send, float* recv, size_t count, cuda
 }
 
 void NcclComm::abort() {
-  if (comm_ == nullptr || aborted_.exchange(true)) return;
+  {
+    std::lock_guard lock(ending_);
+    if (comm_ == nullptr || aborted_) return;
+    aborted_ = true;
+  }
   // NCCL waits in here for CUDA graphs that still hold its kernels. They may outlive the Buffer, so
   // this gets a moment, and then goes on by itself until the last of them is gone.
   auto done = std::make_shared<std::promise<void>>();

@@ -3,8 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
-#include <atomic>
 #include <cstddef>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -63,7 +63,8 @@ class NcclComm {
   int rank_, num_ranks_;
   int device_ = 0;
   ncclComm_t comm_ = nullptr;
-  std::atomic<bool> aborted_{false};
+  mutable std::mutex ending_;
+  bool aborted_ = false;
 };
 
 }  // namespace epcomm

@@ -208,7 +208,7 @@ def _fake_dispatch(
             dtype=torch.uint8,
         ),
         x.new_empty(
-            unknown()  # how many rows a rank forwards depends on the ids of all ranks
+            unknown()  # between processes a rank that forwards keeps as many rows as ids ask for
             if buf.caps.forwards
             else capacity * buf._native.recv_meta_bytes(topk, 1),
             dtype=torch.uint8,

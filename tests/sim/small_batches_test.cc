@@ -115,6 +115,40 @@ TEST(SmallBatchesUneven, GiveWhatTheLargePathGives) {
   });
 }
 
+// As many blocks as it takes for one that only writes the plan: 11 send, of 17 others one does.
+// Each of the rest knows the places of its own rank alone.
+TEST(SmallBatchesOnManyBlocks, GiveWhatTheLargePathGives) {
+  constexpr int kBlocks = 28;
+  const Shape c{2, 6, 3, 32, 20};
+  const int before = sim::options().num_sms;
+  sim::options().num_sms = kBlocks;
+  run_devices(c.ranks, [&](std::shared_ptr<Bootstrap> bootstrap) {
+    const int rank = bootstrap->rank();
+    Buffer large(bootstrap, options_for(c, "large")), small(bootstrap, options_for(c, "small"));
+    for (unsigned seed = 1; seed <= 6; ++seed) {
+      Round round = make_round(c, 700 + seed, rank);
+      round.num_sms = 2;
+      Calls l{large, c, round};
+      round.num_sms = kBlocks;
+      Calls s{small, c, round};
+      for (Calls* calls : {&l, &s}) {
+        calls->route();
+        calls->dispatch();
+      }
+      sync();
+      const std::string what = "round " + std::to_string(seed) + ", rank " + std::to_string(rank);
+      expect_same_dispatch(s, l, what);
+      for (const bool weighted : {false, true}) {
+        l.combine(weighted, true);
+        s.combine(weighted, true);
+        sync();
+        expect_same(s.y.data(), l.y.data(), s.y.size(), what + ": y");
+      }
+    }
+  });
+  sim::options().num_sms = before;
+}
+
 // Every format and type of rows; a block sends more rows than it has warps, and each has more
 // scales than a warp keeps at a time.
 TEST(SmallBatchesQuantised, InLongRows) {
