@@ -119,7 +119,7 @@ TEST(SmallBatchesUneven, GiveWhatTheLargePathGives) {
 // Each of the rest knows the places of its own rank alone.
 TEST(SmallBatchesOnManyBlocks, GiveWhatTheLargePathGives) {
   constexpr int kBlocks = 28;
-  const Shape c{2, 6, 3, 32, 20};
+  const Shape c{2, 6, 3, 32, 90};  // more rows than there are blocks
   const int before = sim::options().num_sms;
   sim::options().num_sms = kBlocks;
   run_devices(c.ranks, [&](std::shared_ptr<Bootstrap> bootstrap) {
