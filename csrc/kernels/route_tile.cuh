@@ -12,6 +12,7 @@
 #include "epcomm/types.h"
 #include "kernels/device.cuh"
 #include "kernels/kernels.h"
+#include "kernels/rows.cuh"
 #include "kernels/token_layout.h"
 
 namespace epcomm {
@@ -142,12 +143,7 @@ __device__ __forceinline__ int32_t line_up_groups(const RouteExperts& experts, i
     const int e = first + lane;
     const bool mine = e < experts.num_experts && experts.owner(e) == owner;
     const int32_t size = mine ? (experts.total(e) + alignment - 1) / alignment * alignment : 0;
-    int32_t sum = size;  // of lanes up to this one
-#pragma unroll
-    for (int d = 1; d < kWarpSize; d *= 2) {
-      const int32_t below = __shfl_up_sync(kFullWarp, sum, d);
-      if (lane >= d) sum += below;
-    }
+    const int32_t sum = up_to_lane(size);
     if (mine) put(e, end + sum - size);
     end += __shfl_sync(kFullWarp, sum, kWarpSize - 1);
   }

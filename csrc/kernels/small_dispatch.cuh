@@ -9,9 +9,9 @@
 //      their signals.
 // Blocks that receive:
 //   3. Wait for the entries of all ranks, and have their ids. From them (kernels/small_route.cuh):
-//      bit masks of all ranks' tokens, counts, the rows of every layout. Fill the plan, and clear
-//      what no token will write.
-//   4. Each received token, when it has arrived, goes to the rows that carry it.
+//      bit masks of all ranks' tokens, counts, the rows of every layout.
+//   4. A few of them, or all where there are few, fill the plan and clear what no token will write.
+//      The others: each received token, when it has arrived, goes to the rows that carry it.
 // The send half is 1 and 2, the receive half 3 and 4.
 //
 // Buffers: topk_idx [T, K] (or plan.topk_idx), topk_weights, x, scales are read. In every rank's

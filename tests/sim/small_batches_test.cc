@@ -75,6 +75,21 @@ INSTANTIATE_TEST_SUITE_P(All, SmallBatches,
                                   std::to_string(info.param.hidden);
                          });
 
+// A dispatch on each Buffer, and combines without and with weights.
+void expect_same_round_trip(Calls& small, Calls& large, const std::string& what) {
+  for (Calls* calls : {&large, &small}) {
+    calls->route();
+    calls->dispatch();
+  }
+  sync();
+  expect_same_dispatch(small, large, what);
+  for (const bool weighted : {false, true}) {
+    for (Calls* calls : {&large, &small}) calls->combine(weighted, true);
+    sync();
+    expect_same(small.y.data(), large.y.data(), small.y.size(), what + ": y");
+  }
+}
+
 // One rank has nearly all tokens, so that a block has many rows from one source and none from
 // others, and warps have several rows each.
 TEST(SmallBatchesUneven, GiveWhatTheLargePathGives) {
@@ -98,19 +113,7 @@ TEST(SmallBatchesUneven, GiveWhatTheLargePathGives) {
       round.scales = numbers(random, tokens * kScaleBytes / 4, Dtype::kFloat32);
       round.bias = numbers(random, tokens * static_cast<size_t>(c.hidden), round.combine_dtype);
       Calls l{large, c, round}, s{small, c, round};
-      for (Calls* calls : {&l, &s}) {
-        calls->route();
-        calls->dispatch();
-      }
-      sync();
-      const std::string what = "rank " + std::to_string(busy) + " is busy";
-      expect_same_dispatch(s, l, what);
-      for (const bool weighted : {false, true}) {
-        l.combine(weighted, true);
-        s.combine(weighted, true);
-        sync();
-        expect_same(s.y.data(), l.y.data(), s.y.size(), what + ": y");
-      }
+      expect_same_round_trip(s, l, "rank " + std::to_string(busy) + " is busy");
     }
   });
 }
@@ -131,19 +134,8 @@ TEST(SmallBatchesOnManyBlocks, GiveWhatTheLargePathGives) {
       Calls l{large, c, round};
       round.num_sms = kBlocks;
       Calls s{small, c, round};
-      for (Calls* calls : {&l, &s}) {
-        calls->route();
-        calls->dispatch();
-      }
-      sync();
-      const std::string what = "round " + std::to_string(seed) + ", rank " + std::to_string(rank);
-      expect_same_dispatch(s, l, what);
-      for (const bool weighted : {false, true}) {
-        l.combine(weighted, true);
-        s.combine(weighted, true);
-        sync();
-        expect_same(s.y.data(), l.y.data(), s.y.size(), what + ": y");
-      }
+      expect_same_round_trip(s, l,
+                             "round " + std::to_string(seed) + ", rank " + std::to_string(rank));
     }
   });
   sim::options().num_sms = before;
