@@ -43,7 +43,6 @@ struct LaunchShape {
   int blocks;
   int threads;
   size_t shared_bytes = 0;  ///< dynamic shared memory per block
-  bool together = false;    ///< no block starts before there is room for all: they wait for others
 };
 
 /// Lets a kernel have so much dynamic shared memory on the current device. The driver is told only
@@ -74,11 +73,6 @@ void launch(const char* name, void (*kernel)(Args...), const LaunchShape& shape,
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute together = {};
-  together.id = cudaLaunchAttributeCooperative;
-  together.val.cooperative = 1;
-  config.attrs = &together;
-  config.numAttrs = shape.together ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, kernel, args...), name);
 }
 

@@ -50,7 +50,7 @@ struct RailDispatchArgs {
   const int32_t* first_row;  ///< [T, R]: row at rank r that is written, -1 = not sent there
   GuessedRoom room;
 };
-/// Uses exactly num_sms SMs, all at the same time.
+/// Uses exactly num_sms SMs.
 void launch_rail_dispatch(const RailDispatchArgs& args, int num_sms, cudaStream_t stream);
 
 /// Begins a combine and, where weights are given, sends them to all ranks and waits for theirs.
@@ -79,7 +79,7 @@ struct RailCombineArgs {
   const void* bias;  ///< [T, hidden], or null
   void* out;         ///< [T, hidden]
 };
-/// Uses exactly num_sms SMs, all at the same time. The formula of Buffer::combine, by nodes.
+/// Uses exactly num_sms SMs. The formula of Buffer::combine, by nodes.
 void launch_rail_combine(const RailCombineArgs& args, int num_sms, cudaStream_t stream);
 
 }  // namespace epcomm

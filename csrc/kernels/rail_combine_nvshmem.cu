@@ -11,9 +11,9 @@
 // token; or, of a rank that has pushed, its partial rows from this rank's node window. Sums go from
 // its out areas to the in areas of the sources. What stayed of forwarded rows, plan.slot [T, R],
 // topk_idx [T, K], node_slot [T, M], rank_count, node_count and bias are read; out is written.
-// Launch: num_sms blocks, one per SM, all at the same time (a cooperative launch). A warp takes
-// whole chunks, then whole tokens. Nobody waits for another node before all that it returns is on
-// its way.
+// Launch: num_sms blocks, one per SM, all of which must find room at some time: blocks wait for
+// other blocks, of this rank, too. A warp takes whole chunks, then whole tokens. Nobody waits for
+// another node before all that it returns is on its way.
 // Memory order: kernels/link.cuh, kernels/rail.cuh. x is acquired with the entries of its ranks.
 // Partial rows are stored by the kernels before, which a fence at system scope and the signal of
 // block 0 release.
@@ -309,10 +309,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 void launch_rail_enter(const RailEnterArgs& args, cudaStream_t stream) {
-  launch(
-      "launch of rail_enter", rail_enter_kernel,
-      {args.topk_weights == nullptr ? 1 : persistent_blocks(kEnterBlocks), kEnterThreads, 0, true},
-      stream, args);
+  launch("launch of rail_enter", rail_enter_kernel,
+         {args.topk_weights == nullptr ? 1 : persistent_blocks(kEnterBlocks), kEnterThreads},
+         stream, args);
 }
 
 void launch_rail_combine(const RailCombineArgs& args, int num_sms, cudaStream_t stream) {
@@ -321,8 +320,7 @@ void launch_rail_combine(const RailCombineArgs& args, int num_sms, cudaStream_t 
   const auto kernel =
       for_dtype(args.dtype, rail_combine_kernel<Dtype::kBfloat16>,
                 rail_combine_kernel<Dtype::kFloat16>, rail_combine_kernel<Dtype::kFloat32>);
-  launch("launch of rail_combine", kernel, {persistent_blocks(num_sms), kThreads, 0, true}, stream,
-         args);
+  launch("launch of rail_combine", kernel, {persistent_blocks(num_sms), kThreads}, stream, args);
 }
 
 }  // namespace epcomm

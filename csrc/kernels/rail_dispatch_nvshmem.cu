@@ -6,12 +6,13 @@
 // rank's window: out areas are filled and put to in areas of forwarders (kernels/rail_layout.h). In
 // the node windows, at the offsets that rank r announced: rows, scales and records of recv_x,
 // recv_scales and recv_meta, entries of recv_topk_idx and recv_topk_weights. What stays of
-// forwarded rows (ForwardedLayout) and their node_count in the plan are written. Launch: num_sms
-// blocks, one per SM, all at the same time (a cooperative launch). The first warps of a block move
-// rows: those of this rank within the node, then those that arrive. The other warps put: a chunk
-// each, to the nodes in shifted order; then they write records and scales, in the same order as the
-// others move rows. Nobody waits for what comes before all of its own is on its way. Memory order:
-// kernels/link.cuh, kernels/rail.cuh, kernels/move_rows.cuh.
+// forwarded rows (ForwardedLayout) and their node_count in the plan are written.
+// Launch: num_sms blocks, one per SM, all of which must find room at some time: blocks wait for
+// other blocks, of this rank, too. The first warps of a block move rows: those of this rank within
+// the node, then those that arrive. The other warps put: a chunk each, to the nodes in shifted
+// order; then they write records and scales, in the same order as the others move rows. Nobody
+// waits for what comes before all of its own is on its way.
+// Memory order: kernels/link.cuh, kernels/rail.cuh, kernels/move_rows.cuh.
 #include <algorithm>
 
 #include "kernels/launch.cuh"
@@ -340,7 +341,7 @@ void launch_rail_dispatch(const RailDispatchArgs& args, int num_sms, cudaStream_
                                    static_cast<size_t>(shape.piece_bytes)
                              : 0;
   launch("launch of rail_dispatch", rail_dispatch_kernel,
-         {persistent_blocks(num_sms), kThreads, stages, true}, stream, KernelArgs{args, shape});
+         {persistent_blocks(num_sms), kThreads, stages}, stream, KernelArgs{args, shape});
 }
 
 }  // namespace epcomm

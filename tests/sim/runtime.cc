@@ -177,10 +177,6 @@ cudaError_t enqueue_grid(const cudaLaunchConfig_t& config, std::function<void()>
       threads.y * threads.z != 1 || config.dynamicSmemBytes > most_shared_bytes ||
       most_shared_bytes > kMaxShared || args_bytes > kMaxArgs)
     return remember(cudaErrorInvalidConfiguration);
-  // One block per SM has room, whatever its size.
-  if (config.numAttrs != 0 && config.attrs->val.cooperative != 0 &&
-      blocks.x > static_cast<unsigned>(options().num_sms))
-    return remember(cudaErrorCooperativeLaunchTooLarge);
   Stream& stream = resolve(config.stream);
   const int i = stream.device();
   if (failed(i)) return remember(cudaErrorLaunchFailure);

@@ -20,7 +20,6 @@ enum cudaError_t {
   cudaErrorInvalidDevice = 101,
   cudaErrorNotReady = 600,
   cudaErrorLaunchFailure = 719,
-  cudaErrorCooperativeLaunchTooLarge = 720,
   cudaErrorStreamCaptureInvalidated = 901,
 };
 enum cudaDeviceAttr {
@@ -63,19 +62,10 @@ using cudaEvent_t = epcomm::sim::Event*;
 using cudaGraph_t = epcomm::sim::Graph*;
 using cudaGraphExec_t = epcomm::sim::Graph*;
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2 };
-struct cudaLaunchAttribute {
-  cudaLaunchAttributeID id;
-  union {
-    int cooperative;
-  } val;
-};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
-  cudaLaunchAttribute* attrs = nullptr;
-  unsigned numAttrs = 0;
 };
 
 cudaError_t cudaGetLastError();
