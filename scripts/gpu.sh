@@ -8,6 +8,7 @@
 #                               the folder that `make engines` filled; TEST_K selects
 # TEST_K selects among the tests, as pytest -k does; EPCOMM_TEST_RANKS=5,6,7,8 the conformance tests of so many ranks.
 # BENCH_K selects among the runs of the bench by name, as grep -E does: BENCH_K='bf16|small'. SMS: the sweeps' values.
+# EPCOMM_TEST_RANKS_PER_GPU=4 tests with four ranks on each GPU, under MPS if it is installed; the bench still has one rank per GPU.
 # LIMIT: seconds for everything; what does not fit is cut short or left out, and counts as failed.
 # DeepEP is measured beside epcomm where Python finds it (PYTHONPATH).
 set -u -o pipefail
@@ -27,9 +28,20 @@ for folder in $(tr : " " <<<"${PYTHONPATH:-}") $("$PYTHON" -c 'import site; prin
     export LD_LIBRARY_PATH=$folder/nvidia/nvshmem/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
   fi
 done
+RANKS_PER_GPU=${EPCOMM_TEST_RANKS_PER_GPU:-1}
+RANKS=$((GPUS * RANKS_PER_GPU < 4 ? GPUS * RANKS_PER_GPU : 4))
 # Which conformance tests the other ways between GPUs run: all ranks, one 16-bit and one quantised format.
-MODES_K=${MODES_K:-"nccl-$((GPUS < 4 ? GPUS : 4)) and (bf16 or fp8)"}
+MODES_K=${MODES_K:-"nccl-$RANKS and (bf16 or fp8)"}
 failed=()
+
+# Ranks of one GPU run side by side under MPS, each on at most its share of the SMs: kernels of ranks that wait for each other must all be
+# on the GPU at once. Without MPS they take turns of milliseconds.
+if [ "$RANKS_PER_GPU" -gt 1 ] && command -v nvidia-cuda-mps-control >/dev/null; then
+  CUDA_MPS_PIPE_DIRECTORY=$(mktemp -d) && export CUDA_MPS_PIPE_DIRECTORY
+  export CUDA_MPS_LOG_DIRECTORY=$CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=$((97 / RANKS_PER_GPU))
+  nvidia-cuda-mps-control -d
+  trap 'nvidia-cuda-mps-control <<<quit' EXIT
+fi
 
 # step NAME SECONDS COMMAND...: runs under a timeout, keeps the log, remembers a failure.
 step() {
@@ -145,13 +157,13 @@ for wanted in $STEPS; do
       ;;
     rdma)
       # 16-bit, fp8 and quantised rows between all ranks; nodes; everything of tests/test_rdma.py and test_hierarchical_gpu.py.
-      rdma_k=${RDMA_K:-"test_rdma or hierarchical or (rdma-$((GPUS < 4 ? GPUS : 4)) and (bf16 or fp8))"}
+      rdma_k=${RDMA_K:-"test_rdma or hierarchical or (rdma-$RANKS and (bf16 or fp8))"}
       rdma_tests=("${RDMA_TIMEOUT:-300}" tests/test_conformance.py tests/test_rdma.py tests/test_hierarchical_gpu.py -k "$rdma_k")
       step rdma-softnic 120 make -C tests/softnic PYTHON="$PYTHON"
       EPCOMM_TEST_NVSHMEM=peer tests rdma-peer "${rdma_tests[@]}"
       EPCOMM_TEST_NVSHMEM=card tests rdma-card "${rdma_tests[@]}"
       # Two nodes of several GPUs each; host names of its own need root.
-      if [ "$GPUS" -ge 4 ] && [ "$(id -u)" = 0 ]; then
+      if [ "$RANKS" -ge 4 ] && [ "$(id -u)" = 0 ]; then
         EPCOMM_TEST_NVSHMEM=nodes tests rdma-nodes "${rdma_tests[@]}"
       fi
       # Next to the same GPUs by loads and stores.

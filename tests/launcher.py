@@ -28,11 +28,15 @@ import torch.distributed as dist
 WANTED_RANKS = tuple(int(n) for n in os.environ.get("EPCOMM_TEST_RANKS", "").split(",") if n)
 CPU_RANKS = max(7, *WANTED_RANKS, 0)
 SIMULATED_RANKS = 4
-# More than one: slow, since the ranks of a GPU take turns, and not for nccl, which refuses it.
+# More than one: under MPS side by side, each on its share of the SMs; else slow, since they take
+# turns. CONTRIBUTING.md has both.
 RANKS_PER_GPU = int(os.environ.get("EPCOMM_TEST_RANKS_PER_GPU", "1"))
 GROUP_TIMEOUT_S = 60.0
 # A rank that fails leaves its peers waiting for it; this is how long they may take to say so.
 GRACE_S = 3.0
+
+# NCCL's way between hosts, on one machine.
+OVER_LOOPBACK = {"NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["numpy", "torch", "torch.distributed"])
@@ -44,6 +48,13 @@ class RankFailed(AssertionError):
     def __init__(self, rank: int, text: str):
         super().__init__(f"rank {rank} failed\n{text}")
         self.rank = rank
+
+    def beside(self, outcomes: dict[int, "Outcome"]) -> "RankFailed":
+        """The same, with the last line of what failed on other ranks."""
+        for rank, outcome in sorted(outcomes.items()):
+            if outcome.error and rank != self.rank:
+                self.args = (f"{self}\nrank {rank}: {outcome.error.splitlines()[-1]}",)
+        return self
 
 
 @dataclass(frozen=True)
@@ -74,10 +85,14 @@ def _join(rank: int, num_ranks: int, store: str, device: str) -> None:
 
         rdma_modes.prepare(rank, num_ranks)
     if device in ("cuda", "rdma"):
-        torch.cuda.set_device(rank % torch.cuda.device_count())
+        gpus = torch.cuda.device_count()
+        torch.cuda.set_device(rank % gpus)
+        # NCCL takes ranks of different ids for ranks of different machines, which have a GPU each.
         if hosts := int(os.environ.get("EPCOMM_TEST_HOSTS", "0")):
-            # NCCL takes ranks of different ids for ranks of different machines.
             os.environ["NCCL_HOSTID"] = f"host{rank * hosts // num_ranks}"
+        elif RANKS_PER_GPU > 1:
+            os.environ["NCCL_HOSTID"] = f"host{rank // gpus}"
+            os.environ.update(OVER_LOOPBACK)
     if device == "simulated":
         import simulated
 
@@ -158,16 +173,22 @@ def group_of(ranks: Sequence[int]) -> dist.ProcessGroup:
     return _groups[key]
 
 
+def gpu_ranks(most: int | None = None) -> int:
+    """How many ranks the GPUs of this machine take, and no more than `most`."""
+    ranks = torch.cuda.device_count() * RANKS_PER_GPU
+    return ranks if most is None else min(ranks, most)
+
+
 class Pool:
     """Ranks that are started once. A failure that leaves ranks blocked restarts all of them.
 
-    size: how many; if not given, CPU_RANKS, SIMULATED_RANKS or RANKS_PER_GPU on each GPU.
+    size: how many; if not given, CPU_RANKS, SIMULATED_RANKS or gpu_ranks().
     """
 
     def __init__(self, device: str, size: int | None = None):
         self.device = device
         usual = {"cpu": CPU_RANKS, "simulated": SIMULATED_RANKS}
-        self.size = size or usual.get(device) or torch.cuda.device_count() * RANKS_PER_GPU
+        self.size = size or usual.get(device) or gpu_ranks()
         self._set: _Processes | None = None
 
     def run(self, num_ranks: int, fn: Callable, *args: Any, timeout: float = 120.0) -> list[Any]:
@@ -193,7 +214,7 @@ class Pool:
                 deadline = min(deadline, time.monotonic() + GRACE_S)
         if failed:
             self.kill()
-            raise failed
+            raise failed.beside(outcomes)
         for outcome in outcomes.values():
             if outcome.skip:
                 raise unittest.SkipTest(outcome.skip)

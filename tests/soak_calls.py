@@ -35,11 +35,9 @@ def calls(usual: int, full: int) -> int:
     return max(1, usual // (1 if shared == 1 else 8 * shared))
 
 
-def ranks(transport: str, least: int = 1) -> int:
-    """Ranks to run on: those of the pool, but one per GPU for nccl, which refuses more."""
+def ranks(least: int = 1) -> int:
+    """Ranks to run on: those of the pool."""
     size = launcher.pool("cuda").size
-    if transport == "nccl":
-        size = min(size, torch.cuda.device_count())
     if size < least:
         pytest.skip(f"needs {least} ranks, this machine has {size}")
     return size

@@ -197,7 +197,7 @@ def run_lost_peer(
 @pytest.mark.parametrize("host_sync", [True, False])
 @pytest.mark.parametrize(("transport", "max_tokens"), SIZES)
 def test_lost_peer(transport: str, max_tokens: int, host_sync: bool, how: signal.Signals) -> None:
-    size = min(torch.cuda.device_count(), 3)
+    size = launcher.gpu_ranks(3)
     with launcher.spawn(
         size, run_lost_peer, transport, max_tokens, host_sync, device="cuda"
     ) as ranks:

@@ -68,7 +68,7 @@ def run_cycles(
     ],
 )
 def test_buffers_leave_nothing(transport: str, options: Any, usual: int, full: int) -> None:
-    size, count = ranks(transport), calls(usual, full)
+    size, count = ranks(), calls(usual, full)
     pool = launcher.pool("cuda")
     args = ("cuda", transport, options, count)
     for before, after in pool.run(size, run_cycles, *args, timeout=60.0 + 2.0 * count):
@@ -132,4 +132,4 @@ def check_killed(
 def test_killed_between_or_in_calls(
     transport: str, options: dict[str, str], most: int, delay_s: float
 ) -> None:
-    check_killed(min(ranks(transport, 2), 4), "cuda", transport, options, most, delay_s)
+    check_killed(min(ranks(2), 4), "cuda", transport, options, most, delay_s)

@@ -35,7 +35,7 @@ CYCLES_PER_S = 1.7e9  # of a GPU, about
 
 
 def check_calls(transport: str, options: dict[str, str], shapes: Any, count: int) -> None:
-    size = ranks(transport)
+    size = ranks()
     args = ("cuda", transport, [options], shapes, count)
     done = launcher.pool("cuda").run(size, run_calls, *args, timeout=60.0 + 0.2 * count)
     assert done == [count] * size
@@ -106,7 +106,7 @@ LATE = (("nvlink", LARGE, 600), ("nvlink", SMALL, 256), ("nccl", {}, 600))
 
 @pytest.mark.parametrize(("transport", "options", "most"), LATE)
 def test_late_ranks_change_no_bit(transport: str, options: dict[str, str], most: int) -> None:
-    size = ranks(transport, 2)
+    size = ranks(2)
     compared = launcher.pool("cuda").run(size, run_late, "cuda", transport, options, most, 0.1)
     assert min(compared) == 2 * 6 * size
 
@@ -208,7 +208,7 @@ GRAPHS = (
 
 @pytest.mark.parametrize(("transport", "options", "most"), GRAPHS)
 def test_several_graphs(transport: str, options: dict[str, str], most: int) -> None:
-    size, count = ranks(transport), calls(500, 5000)
+    size, count = ranks(), calls(500, 5000)
     args = ("cuda", transport, options, most, count)
     done = launcher.pool("cuda").run(size, run_graphs, *args, timeout=60.0 + 0.2 * count)
     assert done == [count] * size

@@ -24,8 +24,6 @@ DEVICES = pytest.mark.parametrize(
         pytest.param("cuda", marks=pytest.mark.gpu),
     ],
 )
-# NCCL's way between hosts, on one machine.
-BETWEEN_HOSTS = {"NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
 TIMEOUT_S = 20.0
 
 
@@ -125,13 +123,33 @@ def run_one_differs(group: Any, parent: Any, device: str) -> list[str]:
 
 @DEVICES
 def test_ranks_whose_environments_differ_agree(device: str) -> None:
-    size = 3 if device == "simulated" else min(torch.cuda.device_count(), 3)
+    size = 3 if device == "simulated" else launcher.gpu_ranks(3)
     if size < 2:
         pytest.skip("needs 2 ranks")
-    with launcher.spawn(size, run_one_differs, device, device=device, env=BETWEEN_HOSTS) as ranks:
+    env = launcher.OVER_LOOPBACK
+    with launcher.spawn(size, run_one_differs, device, device=device, env=env) as ranks:
         for texts in ranks.results(timeout=120.0):
             reason = "transport nccl: rows go through NCCL, not window, because ranks 0 and 1"
             assert len([text for text in texts if text.startswith(reason)]) == 1, texts
+
+
+def run_one_gpu(group: Any, parent: Any, device: str) -> None:
+    if device == "cuda":
+        torch.cuda.set_device(0)
+    with (
+        variable("NCCL_HOSTID", "here"),
+        pytest.raises(ValueError, match=r"ranks 0 and 1 use the same GPU; call torch.cuda"),
+    ):
+        make(group, algorithm="static")
+    with variable("NCCL_HOSTID", f"host{group.rank()}"), make(group, algorithm="static") as buf:
+        round_trips(buf, device)
+
+
+@DEVICES
+def test_ranks_of_one_gpu_need_host_ids(device: str) -> None:
+    env = launcher.OVER_LOOPBACK | {"EPCOMM_SIM_GPU": "7"}
+    with launcher.spawn(2, run_one_gpu, device, device=device, env=env) as ranks:
+        ranks.results(timeout=120.0)
 
 
 def run_by_itself(group: Any, parent: Any, device: str, taken: bool) -> list[str]:
@@ -155,7 +173,7 @@ def run_by_itself(group: Any, parent: Any, device: str, taken: bool) -> list[str
 @DEVICES
 @pytest.mark.parametrize("disabled", ["0", "1"])
 def test_what_is_taken_is_logged(device: str, disabled: str) -> None:
-    size = 2 if device == "simulated" else min(torch.cuda.device_count(), 4)
+    size = 2 if device == "simulated" else launcher.gpu_ranks(4)
     reason = {
         "0": "transport nccl: algorithm window, because every GPU of the group can address",
         "1": "transport nccl: rows go through NCCL, not window, because NCCL_P2P_DISABLE is 1 on",

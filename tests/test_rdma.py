@@ -145,8 +145,8 @@ def run_first_over_one(group: Any, parent: launcher.Parent) -> str:
 
 @only_peer
 def test_the_first_buffer_decides_who_takes_part() -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
+    if launcher.gpu_ranks() < 2:
+        pytest.skip("needs two ranks")
     env = {**rdma_modes._ALWAYS, **rdma_modes.MODES["peer"]}
     with launcher.spawn(2, run_first_over_one, device="cuda", env=env) as ranks:
         texts = ranks.results()
@@ -163,7 +163,7 @@ def run_exit(group: Any, parent: launcher.Parent) -> None:
 
 def test_processes_end() -> None:
     """NVSHMEM is never finalised; processes end all the same."""
-    size = min(torch.cuda.device_count(), 2)
+    size = launcher.gpu_ranks(2)
     with launcher.spawn(size, run_exit, device="rdma") as ranks:
         ranks.results(timeout=120.0)
         assert ranks.exit_codes(range(size), timeout=15.0) == [0] * size
@@ -175,9 +175,9 @@ def test_processes_end() -> None:
 )
 @pytest.mark.parametrize("host_sync", [True, False])
 def test_lost_peer(host_sync: bool, how: signal.Signals) -> None:
-    size = min(torch.cuda.device_count(), 3)
+    size = launcher.gpu_ranks(3)
     if size < 2:
-        pytest.skip("needs two GPUs")
+        pytest.skip("needs two ranks")
     with launcher.spawn(size, run_lost_peer, "rdma", 256, host_sync, device="rdma") as ranks:
         for r in range(size):
             assert ranks.hear(r, 120.0) == "ready"

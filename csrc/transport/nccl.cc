@@ -95,7 +95,7 @@ NcclTransport::NcclTransport(const TransportContext& context, const NcclOptions&
       chunks_(options_.chunks),
       small_(takes(NcclAlgorithm::kSmall, "small", options_, why_not_small(context))),
       route_(config_, experts_, rank_, num_ranks_),
-      comm_(context.bootstrap, context.options.timeout_s, options_.ctas),
+      comm_(context.bootstrap, context.options, options_.ctas),
       watchdog_(
           context.bootstrap, context.options.timeout_s, [this] { comm_.abort(); },
           [this] { return comm_.failed(); }) {

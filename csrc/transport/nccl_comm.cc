@@ -27,14 +27,22 @@ void leave_captures_alone() {
 struct Introduction {
   ncclUniqueId id;  // rank 0's counts
   cudaUUID_t gpu;   // never the ordinal, which CUDA_VISIBLE_DEVICES renames
+  char host[96];    // NCCL_HOSTID; empty = none
 };
 
-Introduction introduce() {
+Introduction introduce(const std::string& host) {
   int device = 0;
   EPCOMM_CUDA_TRY(cudaGetDevice(&device));
   cudaDeviceProp properties{};
   EPCOMM_CUDA_TRY(cudaGetDeviceProperties(&properties, device));
-  return {{}, properties.uuid};
+  Introduction mine{{}, properties.uuid, {}};
+  std::strncpy(mine.host, host.c_str(), sizeof mine.host - 1);
+  return mine;
+}
+
+// As NCCL takes it: ranks that NCCL_HOSTID puts on different hosts may share a GPU.
+bool share_gpu(const Introduction& a, const Introduction& b) {
+  return std::memcmp(&a.gpu, &b.gpu, sizeof a.gpu) == 0 && std::strcmp(a.host, b.host) == 0;
 }
 
 // Throws on all ranks if two of them use one GPU: NCCL would refuse it less plainly.
@@ -42,7 +50,7 @@ void check_own_gpus(const std::vector<Introduction>& all) {
   for (size_t a = 0; a < all.size(); ++a)
     for (size_t b = a + 1; b < all.size(); ++b)
       EPCOMM_CHECK(
-          std::memcmp(&all[a].gpu, &all[b].gpu, sizeof(cudaUUID_t)) != 0,
+          !share_gpu(all[a], all[b]),
           "ranks " + std::to_string(a) + " and " + std::to_string(b) +
               " use the same GPU; call torch.cuda.set_device with a GPU of its own on each rank");
 }
@@ -67,9 +75,9 @@ class Group {
 
 }  // namespace
 
-NcclComm::NcclComm(Bootstrap& bootstrap, double timeout_s, int ctas)
+NcclComm::NcclComm(Bootstrap& bootstrap, const BufferOptions& options, int ctas)
     : api_(NcclApi::get()), rank_(bootstrap.rank()), num_ranks_(bootstrap.size()) {
-  Introduction mine = introduce();
+  Introduction mine = introduce(options.host);
   if (rank_ == 0) EPCOMM_NCCL_TRY(api_.GetUniqueId(&mine.id));
   std::vector<Introduction> all(static_cast<size_t>(num_ranks_));
   bootstrap.all_gather(&mine, all.data(), sizeof mine);
@@ -100,7 +108,8 @@ NcclComm::NcclComm(Bootstrap& bootstrap, double timeout_s, int ctas)
       made->set_exception(std::current_exception());
     }
   }).detach();
-  if (future.wait_for(std::chrono::duration<double>(timeout_s)) != std::future_status::ready)
+  if (future.wait_for(std::chrono::duration<double>(options.timeout_s)) !=
+      std::future_status::ready)
     throw PeerLost(-1, Operation::kInit, 0, "some rank did not join the NCCL communicator in time");
   comm_ = future.get();
 }

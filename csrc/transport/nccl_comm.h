@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "epcomm/bootstrap.h"
+#include "epcomm/types.h"
 #include "transport/gpu_memory.h"
 #include "transport/nccl_api.h"
 
@@ -38,8 +39,8 @@ class NcclComm {
 
   /// Collective. Also connects all pairs, so that later calls neither allocate nor block. ctas: the
   /// fewest thread blocks that NCCL prepares for (ncclConfig_t::minCTAs), at most kMostCtas, 0 =
-  /// its choice. PeerLost after timeout_s.
-  NcclComm(Bootstrap& bootstrap, double timeout_s, int ctas);
+  /// its choice. PeerLost after options.timeout_s. Ranks of one options.host need a GPU each.
+  NcclComm(Bootstrap& bootstrap, const BufferOptions& options, int ctas);
   ~NcclComm();
   NcclComm(const NcclComm&) = delete;
   NcclComm& operator=(const NcclComm&) = delete;

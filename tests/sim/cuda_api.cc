@@ -81,9 +81,11 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   return remember(cudaErrorInvalidValue);
 }
 
-// Processes have devices of their own.
+// Processes have devices of their own, but where EPCOMM_SIM_GPU, a number, names them: then it is
+// one device.
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int i) {
-  const int id[] = {static_cast<int>(::getpid()), i};
+  const char* named = std::getenv("EPCOMM_SIM_GPU");
+  const int id[] = {named == nullptr ? static_cast<int>(::getpid()) : std::atoi(named), i};
   static_assert(sizeof id <= sizeof properties->uuid);
   *properties = {};
   std::memcpy(&properties->uuid, id, sizeof id);
