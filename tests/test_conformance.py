@@ -13,7 +13,6 @@ from unittest import SkipTest
 import pytest
 
 import launcher
-import rdma_modes
 from cases import CASES, FORMATS, Case, Format
 from checks import Layout
 from epcomm import _core, nvshmem
@@ -71,7 +70,6 @@ TRANSPORTS = (
         "rdma",
         marks=(pytest.mark.gpu, pytest.mark.rdma),
         slow_to_make=True,
-        options=rdma_modes.OPTIONS,
     ),
     Transport(
         "hierarchical",
@@ -80,7 +78,7 @@ TRANSPORTS = (
         marks=(pytest.mark.gpu, pytest.mark.rdma),
         slow_to_make=True,
         nodes=((4, 2), (2, 1), (4, 1), (3, 2), (4, 3), (2, 2)),
-        options=(("chunk_tokens", 3), *rdma_modes.OPTIONS),
+        options=(("chunk_tokens", 3),),
     ),
 )
 RANKS = (1, 2, 3, 4, 7)

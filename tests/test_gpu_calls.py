@@ -57,7 +57,9 @@ def check_round_trip(x: torch.Tensor, idx: torch.Tensor, w: torch.Tensor, y: tor
     assert torch.equal(y.float(), expected.bfloat16().float())
 
 
-def run_graph(group: Any, layout: str, transport: str, options: dict[str, str]) -> None:
+def run_graph(
+    group: Any, layout: str, transport: str, options: dict[str, str] | None = None
+) -> None:
     """One captured dispatch and combine, replayed with new rows and new routing."""
     tokens = 64
     buf = make(group, transport, max_tokens=tokens, transport_options=options)

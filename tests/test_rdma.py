@@ -29,7 +29,7 @@ only_peer = pytest.mark.skipif(rdma_modes.MODE != "peer", reason="says nothing a
 @pytest.mark.parametrize("layout", ["token", "expert", "padded"])
 def test_graph(layout: str) -> None:
     pool = launcher.pool("rdma")
-    pool.run(pool.size, run_graph, layout, "rdma", dict(rdma_modes.OPTIONS), timeout=240.0)
+    pool.run(pool.size, run_graph, layout, "rdma", timeout=240.0)
 
 
 def test_bad_expert_id() -> None:
@@ -39,10 +39,7 @@ def test_bad_expert_id() -> None:
 
 def run_random(group: Any, count: int) -> None:
     """Buffers in turn, random sizes and layouts; eager, asynchronous and in halves."""
-    bufs = [
-        make(group, "rdma", transport_options=dict(rdma_modes.OPTIONS), max_tokens=most)
-        for most in (64, 200)
-    ]
+    bufs = [make(group, "rdma", max_tokens=most) for most in (64, 200)]
     rng = torch.Generator().manual_seed(11)
     for _ in range(count):
         draw = torch.randint(0, 1 << 30, (8,), generator=rng).tolist()
@@ -79,7 +76,7 @@ def test_random_calls() -> None:
 
 def run_counted(group: Any) -> tuple[int, list[int]]:
     before = rdma_modes.card_counts()
-    with make(group, "rdma", transport_options=dict(rdma_modes.OPTIONS), max_tokens=8) as buf:
+    with make(group, "rdma", max_tokens=8) as buf:
         x, idx, weights = batch(buf.rank, 8)
         recv = buf.dispatch(x, idx, weights)
         buf.combine(recv.x, recv.plan, topk_weights=weights)
@@ -102,13 +99,13 @@ def run_subgroups(group: Any) -> None:
     """Buffers over parts of the job, beside one over all of it, made and ended in any order."""
     from epcomm import Buffer
 
-    everyone = make(group, "rdma", transport_options=dict(rdma_modes.OPTIONS), max_tokens=16)
+    everyone = make(group, "rdma", max_tokens=16)
     size, rank = group.size(), group.rank()
     parts = [list(range(r, size, 2)) for r in range(2)] if size > 2 else [[0], [1]]
     groups = [launcher.group_of(part) for part in parts]
     mine = next(g for g, part in zip(groups, parts, strict=True) if rank in part)
     for seed in range(6):
-        part: Buffer = make(mine, "rdma", transport_options=dict(rdma_modes.OPTIONS), max_tokens=16)
+        part: Buffer = make(mine, "rdma", max_tokens=16)
         for buf in (everyone, part, everyone):
             x, idx, weights = batch(100 * seed + rank, 16)
             recv = buf.dispatch(x, idx, weights)
@@ -116,9 +113,7 @@ def run_subgroups(group: Any) -> None:
         part.destroy()
         if seed % 2 == 0:
             everyone.destroy()
-            everyone = make(
-                group, "rdma", transport_options=dict(rdma_modes.OPTIONS), max_tokens=16
-            )
+            everyone = make(group, "rdma", max_tokens=16)
     everyone.destroy()
 
 
@@ -135,9 +130,9 @@ def run_first_over_one(group: Any, parent: launcher.Parent) -> str:
     from epcomm import Error
 
     if group.rank() == 0:
-        make(alone, "rdma", transport_options=dict(rdma_modes.OPTIONS), max_tokens=8).destroy()
+        make(alone, "rdma", max_tokens=8).destroy()
     try:
-        make(group, "rdma", transport_options=dict(rdma_modes.OPTIONS), max_tokens=8)
+        make(group, "rdma", max_tokens=8)
     except Error as error:
         return str(error)
     return ""
@@ -154,7 +149,7 @@ def test_the_first_buffer_decides_who_takes_part() -> None:
 
 
 def run_exit(group: Any, parent: launcher.Parent) -> None:
-    buf = make(group, "rdma", transport_options=dict(rdma_modes.OPTIONS), max_tokens=8)
+    buf = make(group, "rdma", max_tokens=8)
     x, idx, weights = batch(buf.rank, 8)
     recv = buf.dispatch(x, idx, weights)
     buf.combine(recv.x, recv.plan)
@@ -185,7 +180,7 @@ def test_lost_peer(host_sync: bool, how: signal.Signals) -> None:
         time.sleep(0.2)
         for r in range(size - 1):
             ranks.tell(r)
-        for rank, operation, _, seconds in ranks.results(range(size - 1)):
+        for rank, operation, _, seconds, _ in ranks.results(range(size - 1)):
             assert rank == size - 1
             assert operation in ("route", "dispatch")
             assert seconds < 5.0

@@ -21,8 +21,6 @@ class NvshmemWindow {
   virtual char* own() const = 0;
   /// NVSHMEM's number of a rank of the group.
   virtual int pe(int rank) const = 0;
-  /// Does NVSHMEM reach a rank by loads and stores, not over a network?
-  virtual bool mapped(int rank) const = 0;
   /// Peers may still write here when the window ends: its memory is not used again.
   virtual void abandon() = 0;
 };

@@ -37,19 +37,13 @@ constexpr int64_t kMostPutBytes = int64_t{1} << 30;
 
 struct Options {
   int64_t chunk_tokens = kChunkTokens;
-  bool unproven = false;  // NVSHMEM may go over a network
 };
 
 Options read_options(const TransportContext& context) {
   Options options;
   for (const auto& [name, value] : context.options.transport_options) {
     const std::string text = "transport_options['" + name + "'] is '" + value + "'; expected ";
-    if (name == "network") {
-      EPCOMM_CHECK(value == "unproven", text + "unproven");
-      options.unproven = true;
-      continue;
-    }
-    EPCOMM_CHECK(name == "chunk_tokens", text + "one of the options chunk_tokens and network");
+    EPCOMM_CHECK(name == "chunk_tokens", text + "the option chunk_tokens");
     const char* end = value.data() + value.size();
     const auto parsed = std::from_chars(value.data(), end, options.chunk_tokens);
     EPCOMM_CHECK(parsed.ec == std::errc() && parsed.ptr == end && options.chunk_tokens >= 1 &&
@@ -298,7 +292,6 @@ std::unique_ptr<Transport> make_hierarchical_gpu_transport(const TransportContex
   const Options options = read_options(context);
   const Layouts layouts(context, options);
   auto rails = make_nvshmem_window(context.bootstrap, layouts.rail.end, 0);
-  if (!options.unproven) check_mapped(context.bootstrap, *rails, "hierarchical");
   auto node =
       make_node_window(context, map_of(context), layouts.node.end + received_arena_bytes(context));
   return std::make_unique<HierarchicalGpuTransport>(context, layouts, std::move(rails),

@@ -50,13 +50,9 @@ std::unique_ptr<Transport> make_rdma_transport(const TransportContext& context) 
   EPCOMM_CHECK(context.bootstrap.size() <= kMaxLinkRanks,
                "the rdma transport takes at most " + std::to_string(kMaxLinkRanks) +
                    " ranks; this group has " + std::to_string(context.bootstrap.size()));
-  bool unproven = false;
-  for (const auto& [name, value] : context.options.transport_options) {
-    EPCOMM_CHECK(name == "network" && value == "unproven",
-                 "transport_options has '" + name + "': '" + value +
-                     "'; the rdma transport has one option, network, with the value unproven");
-    unproven = true;
-  }
+  for (const auto& [name, value] : context.options.transport_options)
+    throw InvalidArgument("transport_options has '" + name + "': '" + value +
+                          "'; the rdma transport has no options");
   const std::string why_not = why_not_small(context);
   EPCOMM_CHECK(why_not.empty(), "the rdma transport moves small batches only, and " + why_not +
                                     "; dispatch in smaller batches, or use transport='nccl'");
@@ -65,7 +61,6 @@ std::unique_ptr<Transport> make_rdma_transport(const TransportContext& context) 
                               SmallLayout::slots_bytes(config.max_tokens, config.topk));
   const SmallLayout small = small_layout(context, control.arena, nvshmem_link_kernels().puts);
   auto window = make_nvshmem_window(context.bootstrap, small.end, context.options.window_bytes);
-  if (!unproven) check_mapped(context.bootstrap, *window, "rdma");
   return std::make_unique<RdmaTransport>(context, control, small, std::move(window));
 }
 

@@ -63,11 +63,10 @@ class Buffer:
             with small batches, return memory of torch's allocator and ignore this; rdma, too, but
             takes this much symmetric memory when it needs more than it has.
         transport_options: choices of one transport, by name; nccl: "algorithm", "schedule",
-            "chunks" and "ctas" (docs/nccl.md); hierarchical: "chunk_tokens", and on GPUs "network"
-            (docs/hierarchical.md);
+            "chunks" and "ctas" (docs/nccl.md); hierarchical: "chunk_tokens" (docs/hierarchical.md);
             nvlink: "path" = "auto", "small" or "large" (docs/nvlink.md, "Small batches";
             `caps.small_batches` says which was taken, also of nccl: docs/nccl.md, "Through the
-            peers' windows"); rdma: "network" (docs/rdma.md).
+            peers' windows").
         statistics: count received tokens and the longest waits, for `statistics()`. Ranks may
             differ. None = as EPCOMM_STATISTICS says, else False.
         comm_stream: of asynchronous calls on a GPU; None = a stream of the Buffer's own.

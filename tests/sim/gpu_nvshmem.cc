@@ -23,7 +23,6 @@ class SimWindow final : public NvshmemWindow {
   char* own() const override { return window_->peer(rank_); }
   // Not the rank, so that nobody takes the one for the other.
   int pe(int rank) const override { return num_pes_ - 1 - rank; }
-  bool mapped(int) const override { return true; }
   void abandon() override {}
 
  private:
