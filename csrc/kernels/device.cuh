@@ -107,6 +107,14 @@ __device__ __forceinline__ void load_relaxed_system_if(bool there, uint32_t& v, 
       : "l"(p), "r"(static_cast<int>(there))
       : "memory");
 }
+__device__ __forceinline__ void load_relaxed_system_if(bool there, uint64_t& v, const uint64_t* p) {
+  asm volatile(
+      "{\n.reg .pred there;\nsetp.ne.s32 there, %2, 0;\n"
+      "@there ld.relaxed.sys.global.u64 %0, [%1];\n}"
+      : "+l"(v)
+      : "l"(p), "r"(static_cast<int>(there))
+      : "memory");
+}
 __device__ __forceinline__ void load_relaxed_system_if(bool there, uint4& v, const uint4* p) {
   asm volatile(
       "{\n.reg .pred there;\nsetp.ne.s32 there, %5, 0;\n"

@@ -63,7 +63,8 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   }
   prepare_route(args, GroupRoute(args));
   __syncthreads();
-  receive<GatheredLink>(args, SmallBlocks(Phase::kReceive, kDispatchSenders), call, true, true);
+  const SmallBlocks blocks(Phase::kReceive, kDispatchSenders);
+  receive<GatheredLink>(args, ReceivingTeams(blocks.receivers, args.fresh), call, true, true);
 }
 
 }  // namespace

@@ -30,23 +30,45 @@ __device__ __forceinline__ uint32_t wait_tagged(const LinkArgs& link, int source
   }
 }
 
+/// The lane's word of what source has announced briefly, in this rank's window; null = none.
+__device__ __forceinline__ const uint64_t* brief_word(const LinkArgs& link, uint64_t epoch,
+                                                      int source) {
+  return lane_index() < LinkBrief::kWords
+             ? reinterpret_cast<const uint64_t*>(link.window[link.rank] +
+                                                 link.control.brief(source, epoch)) +
+                   lane_index()
+             : nullptr;
+}
+/// Whether what the lane's word says ends the call, or may do.
+__device__ __forceinline__ bool is_doubtful(const LinkArgs& link, uint32_t value) {
+  const int lane = lane_index();
+  return lane < LinkBrief::kNumTokens ? value != static_cast<uint32_t>(link.entry.signature[lane])
+                                      : lane == LinkBrief::kTroubled && value != 0;
+}
+/// Whether source has entered the call, and wants something else or is in trouble: then it may not
+/// send what this rank waits for. By a warp.
+__device__ __forceinline__ bool link_is_doubtful(const LinkArgs& link, uint64_t epoch, int source) {
+  const uint64_t* tagged = brief_word(link, epoch, source);
+  const uint64_t word = tagged != nullptr ? load_relaxed_system(tagged) : 0;
+  const bool come = tagged == nullptr || TaggedWord::is_of(word, epoch);
+  return __all_sync(kFullWarp, come) &&
+         __any_sync(kFullWarp, tagged != nullptr && is_doubtful(link, static_cast<uint32_t>(word)));
+}
+
 /// As link_agree, where what is compared has come with the brief entries: by every block of a
-/// kernel for small batches. Fills num_tokens of call.entry only, where all is well.
+/// kernel for small batches. Fills num_tokens of call.entry only, where all is well. lost: the warp
+/// has given up a wait before, which ends the call.
 template <class Link>
-__device__ __forceinline__ bool link_agree_briefly(const LinkArgs& link, LinkCall& call,
-                                                   bool tells) {
+__device__ __forceinline__ bool link_agree_briefly(const LinkArgs& link, LinkCall& call, bool tells,
+                                                   bool lost = false) {
   if constexpr (!Link::kMapped) return link_agree<Link>(link, call, tells);
-  bool lost = false, doubtful = false;
+  bool doubtful = false;
   const int lane = lane_index(), warps = static_cast<int>(blockDim.x) / kWarpSize;
   for (int s = warp_index(); s < link.num_ranks && !lost; s += warps) {
-    const auto* words = reinterpret_cast<const uint64_t*>(link.window[link.rank] +
-                                                          link.control.brief(s, call.epoch));
-    const bool asks = lane < LinkBrief::kWords;
-    const uint32_t value = wait_tagged(link, s, asks ? words + lane : nullptr, call.epoch, lost);
-    if (lane < LinkBrief::kNumTokens)
-      doubtful |= value != static_cast<uint32_t>(link.entry.signature[lane]);
+    const uint64_t* word = brief_word(link, call.epoch, s);
+    const uint32_t value = wait_tagged(link, s, word, call.epoch, lost);
     if (lane == LinkBrief::kNumTokens) call.entry[s].num_tokens = static_cast<int32_t>(value);
-    if (lane == LinkBrief::kTroubled) doubtful |= value != 0;
+    doubtful |= is_doubtful(link, value);
   }
   if (__syncthreads_or(lost || doubtful) == 0) {
     if (thread_index() == 0 && link.token != 0 && tells)

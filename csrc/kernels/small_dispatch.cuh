@@ -8,8 +8,9 @@
 //   2. Rows: of these tokens, each once per destination rank, quantised in registers if asked. Then
 //      their signals.
 // Blocks that receive:
-//   3. Wait for the entries of all ranks, and have their ids. From them (kernels/small_route.cuh):
-//      bit masks of all ranks' tokens, counts, the rows of every layout.
+//   3. Make bit masks of all ranks' tokens from the ids as they come, and wait for the entries of
+//      all ranks; where the link puts, ids come with these. From the masks
+//      (kernels/small_route.cuh): counts, the rows of every layout.
 //   4. A few of them, or all where there are few, fill the plan and clear what no token will write.
 //      The others: each received token, when it has arrived, goes to the rows that carry it.
 // The send half is 1 and 2, the receive half 3 and 4.
@@ -85,44 +86,81 @@ __device__ __forceinline__ void clear_rest(const SmallDispatchArgs& args, const 
   if (!padded) clear_entries(place, totals.rows, place.row_capacity, team.thread(), team.threads());
 }
 
-// Where source's token t goes here, with what came with its id; lane k has slot k. n: received
-// token. lost: set if a wait was given up.
+// The token of a job, and what its source has sent beside its row: lane k has slot k. By a warp,
+// all functions.
+struct SentToken {
+  int source = 0, t = 0;
+  uint64_t id = 0, weight = 0;  // words of sent_ids, sent_weights
+
+  // Asks for it; nothing waits until it is used. The ids have been seen.
+  template <class Link>
+  static __device__ __forceinline__ SentToken of_row(const SmallDispatchArgs& args,
+                                                     const GroupRoute& route,
+                                                     const SourceRanges& ranges, uint64_t epoch,
+                                                     int row) {
+    SentToken sent;
+    sent.source = ranges.source(row, route.num_ranks);
+    sent.t = row + ranges.to_source[sent.source];
+    const bool asks = lane_index() < route.topk;
+    const int i = sent.t * route.topk + lane_index();
+    load_relaxed_system_if(asks, sent.id, ids_of<Link>(args, epoch, sent.source) + i);
+    load_relaxed_system_if(asks && args.topk_weights != nullptr, sent.weight,
+                           sent_weights<Link>(args.link, args.small, epoch, sent.source) + i);
+    return sent;
+  }
+  // The lane's weight. lost: set if a wait was given up.
+  template <class Link>
+  __device__ __forceinline__ float weight_of_slot(const SmallDispatchArgs& args,
+                                                  const GroupRoute& route, uint64_t epoch,
+                                                  bool& lost) const {
+    const bool asks = lane_index() < route.topk;
+    if (Link::kMapped && !__all_sync(kFullWarp, !asks || TaggedWord::is_of(weight, epoch))) {
+      const uint64_t* words = sent_weights<Link>(args.link, args.small, epoch, source);
+      const int i = t * route.topk + lane_index();
+      return sent_weight<Link>(args.link, source, asks ? words + i : nullptr, epoch, lost);
+    }
+    return __uint_as_float(kPuts<Link> ? SlotWord::weight(weight) : static_cast<uint32_t>(weight));
+  }
+};
+
+// Where a token goes here, with what came with its id; lane k has slot k. n: received token. lost:
+// set if a wait was given up.
 template <class Link>
 __device__ __forceinline__ TokenSlots slots_of(const SmallDispatchArgs& args,
-                                               const GroupRoute& route, uint64_t epoch, int source,
-                                               int t, int32_t n, bool& lost) {
+                                               const GroupRoute& route, uint64_t epoch,
+                                               const SentToken& sent, int32_t n, bool& lost) {
   const PlaceArgs& place = args.place;
-  const int lane = lane_index(), i = t * route.topk + lane;
   TokenSlots slots;
-  slots.token = t;
-  if (args.topk_weights != nullptr) {
-    const uint64_t* weights = sent_weights<Link>(args.link, args.small, epoch, source);
-    slots.weight = sent_weight<Link>(args.link, source, lane < route.topk ? weights + i : nullptr,
-                                     epoch, lost);
-  }
-  if (lane >= route.topk) return slots;
-  slots.expert = valid_expert(place, static_cast<int32_t>(ids_of<Link>(args, epoch, source)[i]));
+  slots.token = sent.t;
+  if (args.topk_weights != nullptr)
+    slots.weight = sent.weight_of_slot<Link>(args, route, epoch, lost);
+  if (lane_index() >= route.topk) return slots;
+  slots.expert = valid_expert(place, static_cast<int32_t>(sent.id));
   const MetaLayout meta(route.topk);
   if (args.topk_weights == nullptr && !args.records)
-    slots.weight = meta.topk_weights(place.plan.recv_meta, n)[lane];
+    slots.weight = meta.topk_weights(place.plan.recv_meta, n)[lane_index()];
   if (slots.expert >= 0 && route.experts.owner(slots.expert) == route.rank)
-    slots.row = valid_row(place, route.row(route.tile(source), slots.expert, t));
+    slots.row = valid_row(place, route.row(route.tile(sent.source), slots.expert, sent.t));
   return slots;
 }
 
-// What arrives goes to its rows, by a team. False: the warp has given up a wait.
+// What arrives goes to its rows, by a team. next: token of the warp's first job. False: the warp
+// has given up a wait.
 template <class Link>
 __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args, const SmallTeam& team,
                                              const GroupRoute& route, const StagedRows<Link>& rows,
-                                             const SourceRanges& ranges, const SmallJobs& jobs) {
+                                             const SourceRanges& ranges, const SmallJobs& jobs,
+                                             SentToken next) {
   const PlaceArgs& place = args.place;
   const LinkArgs& link = args.link;
   const int lane = lane_index();
   const MetaLayout meta(route.topk);
   for (int j = jobs.first; j < jobs.count; j += jobs.step) {
     const RowJob job = jobs.at(j);
-    const int s = ranges.source(job.row, route.num_ranks);
-    const int t = job.row + ranges.to_source[s];
+    const SentToken sent = next;
+    if (j + jobs.step < jobs.count)
+      next = SentToken::of_row<Link>(args, route, ranges, rows.epoch, jobs.at(j + jobs.step).row);
+    const int s = sent.source, t = sent.t;
     const RouteTile tile = route.tile(s);
     if (!tile.has(route.rank, t)) continue;
     const int32_t n = tile.place(route.rank, t);
@@ -137,7 +175,7 @@ __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args, cons
     part.end_word = job.leads ? (place.rows.scale_bytes + 3) / 4 : 0;
     if (Link::kMapped) part.load();
     bool lost = false;
-    const TokenSlots slots = slots_of<Link>(args, route, rows.epoch, s, t, fits ? n : 0, lost);
+    const TokenSlots slots = slots_of<Link>(args, route, rows.epoch, sent, fits ? n : 0, lost);
     if (lost) {
       if (lane == 0) atomicExch(&link.state->lost, 1u);
       return false;
@@ -175,10 +213,29 @@ __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args, cons
   return true;
 }
 
+// The parts of the blocks that receive. What is written beside rows would delay them: where there
+// are many blocks a few do nothing else.
+struct ReceivingTeams {
+  SmallTeam recorders, takers;
+
+  __device__ __forceinline__ ReceivingTeams(const SmallTeam& all, bool fresh) {
+    constexpr int kReceiversOfRecorder = 16;
+    const int apart = fresh ? all.blocks / kReceiversOfRecorder : 0;
+    recorders = {all.block, apart > 0 ? apart : all.blocks};
+    takers = {all.block - apart, all.blocks - apart};
+  }
+  __device__ __forceinline__ RouteColumns columns() const {
+    return recorders.here() ? RouteColumns::kAll : RouteColumns::kOwn;
+  }
+  // The first of the blocks.
+  __device__ __forceinline__ bool leads() const { return recorders.block == 0; }
+};
+
 // agreed: all ranks want the same and are there. Else what they have sent stays unread. clean: of
-// LinkStart. False: the warp has given up a wait.
+// LinkStart. Where the link maps, mark_group has been called, unless the link was lost before.
+// False: the warp has given up a wait.
 template <class Link>
-__device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const SmallBlocks& blocks,
+__device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const ReceivingTeams& teams,
                                         const LinkCall& call, bool agreed, bool clean) {
   EPCOMM_SHARED(SourceRanges, ranges);
   EPCOMM_SHARED(RouteTotals, totals);
@@ -188,21 +245,21 @@ __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const Sma
         agreed ? max(min(call.entry[s].num_tokens, args.small.max_tokens), 0) : 0;
     return SourceCount{0, tokens, tokens};
   });
-  auto tokens = [&](int s) { return ranges.end[s] + ranges.to_source[s]; };
-  // What is written beside rows would delay them: where there are many blocks a few do nothing
-  // else.
-  constexpr int kReceiversOfRecorder = 16;
-  const SmallTeam& all = blocks.receivers;
-  const int apart = args.fresh ? all.blocks / kReceiversOfRecorder : 0;
-  const SmallTeam recorders = {all.block, apart > 0 ? apart : all.blocks};
-  const SmallTeam takers = {all.block - apart, all.blocks - apart};
+  const SmallTeam &recorders = teams.recorders, &takers = teams.takers;
   const auto jobs = SmallJobs::of_team(takers, ranges.end[route.num_ranks - 1],
                                        args.place.rows.row_bytes, kSmallUnroll);
-  const bool routed =
-      route_group<Link>(args, route, recorders.here() ? RouteColumns::kAll : RouteColumns::kOwn,
-                        args.fresh && all.block == 0, call.epoch, totals, tokens);
-  if (agreed && routed && args.totals != nullptr && all.block == 0)
-    tell_totals(args, route, totals);
+  if (!Link::kMapped)
+    mark_group<Link>(args, route, teams.columns(), call.epoch,
+                     [&](int s) { return ranges.end[s] + ranges.to_source[s]; });
+  else if (!agreed)
+    prepare_route(args, route);
+  if (!Link::kMapped || !agreed) __syncthreads();
+  // On its way while the block works out where tokens go.
+  SentToken first;
+  if (takers.here() && jobs.first < jobs.count)
+    first = SentToken::of_row<Link>(args, route, ranges, call.epoch, jobs.at(jobs.first).row);
+  place_group(args, route, teams.columns(), args.fresh && teams.leads(), totals);
+  if (agreed && args.totals != nullptr && teams.leads()) tell_totals(args, route, totals);
   if (recorders.here()) {
     if (args.fresh) {
       write_counts(args, recorders, route, totals);
@@ -211,10 +268,9 @@ __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const Sma
     if (args.link.statistics.received_tokens != nullptr) count_received(args, recorders, route);
     clear_rest(args, recorders, route, totals);
   }
-  if (!agreed) return true;
-  if (!routed || !takers.here()) return routed;
+  if (!agreed || !takers.here()) return true;
   const StagedRows<Link> rows{args.link, args.small, call.epoch, clean};
-  return receive_rows<Link>(args, takers, route, rows, ranges, jobs);
+  return receive_rows<Link>(args, takers, route, rows, ranges, jobs, first);
 }
 
 template <class Link, Quant kQuant, Dtype kDtype>
@@ -225,7 +281,9 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   const LinkArgs& link = args.link;
   const LinkStart start(link);
   const SmallBlocks blocks(args.phase, kDispatchSenders);
-  const bool announces = blockIdx.x == 0;
+  const bool announces = blockIdx.x == 0, receives = blocks.receives();
+  // The memory that routing needs is where a block that sends gathers scales.
+  if (receives && !blocks.sends()) prepare_route(args, GroupRoute(args));
   // A block that sends rows begins when they are on their way.
   const bool begins_late = blocks.sends() && !announces;
   bool going = begins_late || link_begin(link, call, start);
@@ -242,12 +300,24 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   }
   if (args.phase == Phase::kSend) return;
   bool agreed = going, completed = true;
-  if (blocks.receives()) {
+  if (receives) {
+    const ReceivingTeams teams(blocks.receivers, args.fresh);
     if (going && args.phase == Phase::kReceive && blocks.receivers.thread() == 0)
       link_mark_begun(link, call);
-    prepare_route(args, GroupRoute(args));
-    if (going) agreed = link_agree_briefly<Link>(link, call, blocks.receivers.block == 0);
-    completed = receive<Link>(args, blocks, call, agreed, start.clean());
+    if (blocks.sends()) {
+      prepare_route(args, GroupRoute(args));
+      __syncthreads();
+    }
+    if (going) {
+      // Ids are not waited for behind the entries, which come later: those of all tokens that there
+      // could be, for an entry says how many there are.
+      bool lost = false;
+      if constexpr (Link::kMapped)
+        lost = !mark_group<Link>(args, GroupRoute(args), teams.columns(), call.epoch,
+                                 [&](int) { return args.small.max_tokens; });
+      agreed = link_agree_briefly<Link>(link, call, teams.leads(), lost);
+    }
+    completed = receive<Link>(args, teams, call, agreed, start.clean());
   }
   link_leave<Link>(link, call, agreed, completed, blocks.sends());
 }

@@ -63,14 +63,18 @@ __device__ __forceinline__ const uint64_t* ids_of(const SmallDispatchArgs& args,
   return sent_ids<Link>(args.link, args.small, epoch, source);
 }
 
-// What can be done before there are ids, by the whole block. A barrier must follow before
-// route_group.
+// What can be done before there are ids, by the whole block: no token goes anywhere yet. A barrier
+// must follow before mark_group.
 __device__ __forceinline__ void prepare_route(const SmallDispatchArgs& args,
                                               const GroupRoute& route) {
+  const PlaceArgs& place = args.place;
+  route.experts.load_owners(place.experts);
+  if (place.layout == Layout::kPadded)
+    for (int e = thread_index(); e < place.dims.num_experts; e += kSmallThreads)
+      route.experts.start(e) = place.experts.local[e] * route.num_ranks * args.small.max_tokens;
   for (int s = 0; s < route.num_ranks; ++s)
     for (int i = thread_index(); i < route.words * route.shape.columns; i += kSmallThreads)
       route.tile(s).mask(0, i) = 0;
-  route.experts.load_owners(args.place.experts);
 }
 
 // Whose columns a block needs: to take rows, those of this rank and its experts, to write the plan
@@ -78,7 +82,8 @@ __device__ __forceinline__ void prepare_route(const SmallDispatchArgs& args,
 enum class RouteColumns { kOwn, kAll };
 
 // Sets the bits of 32 of source's tokens, those of a word of its tile, by a warp. ids: [tokens, K],
-// as they have been sent. lost: set if a wait was given up.
+// as they have been sent. None are set where source does not send them, since it refuses the call
+// or is in another. lost: set if a wait was given up.
 template <class Link>
 __device__ __forceinline__ void mark_ids(const SmallDispatchArgs& args, const GroupRoute& route,
                                          RouteColumns needed, uint64_t epoch, int source, int word,
@@ -105,11 +110,12 @@ __device__ __forceinline__ void mark_ids(const SmallDispatchArgs& args, const Gr
         arrived &= !Link::kMapped || at(i) >= count || TaggedWord::is_of(id(i), epoch);
       return arrived;
     };
-    // Where the link maps, stored before the entry was, but in no order with it.
     uint64_t begin = 0;
     for (int spin = 1; !__all_sync(kFullWarp, load()) && !lost; ++spin) {
       if (begin == 0) begin = global_time_ns();
-      if (spin % kSpinsPerLook == 0) lost = __any_sync(kFullWarp, gives_up(args.link, begin));
+      if (spin % kSpinsPerLook != 0) continue;
+      if (Link::kMapped && link_is_doubtful(args.link, epoch, source)) return;
+      lost = __any_sync(kFullWarp, gives_up(args.link, begin));
     }
     if (begin != 0 && lane_index() == 0 && args.link.statistics.max_wait_ns != nullptr)
       note_wait(args.link.statistics, source, global_time_ns() - begin);
@@ -136,22 +142,25 @@ __device__ __forceinline__ void mark_ids(const SmallDispatchArgs& args, const Gr
   }
 }
 
-// Masks, bases and starts, by the whole block; tokens(s) of each source. writes: this block writes
-// the plan's offsets. Ends with a barrier. False: a wait for ids was given up.
+// Masks, by the whole block: of tokens(s) tokens of each source s. A barrier must follow before
+// place_group. False: the warp has given up a wait for ids.
 template <class Link, class Tokens>
-__device__ __forceinline__ bool route_group(const SmallDispatchArgs& args, const GroupRoute& route,
-                                            RouteColumns needed, bool writes, uint64_t epoch,
-                                            RouteTotals& totals, Tokens tokens) {
-  const int num_ranks = route.num_ranks, columns = route.shape.columns;
+__device__ __forceinline__ bool mark_group(const SmallDispatchArgs& args, const GroupRoute& route,
+                                           RouteColumns needed, uint64_t epoch, Tokens tokens) {
   bool lost = false;
-  for (int i = warp_index(); i < num_ranks * route.words; i += kSmallWarps) {
+  for (int i = warp_index(); i < route.num_ranks * route.words && !lost; i += kSmallWarps) {
     const int s = i / route.words, word = i - s * route.words, t = word * kWarpSize;
     mark_ids<Link>(args, route, needed, epoch, s, word,
                    ids_of<Link>(args, epoch, s) + int64_t{t} * route.topk, tokens(s) - t, lost);
   }
-  lost = __syncthreads_or(lost) != 0;
-  if (lost && thread_index() == 0) atomicExch(&args.link.state->lost, 1u);
-  const bool padded = args.place.layout == Layout::kPadded;
+  return !lost;
+}
+
+// From the masks: bases and starts, by the whole block. writes: this block writes the plan's
+// offsets. Ends with a barrier.
+__device__ __forceinline__ void place_group(const SmallDispatchArgs& args, const GroupRoute& route,
+                                            RouteColumns needed, bool writes, RouteTotals& totals) {
+  const int num_ranks = route.num_ranks, columns = route.shape.columns;
   for (int column = thread_index(); column < columns; column += kSmallThreads) {
     const int owner = column < num_ranks ? column : route.experts.owner(column - num_ranks);
     if (needed == RouteColumns::kOwn && owner != route.rank) continue;
@@ -165,13 +174,10 @@ __device__ __forceinline__ bool route_group(const SmallDispatchArgs& args, const
       totals.rank[column] = total;
       continue;
     }
-    const int e = column - num_ranks;
-    route.experts.total(e) = total;
-    route.experts.start(e) =
-        padded ? args.place.experts.local[e] * num_ranks * args.small.max_tokens : 0;
+    route.experts.total(column - num_ranks) = total;
   }
   __syncthreads();
-  if (padded) return !lost;
+  if (args.place.layout == Layout::kPadded) return;
   for (int r = warp_index(); r < num_ranks; r += kSmallWarps) {
     const bool reports = writes && r == route.rank;
     if (route.by_token && !reports) continue;
@@ -186,7 +192,6 @@ __device__ __forceinline__ bool route_group(const SmallDispatchArgs& args, const
     if (reports) args.place.plan.expert_offset[args.place.dims.local_experts] = end;
   }
   __syncthreads();
-  return !lost;
 }
 
 // What this rank receives, for a host that waits for it; by a block.

@@ -124,21 +124,23 @@ __device__ __forceinline__ void report_bad_id(const SmallDispatchArgs& args, int
   args.bad_index[0] = first_bad + 1;
 }
 
-// By block 0: the entry, and, where the link puts, ids and weights with it.
+// By block 0: the entry, and, where the link puts, ids and weights with it. Peers wait for it: what
+// it does not say is found out afterwards.
 template <class Link>
 __device__ __forceinline__ void announce(const SmallDispatchArgs& args, uint64_t epoch,
                                          int32_t& first_bad) {
   const LinkArgs& link = args.link;
+  const bool tells = args.bad_index == nullptr;
   if constexpr (kPuts<Link>)
     stage_slots(args, epoch, first_bad);
-  else
+  else if (tells)
     find_bad_id(args, first_bad);
   EntryNews news;
-  if (first_bad != kNoBadId && args.bad_index == nullptr)
-    news = {0, first_bad + 1, bad_id(args, first_bad)};
+  if (tells && first_bad != kNoBadId) news = {0, first_bad + 1, bad_id(args, first_bad)};
   link_announce<Link>(
       link, epoch, nullptr, 0, news,
       static_cast<size_t>(args.num_tokens * args.place.dims.topk) * sizeof(uint64_t));
+  if (!kPuts<Link> && !tells) find_bad_id(args, first_bad);
   report_bad_id(args, first_bad);
 }
 
