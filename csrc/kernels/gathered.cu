@@ -48,9 +48,10 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
     report_bad_id(args, first_bad);
   }
   const SmallBlocks blocks(Phase::kSend, kDispatchSenders);
-  send_ids<GatheredLink>(args, blocks, GatheredStart());
   const BlockRows own(args.num_tokens, blocks.senders);
-  send_rows<GatheredLink, Quant::kNone, Dtype::kBfloat16>(args, own, GatheredStart());
+  const GatheredStart start;
+  send_rows<GatheredLink, Quant::kNone, Dtype::kBfloat16>(
+      args, own, start, [&] { send_ids<GatheredLink>(args, blocks, start); });
 }
 
 __global__ void __launch_bounds__(kSmallThreads, 1)

@@ -130,7 +130,7 @@ struct BlockRows {
 
 /// Rows cut into jobs, for the warps of a block or of all that receive: into as many parts as have
 /// the warps done soonest, counted in batches of `unroll` vectors a lane. RowJob::row is a number
-/// below rows.
+/// below rows. Made by whole warps.
 struct SmallJobs {
   static constexpr int kMostLogParts = 4;
   int log_parts;  ///< of the number of parts, a power of two
@@ -155,23 +155,23 @@ struct SmallJobs {
  private:
   __device__ __forceinline__ SmallJobs(int rows, int row_bytes, int unroll, int least_parts,
                                        int first_, int step_, int unit_ = kWarpSize)
-      : log_parts(0), unit(unit_), first(first_), step(step_) {
+      : unit(unit_), first(first_), step(step_) {
     vectors = row_bytes / kVectorBytes;
     units = (vectors + unit - 1) / unit;
-    const int unit_loads = unit / kWarpSize;
-    int least_batches = 0;
-#pragma unroll
-    for (int log = 0; log <= kMostLogParts; ++log) {
-      const int p = 1 << log;
-      const int rounds = (rows * p + step - 1) / step;
-      const int batches = rounds * ((((units + p - 1) >> log) * unit_loads + unroll - 1) / unroll);
-      // As many warps as there are, but no round more.
-      const bool better =
-          p <= units && (batches < least_batches || (batches == least_batches && rounds == 1));
-      if (log > 0 && !better) continue;
-      log_parts = log;
-      least_batches = batches;
-    }
+    // A lane weighs each number of parts: divisions take long.
+    const int log = min(lane_index(), kMostLogParts), parts = 1 << log;
+    const int rounds = (rows * parts + step - 1) / step;
+    const int loads = ((units + parts - 1) >> log) * (unit / kWarpSize);
+    const int batches = rounds * ((loads + unroll - 1) / unroll);
+    // Of those that are done soonest the most parts that take one round, so as many warps as there
+    // are; if none does, the fewest.
+    const int rank = rounds == 1 ? kMostLogParts - log : kMostLogParts + 1 + log;
+    constexpr uint32_t kRanks = 16;
+    const bool fits = log == 0 || parts <= units;
+    const uint32_t key =
+        fits ? static_cast<uint32_t>(batches) * kRanks + static_cast<uint32_t>(rank) : UINT32_MAX;
+    const int best = static_cast<int>(__reduce_min_sync(kFullWarp, key) % kRanks);
+    log_parts = best <= kMostLogParts ? kMostLogParts - best : best - kMostLogParts - 1;
     while (1 << log_parts < least_parts) ++log_parts;
     count = rows << log_parts;
   }

@@ -292,9 +292,10 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
       if (thread_index() == 0 && args.phase == Phase::kAll) link_mark_begun(link, call);
       announce<Link>(args, call.epoch, first_bad);
     }
-    if constexpr (!kPuts<Link>) send_ids<Link>(args, blocks, start);
     const BlockRows own(args.num_tokens, blocks.senders);
-    send_rows<Link, kQuant, kDtype>(args, own, start);
+    send_rows<Link, kQuant, kDtype>(args, own, start, [&] {
+      if constexpr (!kPuts<Link>) send_ids<Link>(args, blocks, start);
+    });
     if (begins_late) going = link_begin(link, call, start);
     if (going) signal_rows<Link>(args, own, call.epoch);
   }

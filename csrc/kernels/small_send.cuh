@@ -193,9 +193,10 @@ __device__ __forceinline__ uint32_t* kept_destinations() {
 
 // Uses the shared memory of routing, which begins after the next barrier. Start: LinkStart, which
 // is looked at only when the first row has been asked for. Nothing is sent if the link is lost.
-template <class Link, Quant kQuant, Dtype kDtype, class Start>
+// before(): sends what goes ahead of the rows, while the first is on its way.
+template <class Link, Quant kQuant, Dtype kDtype, class Start, class Before>
 __device__ __forceinline__ void send_rows(const SmallDispatchArgs& args, const BlockRows& own,
-                                          const Start& start) {
+                                          const Start& start, Before before) {
   constexpr bool kQuantised = kQuant != Quant::kNone;
   const LinkArgs& link = args.link;
   const int x_bytes =
@@ -210,6 +211,12 @@ __device__ __forceinline__ void send_rows(const SmallDispatchArgs& args, const B
   constexpr int kUnit = kQuantised ? Rows::kStep : kWarpSize;
   static_assert(!kQuantised || kUnit * kVectorBytes / 4 % (4 * 128) == 0);
   const auto jobs = SmallJobs::of_block(own.count, x_bytes, kVectors, least_parts, kUnit);
+  Rows batch;
+  auto load = [&](const RowJob& job, int at) {
+    batch.load(args.x + int64_t{own.at(job.row)} * x_bytes, at + lane_index(), job.end);
+  };
+  if (jobs.first < jobs.count) load(jobs.at(jobs.first), jobs.at(jobs.first).begin);
+  before();
   for (int j = jobs.first; j < jobs.count; j += jobs.step) {
     const RowJob job = jobs.at(j);
     const int t = own.at(job.row);
@@ -223,8 +230,7 @@ __device__ __forceinline__ void send_rows(const SmallDispatchArgs& args, const B
     }
     for (int at = job.begin; at < job.end; at += Rows::kStep) {
       const int v = at + lane_index();
-      Rows batch;
-      batch.load(args.x + int64_t{t} * x_bytes, v, job.end);
+      if (j != jobs.first || at != job.begin) load(job, at);
       // The row is on its way before it is known where it goes.
       if (at == job.begin) {
         ranks = Link::kMapped ? destinations(args, t) : 1u << link.rank;
