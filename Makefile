@@ -4,9 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 # Which torch to install. Empty: the one that VENV, or else PYTHON, already has.
 TORCH ?= $(shell grep '^torch==' constraints.txt)
-# Tests at the same time, of those that ctest starts.
+# Tests at the same time.
 JOBS ?= $(shell nproc)
-# More arguments for pytest: make test PYTEST_ARGS='-k combine -x'
+# More arguments for pytest: make test PYTEST_ARGS='-k combine -x'; -n0 runs one test at a time.
 PYTEST_ARGS ?=
 
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
@@ -20,6 +20,8 @@ FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 # Published engines that tests/engines runs, 300 MB in all; ENGINES= leaves these tests out.
 ENGINES ?= $(patsubst tests/engines/%.txt,%,$(wildcard tests/engines/*.txt))
 NOT_ENGINES = $(if $(ENGINES),,--ignore=tests/engines)
+# Each worker has up to 20 processes, of several sets of ranks.
+PYTEST_JOBS = -n $(JOBS) --maxprocesses 4 --dist worksteal
 
 .PHONY: help demo test test-cpp test-python test-engines test-gpu bench engines engines-bundle lint format clean FORCE
 .DELETE_ON_ERROR:
@@ -59,7 +61,7 @@ test-cpp: $(VENV)/.build_tools
 	$(FIXED_ADDRESSES) ctest --test-dir build/tests-tsan --output-on-failure --parallel $(JOBS)
 
 test-python: $(VENV)/.installed engines
-	$(VENV)/bin/python -m pytest -q -m 'not gpu' $(NOT_ENGINES) $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -q -m 'not gpu' $(PYTEST_JOBS) $(NOT_ENGINES) $(PYTEST_ARGS)
 
 # Part of test-python.
 test-engines: $(VENV)/.installed engines
