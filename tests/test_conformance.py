@@ -92,20 +92,25 @@ LAYOUTS = (
     Layout("expert", 128),
     Layout("padded"),
 )
-# Alignments that routing alone knows of: with two formats each, not with all.
+# Alignments that routing alone knows of: with two formats each, not with half of them.
 FEW_FORMATS = (Layout("expert"), Layout("expert", 128))
 TIMEOUT_S = 20.0
 
 
-def _formats(transport: Transport, num_ranks: int, layouts: Sequence[Layout], at: int) -> list[Any]:
-    """Of rows that a test moves; `at` tells tests of the same transport apart."""
+def _formats(
+    transport: Transport, num_ranks: int, layouts: Sequence[Layout], i: int, j: int
+) -> list[Any]:
+    """Of rows that a test moves. i, j: of its number of ranks and its layouts in their lists."""
     formats = list(FORMATS.values())
     if transport.nodes:
-        formats = [formats[at % len(formats)]]
+        formats = [formats[(i + j) % len(formats)]]
     formats = [one for one in formats if one.quant is None or num_ranks in QUANT_RANKS]
-    if not transport.nodes and layouts[0] in FEW_FORMATS and len(layouts) == 1:
-        return [formats[(at + skip) % len(formats)] for skip in (0, len(formats) // 2)]
-    return formats
+    if transport.nodes or len(layouts) > 1:
+        return formats
+    if layouts[0] in FEW_FORMATS:
+        return [formats[(i + j + skip) % len(formats)] for skip in (0, len(formats) // 2)]
+    # Half of them: a format and a layout meet with (1, 4, 7) ranks or with (2, 3).
+    return formats[((i + 1) // 2 + j // 2) % 2 :: 2]
 
 
 def _grid() -> Iterator[Any]:
@@ -124,7 +129,7 @@ def _grid() -> Iterator[Any]:
             for j, layouts in enumerate(groups):
                 if transport.nodes and (j - i) % len(groups) > 2:
                     continue
-                for fmt in _formats(transport, num_ranks, layouts, i + j):
+                for fmt in _formats(transport, num_ranks, layouts, i, j):
                     yield pytest.param(
                         transport,
                         num_ranks,
