@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from epcomm import native
+from epcomm import agreement, native
+from epcomm.agreement import Choice
 
 
 class Group:
@@ -36,9 +37,15 @@ class Gpu:
 
     archs = "90a"
 
-    def __init__(self, bad: str = "", names: tuple[str, ...] = ("nccl", "nvlink")) -> None:
+    def __init__(
+        self,
+        bad: str = "",
+        names: tuple[str, ...] = ("nccl", "nvlink"),
+        pairs: tuple[tuple[int, int], ...] = (),
+    ) -> None:
         self.names = list(names)
         self.bad = bad
+        self.pairs = pairs
         self.checks = 0
 
     def transports(self) -> list[str]:
@@ -51,29 +58,38 @@ class Gpu:
         assert timeout == 5.0
         bootstrap.all_gather(b"x")  # collective
         self.checks += 1
-        return SimpleNamespace(good=not self.bad, text=self.bad)
+        pairs = [SimpleNamespace(from_rank=a, to_rank=b) for a, b in self.pairs]
+        return SimpleNamespace(good=not self.bad, text=self.bad, bad_pairs=pairs, failure="")
 
 
-def agree(
+def choices(
     monkeypatch: pytest.MonkeyPatch,
     wanted: list[str],
     gpus: list[Gpu | None],
     max_tokens: int | None = None,
     machines: tuple[bytes, ...] | None = None,
-) -> list[str]:
+) -> list[Choice]:
     """What each rank takes, given what it asks for and has. machines: where it is."""
     here = threading.local()
-    monkeypatch.setattr(native, "_machine", lambda: machines[here.rank] if machines else bytes(8))
+    monkeypatch.setattr(
+        agreement, "_machine", lambda: machines[here.rank] if machines else bytes(8)
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: here.gpu is not None)
-    monkeypatch.setattr(native, "load_cuda", lambda: here.gpu)
+    for module in (agreement, native):
+        monkeypatch.setattr(module, "load_cuda", lambda: here.gpu)
     group = Group(len(wanted))
 
-    def run(rank: int) -> str:
+    def run(rank: int) -> Choice:
         here.gpu, here.rank = gpus[rank], rank
-        return native.agree_on_transport(group.of(rank), wanted[rank], 5.0, max_tokens)
+        return agreement.agree_on_transport(group.of(rank), wanted[rank], 5.0, max_tokens)
 
     with ThreadPoolExecutor(len(wanted)) as threads:
         return list(threads.map(run, range(len(wanted))))
+
+
+def agree(*args: Any) -> list[str]:
+    """The transports alone."""
+    return [choice.transport for choice in choices(*args)]
 
 
 def test_auto_takes_nvlink_where_all_pairs_have_access(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,52 +135,99 @@ def test_a_gpu_that_the_build_has_no_kernels_for(monkeypatch: pytest.MonkeyPatch
     assert agree(monkeypatch, ["auto"] * 2, [Gpu(), other]) == ["nccl"] * 2
 
 
-class TestRdma:
-    """Several machines: rdma for small batches, once its flag is set."""
+class TestSeveralMachines:
+    """rdma for small batches, hierarchical for larger ones."""
 
     TWO = (b"machine0", b"machine0", b"machine1", b"machine1")
+    ACROSS = tuple((a, b) for a in range(4) for b in range(4) if a // 2 != b // 2)
 
     @pytest.fixture(autouse=True)
     def built(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(native, "AUTO_TAKES_RDMA", True)
-        monkeypatch.setattr(native.nvshmem, "built_transports", lambda: ["rdma"])
+        monkeypatch.setattr(native.nvshmem, "built_transports", lambda: ["hierarchical", "rdma"])
         monkeypatch.setattr(native.nvshmem, "load", lambda: None)
 
-    def test_small_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        bad = [Gpu("no peer access") for _ in range(4)]
-        assert agree(monkeypatch, ["auto"] * 4, [*bad], 256, self.TWO) == ["rdma"] * 4
+    def gpus(self, more: tuple[tuple[int, int], ...] = ()) -> list[Gpu | None]:
+        return [Gpu("no peer access", pairs=self.ACROSS + more) for _ in range(4)]
+
+    def test_by_size(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        for tokens, taken in (
+            (1, Choice("rdma")),
+            (256, Choice("rdma")),
+            (257, Choice("hierarchical", 2)),
+            (None, Choice("hierarchical", 2)),
+        ):
+            with caplog.at_level(logging.INFO, "epcomm"):
+                found = choices(monkeypatch, ["auto"] * 4, self.gpus(), tokens, self.TWO)
+            assert found == [taken] * 4
+            assert f"transport auto: {taken.transport}, because the ranks are on" in caplog.text
+            caplog.clear()
+
+    def test_without_nvlink_in_the_build(self, monkeypatch: pytest.MonkeyPatch) -> None:
         without = [Gpu(names=("nccl",)) for _ in range(4)]
         assert agree(monkeypatch, ["auto"] * 4, [*without], 8, self.TWO) == ["rdma"] * 4
+        # Whether the GPUs of a machine can address each other was not asked.
+        assert agree(monkeypatch, ["auto"] * 4, [*without], 257, self.TWO) == ["nccl"] * 4
 
     def test_nvlink_across_machines_comes_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
         gpus = [Gpu() for _ in range(4)]
         assert agree(monkeypatch, ["auto"] * 4, [*gpus], 256, self.TWO) == ["nvlink"] * 4
 
-    def test_not_for_large_batches_nor_on_one_machine(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        bad = [Gpu("no peer access") for _ in range(4)]
-        assert agree(monkeypatch, ["auto"] * 4, [*bad], 257, self.TWO) == ["nccl"] * 4
-        assert agree(monkeypatch, ["auto"] * 4, [*bad], None, self.TWO) == ["nccl"] * 4
-        assert agree(monkeypatch, ["auto"] * 4, [*bad], 256, (b"machine0",) * 4) == ["nccl"] * 4
+    def test_not_on_one_machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for tokens in (256, 257):
+            one = agree(monkeypatch, ["auto"] * 4, self.gpus(), tokens, (b"machine0",) * 4)
+            assert one == ["nccl"] * 4
 
-    def test_on_all_ranks_or_on_none(
+    @pytest.mark.parametrize(
+        ("machines", "ranks_per_node"),
+        [("aabb", 2), ("aaab", 3), ("abcd", 1), ("abbb", None), ("abab", None)],
+    )
+    def test_machines_are_nodes(
+        self, monkeypatch: pytest.MonkeyPatch, machines: str, ranks_per_node: int | None
+    ) -> None:
+        places = tuple(one.encode() * 8 for one in machines)
+        across = tuple((a, b) for a in range(4) for b in range(4) if places[a] != places[b])
+        gpus = [Gpu("no peer access", pairs=across) for _ in range(4)]
+        found = choices(monkeypatch, ["auto"] * 4, [*gpus], 4096, places)
+        auto = "nccl" if ranks_per_node is None else "hierarchical"
+        assert found == [Choice(auto, ranks_per_node)] * 4
+        # Who names it gets it, and the same nodes.
+        found = choices(monkeypatch, ["hierarchical"] * 4, [*gpus], 4096, places)
+        assert found == [Choice("hierarchical", ranks_per_node)] * 4
+
+    def test_machines_without_peer_access_inside(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with caplog.at_level(logging.INFO, "epcomm"):
+            apart = agree(monkeypatch, ["auto"] * 4, self.gpus(((2, 3),)), 4096, self.TWO)
+        assert apart == ["nccl"] * 4
+        assert "not hierarchical, because not all GPUs of a machine" in caplog.text
+        small = agree(monkeypatch, ["auto"] * 4, self.gpus(((2, 3),)), 256, self.TWO)
+        assert small == ["rdma"] * 4
+
+    @pytest.mark.parametrize(("tokens", "name"), [(256, "rdma"), (257, "hierarchical")])
+    def test_on_all_ranks_or_on_none(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        tokens: int,
+        name: str,
     ) -> None:
         def load() -> None:
             if threading.current_thread().name.endswith("_1"):
                 raise ValueError("no library here")
 
         monkeypatch.setattr(native.nvshmem, "load", load)
-        bad = [Gpu("no peer access") for _ in range(4)]
         with caplog.at_level(logging.INFO, "epcomm"):
-            assert agree(monkeypatch, ["auto"] * 4, [*bad], 256, self.TWO) == ["nccl"] * 4
-        assert "not rdma, because no library here" in caplog.text
+            assert agree(monkeypatch, ["auto"] * 4, self.gpus(), tokens, self.TWO) == ["nccl"] * 4
+        texts = [record.message for record in caplog.records]
+        assert sum(f"not {name}, because no library here" in text for text in texts) == 1
+        assert sum(f"not {name}, because ranks [1] cannot" in text for text in texts) == 3
 
-    def test_left_to_who_names_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.undo()
-        monkeypatch.setattr(native, "load_cuda", Gpu)
-        assert not native._has_rdma(8)
+    def test_too_many_ranks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(agreement, "_MOST_LINK_RANKS", 3)
+        assert agree(monkeypatch, ["auto"] * 4, self.gpus(), 8, self.TWO) == ["nccl"] * 4
 
 
 def test_ranks_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,6 +250,6 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_size_of_what_is_exchanged_never_changes() -> None:
-    position = native._Position("nccl", "cpu", True, True, b"12345678")
+    position = agreement._Position("nccl", "cpu", True, b"12345678")
     assert len(position.packed()) == 128
-    assert native._Position.unpacked(position.packed()) == position
+    assert agreement._Position.unpacked(position.packed()) == position

@@ -55,7 +55,8 @@ class Buffer:
             ceil(num_experts / num_ranks) experts a rank, the last ranks getting the shorter rest.
             Local ids follow ascending expert ids.
         ranks_per_node: ranks [0, n) form node 0, [n, 2n) node 1, ...; the last node may be smaller.
-            Splits one machine into nodes (docs/hierarchical.md). None = all ranks are one node.
+            Splits one machine into nodes (docs/hierarchical.md). None = all ranks are one node, or,
+            of "hierarchical" between GPUs of several machines, those of each machine.
             "hierarchical" moves rows by it, "cpu" only counts by it, the others ignore it.
         timeout: seconds that a wait for a peer may take before `PeerLost` (default 30).
         window_bytes: memory for the tensors that calls return. None = from the sizes above. The cpu

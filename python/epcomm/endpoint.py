@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from . import checks, env, native
+from .agreement import Choice, agree_on_transport
 from .bootstrap import TIMEOUT_S, Bootstrap, bootstrap_of, set_up_seconds
 from .events import Event
 from .quant import ROW_DTYPES
@@ -49,12 +50,12 @@ def connect(
     timeout = arguments.timeout
     bootstrap = bootstrap_of(group, timeout)
     # Raises on all ranks or on none, so nobody needs to be told.
-    transport = native.agree_on_transport(
+    choice = agree_on_transport(
         bootstrap, arguments.transport, set_up_seconds(timeout), arguments.max_tokens
     )
     try:
-        module = native.module_of(transport)
-        options = _native_options(module, transport, arguments)
+        module = native.module_of(choice.transport)
+        options = _native_options(module, choice, arguments)
         if arguments.statistics is None:
             arguments = arguments._replace(statistics=env.switch("EPCOMM_STATISTICS"))
     except Exception as error:
@@ -63,7 +64,7 @@ def connect(
     return Endpoint(module.Buffer(bootstrap, **options), module, arguments, comm_stream)
 
 
-def _native_options(module: ModuleType, transport: str, arguments: Arguments) -> dict[str, Any]:
+def _native_options(module: ModuleType, choice: Choice, arguments: Arguments) -> dict[str, Any]:
     """The checked arguments of the native Buffer; the environment's where the caller gave none."""
     checks.choice("dtype", arguments.dtype, ROW_DTYPES)
     timeout = arguments.timeout
@@ -75,6 +76,8 @@ def _native_options(module: ModuleType, transport: str, arguments: Arguments) ->
     ranks_per_node = arguments.ranks_per_node
     if ranks_per_node is None:
         ranks_per_node = env.integer("EPCOMM_RANKS_PER_NODE")
+    if ranks_per_node is None:
+        ranks_per_node = choice.ranks_per_node
     table = () if arguments.expert_to_rank is None else arguments.expert_to_rank
     return {
         "num_experts": checks.integer("num_experts", arguments.num_experts),
@@ -82,7 +85,7 @@ def _native_options(module: ModuleType, transport: str, arguments: Arguments) ->
         "topk": checks.integer("topk", arguments.topk),
         "max_tokens": checks.integer("max_tokens", arguments.max_tokens),
         "dtype": _by_dtype(module.Dtype)[arguments.dtype],
-        "transport": transport,
+        "transport": choice.transport,
         "expert_to_rank": checks.integers("expert_to_rank", table),
         "ranks_per_node": (
             0 if ranks_per_node is None else checks.integer("ranks_per_node", ranks_per_node, 1)
