@@ -247,6 +247,7 @@ class Bench:
             topk=self.args.topk,
             experts=self.args.experts,
             ranks=self.machine.ranks,
+            ranks_per_node=adapter.ranks_per_node,
             dtype=workload.combine_dtype_name if is_combine else self.args.dtype,
             quant=None if is_combine else self.args.quant,
             layout=adapter.layout,

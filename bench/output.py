@@ -13,7 +13,7 @@ from typing import IO
 
 import torch
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Row:
     topk: int
     experts: int
     ranks: int
+    ranks_per_node: int | None
     dtype: str
     quant: str | None
     layout: str

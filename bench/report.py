@@ -18,13 +18,14 @@ import pathlib
 import re
 import sys
 
-SUPPORTED_SCHEMAS = (1, 2, 3)
+SUPPORTED_SCHEMAS = (1, 2, 3, 4)
 ADDED = {  # since schema 1
     "quant": None,
     "floor_us": None,
     "alone_us": None,
     "gemm_us": None,
     "like_deep_ep": False,
+    "ranks_per_node": None,
 }
 # One table per combination of these.
 CONFIGURATION = ("device", "driver", "torch", "ranks", "hidden", "topk", "experts", "routing")
@@ -79,6 +80,7 @@ def fastest(rows: list[dict]) -> list[dict]:
     of: dict[tuple, dict] = {}
     for row in rows:
         fields = ("adapter", "transport", "operation", "mode", "tokens", "dtype", "quant", "layout")
+        fields += ("ranks_per_node",)
         key = tuple(row[field] for field in (*fields, *CONFIGURATION, "commit"))
         if key not in of or row["p50_us"] < of[key]["p50_us"]:
             of[key] = row

@@ -16,7 +16,7 @@ import report  # noqa: E402
 
 def row(adapter: str, operation: str, mode: str, p50: float, **changes: Any) -> dict[str, Any]:
     made = {
-        "schema_version": 3,
+        "schema_version": 4,
         "adapter": adapter,
         "transport": {"raw": "copy-engine", "deep_ep": "nvlink", "torch": "nccl"}.get(
             adapter, "nvlink"
@@ -28,6 +28,7 @@ def row(adapter: str, operation: str, mode: str, p50: float, **changes: Any) -> 
         "topk": 8,
         "experts": 256,
         "ranks": 4,
+        "ranks_per_node": None,
         "dtype": "bf16",
         "quant": None,
         "layout": "token",
@@ -153,8 +154,8 @@ def test_schemas(tmp_path: Path) -> None:
     file = tmp_path / "old.jsonl"
     file.write_text(json.dumps(old) + "\n")
     assert "above floor" not in report.report(report.read_rows(file), {})
-    file.write_text(json.dumps(old | {"schema_version": 4}) + "\n")
-    with pytest.raises(SystemExit, match="schema_version 4"):
+    file.write_text(json.dumps(old | {"schema_version": 5}) + "\n")
+    with pytest.raises(SystemExit, match="schema_version 5"):
         report.read_rows(file)
 
 

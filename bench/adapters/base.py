@@ -47,6 +47,7 @@ class Adapter(abc.ABC):
     takes_transport: bool = False  # of epcomm
     takes_num_sms: bool = False
     num_sms: int | None = None  # what it was told to use, if it takes num_sms
+    ranks_per_node: int | None = None  # where rows move by nodes, and it was told
     left_out: str = ""  # what was asked for and cannot be timed here, and why
 
     @abc.abstractmethod

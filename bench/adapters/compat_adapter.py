@@ -30,9 +30,8 @@ class CompatAdapter(DeepEpAdapter):
             from epcomm.compat import deep_ep
         except ImportError as error:
             raise Unavailable(f"import epcomm.compat.deep_ep failed: {error}") from error
-        # The interface has no arguments for these.
-        if options.transport != "auto":
-            os.environ["EPCOMM_TRANSPORT"] = options.transport
+        # The interface has no arguments for these. Nothing of an earlier transport stays.
+        os.environ["EPCOMM_TRANSPORT"] = "" if options.transport == "auto" else options.transport
         os.environ["EPCOMM_TIMEOUT"] = str(options.timeout)
         self.transport = options.transport
         return deep_ep

@@ -23,7 +23,7 @@ class EpcommAdapter(Adapter):
             raise Unavailable(f"import epcomm failed: {error}") from error
         self._workload = workload
         self._options = options
-        self.num_sms = options.num_sms
+        self.num_sms, self.ranks_per_node = options.num_sms, options.ranks_per_node
         self._graph = "graph" in options.launches
         self.layout = workload.config.layout
         self._buffer = epcomm.Buffer(
