@@ -32,8 +32,7 @@ struct GatheredStart {
 template <>
 constexpr bool kPuts<GatheredLink> = false;
 template <>
-__device__ __forceinline__ bool rows_arrived<GatheredLink>(const LinkArgs&, const SmallLayout&,
-                                                           uint64_t, int, int) {
+__device__ __forceinline__ bool StagedRows<GatheredLink>::arrived(int, int, const RowPart&) const {
   return true;
 }
 

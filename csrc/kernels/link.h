@@ -37,10 +37,13 @@ struct alignas(16) LinkEntry {
   int32_t bad_index, bad_value;        ///< dispatch of a small batch for which the host waits: 1 +
                                        ///< position of the first expert id that does not exist, and
                                        ///< the id; 0 = none
-  uint64_t rows;                       ///< dispatch: recv_x; combine: x
-  uint64_t scales;                     ///< dispatch: recv_scales
-  uint64_t meta;                       ///< dispatch: recv_meta
-  uint64_t topk_idx;      ///< dispatch: recv_topk_idx of layout kToken; 0 = not in the window
+  int32_t pieces;     ///< small batch, where the link puts: that rows go to the ranks of cut_for
+                      ///< in, at most (RowPieces); to others they go whole
+  uint32_t cut_for;   ///< one bit each
+  uint64_t rows;      ///< dispatch: recv_x; combine: x
+  uint64_t scales;    ///< dispatch: recv_scales
+  uint64_t meta;      ///< dispatch: recv_meta
+  uint64_t topk_idx;  ///< dispatch: recv_topk_idx of layout kToken; 0 = not in the window
   uint64_t topk_weights;  ///< dispatch: recv_topk_weights of layout kToken; 0 = not in the window
   uint64_t needed_bytes;  ///< not 0 = no room for the result
   uint64_t free_bytes;

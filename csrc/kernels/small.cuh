@@ -18,8 +18,10 @@
 // scope, which covers the whole block; each lane that reads the rows then has acquired it, or is
 // ordered by __syncwarp after one that has.
 //
-// A link that puts (kernels/link.cuh) has the rows stored into this rank's own window, and one warp
-// per (share, rank) puts those that the rank gets, each with a signal.
+// A link that puts (kernels/link.cuh) has the rows stored into this rank's own window, from where
+// the warps of the block put each to the ranks that get it, with a signal. Where a put is a copy by
+// the warp that calls it, and there are more warps than rows, several of them put a piece of a row
+// each, with a signal each; a network card gets few, long messages.
 #pragma once
 
 #include <algorithm>
@@ -42,9 +44,16 @@ __host__ __device__ constexpr int mask_words(int max_tokens) {
   return (max_tokens + kWarpSize - 1) / kWarpSize;
 }
 
-/// Of eight blocks, those that send. A dispatch stores each received row to all that carry it; for
-/// a combine the senders load and sum all rows.
-constexpr int kDispatchSenders = 3, kCombineSenders = 4;
+/// Of sixteen blocks, those that send. A dispatch stores each received row to all that carry it;
+/// for a combine the senders load and sum all rows. To put rows that were stored takes longer: of
+/// 128 tokens for three other ranks each warp has one to put, and each that receives one to take.
+constexpr int kDispatchSenders = 6, kDispatchPutters = 7, kCombineSenders = 8;
+
+/// Of a call, the blocks that send.
+__host__ __device__ constexpr int sending_blocks(Phase phase, int blocks, int sixteenths) {
+  if (phase == Phase::kReceive) return 0;
+  return phase != Phase::kAll || blocks == 1 ? blocks : (blocks * sixteenths + 15) / 16;
+}
 
 /// Blocks of a launch: num_sms, or by default as many as make a call short: few tokens should
 /// spread over many SMs, for what counts is when the last byte arrives (docs/nvlink.md). In a
@@ -86,14 +95,13 @@ struct SmallBlocks {
   int senders;  ///< blocks 0 to senders - 1
   SmallTeam receivers;
 
-  /// eighths: of the blocks that send, in a whole call.
-  __device__ __forceinline__ SmallBlocks(Phase phase, int eighths) {
+  /// sixteenths: of the blocks that send, in a whole call.
+  __device__ __forceinline__ SmallBlocks(Phase phase, int sixteenths) {
     const int blocks = static_cast<int>(gridDim.x);
-    senders = phase == Phase::kReceive ? 0 : blocks;
+    senders = sending_blocks(phase, blocks, sixteenths);
     receivers = {phase == Phase::kSend ? -1 : static_cast<int>(blockIdx.x),
                  phase == Phase::kSend ? 0 : blocks};
     if (phase != Phase::kAll || blocks == 1) return;
-    senders = (blocks * eighths + 7) / 8;
     receivers.blocks -= senders;
     receivers.block -= senders;
   }
@@ -115,7 +123,11 @@ struct BlockRows {
       --step;
     }
     shares = below(kShares);
-    count = rows / kShares * shares + below(rows % kShares);
+    count = count_of(rows);
+  }
+  /// Of any number of rows, those that are this block's.
+  __device__ __forceinline__ int count_of(int rows) const {
+    return rows / kShares * shares + below(rows % kShares);
   }
   /// Row i of count.
   __device__ __forceinline__ int at(int i) const {
@@ -177,59 +189,94 @@ struct SmallJobs {
   }
 };
 
-/// The signal of row i of source, in this rank's window: its share's, or its own where the link
-/// puts.
-template <class Link>
-__device__ __forceinline__ const uint64_t* row_signal(const LinkArgs& link,
-                                                      const SmallLayout& small, int source, int i) {
-  static_assert(SmallLayout::kSignals >= kTileTokens);
-  const int signal = Link::kMapped ? i % SmallLayout::kShares : i;
-  return reinterpret_cast<const uint64_t*>(link.window[link.rank] + small.signal(source, signal));
+/// Pieces that a rank shall put its rows in, LinkEntry::pieces: with them the block that has most
+/// to put is done soonest, if the ranks get their rows in pieces. peers: that a row goes to, at
+/// most.
+inline int pieces_to_put(int senders, int rows, int peers, int row_bytes) {
+  constexpr int kRoundBytes = kWarpSize * kVectorBytes;  // that a warp copies between two waits
+  constexpr int kSignalRounds = 4;  // that the fence and the signal behind a put take as long as
+  const int blocks = std::max(senders - 1, 1), puts = (rows + blocks - 1) / blocks * peers;
+  int best = 1, least = 0;
+  for (int wanted = 1; wanted <= RowPieces::kMost; ++wanted) {
+    const RowPieces pieces(row_bytes, wanted);
+    const int turns = (puts * pieces.count + kSmallWarps - 1) / kSmallWarps;
+    const int rounds = turns * ((pieces.step + kRoundBytes - 1) / kRoundBytes + kSignalRounds);
+    if (wanted > 1 && rounds >= least) continue;
+    best = wanted;
+    least = rounds;
+  }
+  return best;
 }
 
-/// Says that this block's rows are stored, by all threads; where the link puts, puts each with a
-/// signal of its own, so that none must land before another. own: of any number of rows. rows(r)
-/// gives how many rows all blocks together send to rank r, piece(r, i) where the i-th of them is (0
-/// bytes = rank r does not get it). Begins with a barrier.
+/// That a rank puts a row for rank `to` in, at most; entry: of the former.
+__device__ __forceinline__ int pieces_for(const LinkEntry& entry, int to) {
+  return (entry.cut_for >> to & 1) != 0 ? entry.pieces : 1;
+}
+
+/// The signal of row i of source, or of one of its pieces, in this rank's window: its share's, or
+/// its own where the link puts.
+template <class Link>
+__device__ __forceinline__ const uint64_t* row_signal(const LinkArgs& link,
+                                                      const SmallLayout& small, int source, int i,
+                                                      int piece = 0) {
+  static_assert(SmallLayout::kSignals >= kTileTokens);
+  const int signal = Link::kMapped ? i % SmallLayout::kShares : i;
+  return reinterpret_cast<const uint64_t*>(link.window[link.rank] +
+                                           small.signal(source, signal, piece));
+}
+
+/// Puts this block's rows, as signal_shares says. The warps take what is next to be put as they
+/// come: rows go to more or fewer ranks.
+template <class Link, class Rows, class Piece>
+__device__ __forceinline__ void put_rows(const LinkArgs& link, const SmallLayout& small,
+                                         uint64_t epoch, const BlockRows& own, Rows rows,
+                                         Piece piece) {
+  EPCOMM_SHARED(int32_t, taken);
+  if (thread_index() == 0) taken = 0;
+  __syncthreads();
+  fence_system();  // what the block has stored is read by a network card
+  const int most_pieces = link.entry.cut_for != 0 ? link.entry.pieces : 1;
+  const int of_row = link.num_ranks * most_pieces;
+  int most_rows = 0;
+  for (int r = 0; r < link.num_ranks; ++r) most_rows = max(most_rows, rows(r));
+  const int all = own.count_of(most_rows) * of_row;
+  for (;;) {
+    int next = 0;
+    if (lane_index() == 0) next = atomicAdd(&taken, 1);
+    next = __shfl_sync(kFullWarp, next, 0);
+    if (next >= all) return;
+    const int of_own = next / of_row, rest = next - of_own * of_row;
+    const int row = own.at(of_own), nth = rest / most_pieces, i = rest - nth * most_pieces;
+    const int peer = (link.rank + 1 + nth) % link.num_ranks;
+    if (row >= rows(peer) || i >= pieces_for(link.entry, peer)) continue;
+    LinkPiece put = piece(peer, row);
+    const RowPieces pieces(static_cast<int32_t>(put.bytes), pieces_for(link.entry, peer));
+    if (put.bytes == 0 || i >= pieces.count) continue;
+    put.from += static_cast<size_t>(pieces.begin(i));
+    put.to += static_cast<size_t>(pieces.begin(i));
+    put.bytes = static_cast<uint32_t>(pieces.end(i) - pieces.begin(i));
+    link_put_signal<Link>(link, peer, put, small.signal(link.rank, row, i), epoch);
+  }
+}
+
+/// Says that this block's rows are stored, by all threads; where the link puts, puts each, or each
+/// of its pieces, with a signal of its own, so that none must land before another. own: of any
+/// number of rows. rows(r) gives how many rows all blocks together send to rank r, piece(r, i)
+/// where the i-th of them is (0 bytes = rank r does not get it). Begins with a barrier.
 template <class Link, class Rows, class Piece>
 __device__ __forceinline__ void signal_shares(const LinkArgs& link, const SmallLayout& small,
                                               uint64_t epoch, const BlockRows& own, Rows rows,
                                               [[maybe_unused]] Piece piece) {
-  __syncthreads();
-  if constexpr (Link::kMapped) {
+  if constexpr (!Link::kMapped) {
+    put_rows<Link>(link, small, epoch, own, rows, piece);
+  } else {
+    __syncthreads();
     for (int i = thread_index(); i < own.shares * link.num_ranks; i += kSmallThreads) {
       const int share = own.first + i / link.num_ranks * own.step;
       const int peer = (link.rank + i) % link.num_ranks;
       if (share < rows(peer)) link_signal<Link>(link, peer, small.signal(link.rank, share), epoch);
     }
-  } else {
-    fence_system();  // what the block has stored is read by a network card
-    for (int i = warp_index(); i < own.shares * link.num_ranks; i += kSmallWarps) {
-      const int share = own.first + i / link.num_ranks * own.step;
-      const int peer = (link.rank + 1 + i) % link.num_ranks;
-      for (int row = share; row < rows(peer); row += BlockRows::kShares) {
-        const LinkPiece put = piece(peer, row);
-        if (put.bytes != 0)
-          link_put_signal<Link>(link, peer, put, small.signal(link.rank, row), epoch);
-      }
-    }
   }
-}
-
-/// Waits for row i of source. Every lane that asks acquires it. Lanes that need none pass i < 0. By
-/// a warp, whose lanes have one source or each its own; false in all lanes if a wait was given up.
-template <class Link>
-__device__ __forceinline__ bool rows_arrived(const LinkArgs& link, const SmallLayout& small,
-                                             uint64_t epoch, int source, int i) {
-  const int first = __shfl_sync(kFullWarp, source, 0);
-  const bool notes = lane_index() == 0 || source != first;
-  const bool there =
-      i < 0 ||
-      wait_signal<Link>(link, source, row_signal<Link>(link, small, source, i), epoch, notes);
-  __syncwarp();
-  if (__all_sync(kFullWarp, there)) return true;
-  if (lane_index() == 0) atomicExch(&link.state->lost, 1u);
-  return false;
 }
 
 __device__ __forceinline__ bool is_written(const uint4& v) {
@@ -285,6 +332,11 @@ __device__ __forceinline__ void unwrite(char* row, size_t begin, size_t end) {
     words[i] = SmallLayout::kUnwritten;
 }
 
+/// The bytes [begin, end) of a row that has row_bytes, its scales included.
+struct RowPart {
+  int32_t row_bytes, begin, end;
+};
+
 /// Rows of staging, taken out as they arrive. All functions by a whole warp; false in all lanes if
 /// a wait was given up.
 template <class Link>
@@ -292,14 +344,38 @@ struct StagedRows {
   const LinkArgs& link;
   const SmallLayout& small;
   uint64_t epoch;
-  bool clean;  ///< LinkState::clean
+  bool clean;              ///< LinkState::clean
+  const LinkEntry* entry;  ///< where the link puts: LinkCall::entry
+
+  /// Where the link puts: waits for a part of row i of source, each of its pieces by a lane of its
+  /// own; what these have acquired all lanes may load.
+  __device__ __forceinline__ bool arrived(int source, int i, const RowPart& part) const {
+    const int piece = lane_index();
+    return all_there(piece >= RowPieces::kMost ||
+                     piece_arrived(source, i, piece, part, piece == 0));
+  }
+  /// The same of rows of several sources, of a lane each; lanes that need none pass i < 0.
+  __device__ __forceinline__ bool arrived_each(int source, int i, const RowPart& part) const {
+    const bool cut = __any_sync(
+        kFullWarp,
+        i >= 0 && RowPieces(part.row_bytes, pieces_for(entry[source], link.rank)).count > 1);
+    const int lanes = cut ? RowPieces::kMost : 1;  // for a row
+    const uint32_t asking = __ballot_sync(kFullWarp, i >= 0);
+    bool there = true;
+    for (int first = 0; first < kWarpSize && asking >> first != 0; first += kWarpSize / lanes) {
+      const int asker = first + lane_index() / lanes, piece = lane_index() % lanes;
+      const int s = __shfl_sync(kFullWarp, source, asker), n = __shfl_sync(kFullWarp, i, asker);
+      if (n >= 0) there &= piece_arrived(s, n, piece, part, piece == 0);
+    }
+    return all_there(there);
+  }
 
   __device__ __forceinline__ char* row(int source, int64_t t) const {
     return link.window[link.rank] + small.row(source, epoch, t);
   }
 
   /// Until what load() loads is there. load() loads, and says whether the lane has found nothing
-  /// unwritten; source, i: of the row (of this lane's), as in rows_arrived. probe: a word of it
+  /// unwritten; source, i: of the row (of this lane's), as in arrived(). probe: a word of it
   /// that is stored late, of some lanes, null of others. Only these words are polled: all that is
   /// waited for would keep the memory from those who send.
   template <class Load>
@@ -400,6 +476,22 @@ struct StagedRows {
       const int s = j / small.max_tokens, t = j - s * small.max_tokens;
       unwrite(row(s, t), taken(s, t) / sizeof(uint32_t), small.row_bytes / sizeof(uint32_t));
     }
+  }
+
+  // By one lane: until a piece of row i has come, if it has something of the part. notes: as in
+  // wait_signal.
+  __device__ __forceinline__ bool piece_arrived(int source, int i, int piece, const RowPart& part,
+                                                bool notes) const {
+    const RowPieces pieces(part.row_bytes, pieces_for(entry[source], link.rank));
+    return !pieces.holds(piece, part.begin, part.end) ||
+           wait_signal<Link>(link, source, row_signal<Link>(link, small, source, i, piece), epoch,
+                             notes);
+  }
+  __device__ __forceinline__ bool all_there(bool there) const {
+    __syncwarp();
+    if (__all_sync(kFullWarp, there)) return true;
+    if (lane_index() == 0) atomicExch(&link.state->lost, 1u);
+    return false;
   }
 };
 

@@ -107,6 +107,11 @@ struct BlockPartials {
   }
 };
 
+// Of a partial row as it crosses.
+__host__ __device__ constexpr int sent_row_bytes(Quant quant, int hidden, int element_bytes) {
+  return quant == Quant::kFp8 ? static_cast<int>(fp8_row_bytes(hidden)) : hidden * element_bytes;
+}
+
 // A job's part of a partial row that is one row as it is.
 template <Dtype kDtype>
 __device__ __forceinline__ void copy_row(const SmallCombineArgs& args, const PartialToken& token,
@@ -176,7 +181,7 @@ __device__ __forceinline__ bool send_partials(const SmallCombineArgs& args, int 
   constexpr bool kFp8 = kQuant == Quant::kFp8;
   const int row_bytes = args.hidden * kElementBytes<kDtype>;
   const auto sent_bytes =
-      static_cast<uint32_t>(kFp8 ? fp8_row_bytes(args.hidden) : static_cast<size_t>(row_bytes));
+      static_cast<uint32_t>(sent_row_bytes(kQuant, args.hidden, kElementBytes<kDtype>));
   const MetaLayout meta(topk);
   const BlockRows own(0, senders);
   const BlockPartials partials(args, senders, received);
@@ -260,6 +265,7 @@ __device__ __forceinline__ bool sum_partials(const SmallCombineArgs& args, const
   const int num_ranks = args.dims.num_ranks, lane = lane_index();
   count_sent_before(sent_before, args.plan.rank_count, num_ranks, link.rank);
   const int64_t row_bytes = int64_t{args.hidden} * kElementBytes<kDtype>;
+  const int sent_bytes = sent_row_bytes(kQuant, args.hidden, kElementBytes<kDtype>);
   const char* bias = static_cast<const char*>(args.bias);
   char* out = static_cast<char*>(args.out);
   const auto jobs = SmallJobs::of_team(team, args.num_tokens, static_cast<int>(row_bytes), kUnroll);
@@ -268,7 +274,10 @@ __device__ __forceinline__ bool sum_partials(const SmallCombineArgs& args, const
     const int64_t t = job.row;
     const TokenRanks at_rank(args.plan.slot + t * num_ranks, sent_before, num_ranks);
     // A share counts the rows that one rank sends to this one: lane r has the signal of rank r.
-    if (!Link::kMapped && !rows_arrived<Link>(link, args.small, rows.epoch, lane, at_rank.low))
+    const RowPart whole = {sent_bytes, 0, sent_bytes};
+    const RowPart part = {sent_bytes, job.begin * kVectorBytes, job.end * kVectorBytes};
+    if (!Link::kMapped &&
+        !rows.arrived_each(lane, at_rank.low, kQuant == Quant::kFp8 ? whole : part))
       return false;
     for (int at = job.begin; at < job.end; at += Batch::kStep) {
       const int v = at + lane;
@@ -318,10 +327,9 @@ __device__ __forceinline__ bool sum_partials(const SmallCombineArgs& args, const
       batch.store(out + t * row_bytes, v, job.end);
     }
   }
-  const size_t taken =
-      kQuant == Quant::kFp8 ? fp8_row_bytes(args.hidden) : static_cast<size_t>(row_bytes);
-  rows.clean_up(team, num_ranks, [&](int s, int t) {
-    return t < args.num_tokens && args.plan.slot[t * num_ranks + s] >= 0 ? taken : 0;
+  rows.clean_up(team, num_ranks, [&](int s, int t) -> size_t {
+    const bool taken = t < args.num_tokens && args.plan.slot[t * num_ranks + s] >= 0;
+    return taken ? static_cast<size_t>(sent_bytes) : 0;
   });
   return true;
 }
@@ -358,7 +366,8 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
       going = link_agree_briefly<Link>(link, call, blocks.receivers.block == 0);
     if (going)
       completed = sum_partials<Link, kQuant, kDtype>(
-          args, blocks.receivers, StagedRows<Link>{link, args.small, call.epoch, start.clean()});
+          args, blocks.receivers,
+          StagedRows<Link>{link, args.small, call.epoch, start.clean(), call.entry});
   }
   link_leave<Link>(link, call, going, completed, blocks.sends());
 }
@@ -379,10 +388,17 @@ void launch_small_combine(const SmallCombineArgs& args, int num_sms, cudaStream_
   check_aligned(args.out, "out");
   const bool fp8 = args.quant == Quant::kFp8;
   const size_t staged = fp8 ? size_t{kSmallWarps} * kStagedScaleBytes : 0;
+  const int blocks = small_blocks(num_sms, Link::kMapped);
+  SmallCombineArgs call = args;
+  // What comes back is about what went out.
+  call.link.entry.pieces =
+      pieces_to_put(sending_blocks(args.phase, blocks, kCombineSenders), args.num_tokens,
+                    std::min(args.dims.topk, args.dims.num_ranks - 1),
+                    sent_row_bytes(args.quant, args.hidden, dtype_bytes(args.dtype)));
   launch("launch of small_combine",
          fp8 ? combine_kernel<Link, Quant::kFp8>(args.dtype)
              : combine_kernel<Link, Quant::kNone>(args.dtype),
-         {small_blocks(num_sms, Link::kMapped), kSmallThreads, staged}, stream, args);
+         {blocks, kSmallThreads, staged}, stream, call);
 }
 
 }  // namespace epcomm

@@ -144,6 +144,13 @@ __device__ __forceinline__ TokenSlots slots_of(const SmallDispatchArgs& args,
   return slots;
 }
 
+// What a job takes of a row: the first has the scales, too, at its end.
+__device__ __forceinline__ RowPart part_of_row(const RowSpec& rows, const RowJob& job) {
+  const int32_t bytes = rows.row_bytes + rows.scale_bytes;
+  const bool to_end = job.leads && rows.scale_bytes != 0;
+  return {bytes, job.begin * kVectorBytes, to_end ? bytes : job.end * kVectorBytes};
+}
+
 // What arrives goes to its rows, by a team. next: token of the warp's first job. False: the warp
 // has given up a wait.
 template <class Link>
@@ -182,9 +189,7 @@ __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args, cons
     }
     const uint32_t firsts = fits ? distinct_rows(slots.row) : 0;
     const int32_t local = job.leads ? local_expert(place, slots) : -1;
-    // One lane is enough, where more would cost more than one load.
-    if (!Link::kMapped && !rows_arrived<Link>(link, args.small, rows.epoch, s, lane == 0 ? t : -1))
-      return false;
+    if (!Link::kMapped && !rows.arrived(s, t, part_of_row(place.rows, job))) return false;
     for (bool first = true; part.v - lane < job.end || part.w - lane < part.end_word;
          first = false) {
       if (Link::kMapped && !first) part.load();
@@ -269,9 +274,12 @@ __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const Rec
     clear_rest(args, recorders, route, totals);
   }
   if (!agreed || !takers.here()) return true;
-  const StagedRows<Link> rows{args.link, args.small, call.epoch, clean};
+  const StagedRows<Link> rows{args.link, args.small, call.epoch, clean, call.entry};
   return receive_rows<Link>(args, takers, route, rows, ranges, jobs, first);
 }
+
+template <class Link>
+constexpr int dispatch_senders = Link::kMapped ? kDispatchSenders : kDispatchPutters;
 
 template <class Link, Quant kQuant, Dtype kDtype>
 __global__ void __launch_bounds__(kSmallThreads, 1)
@@ -280,7 +288,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   EPCOMM_SHARED(int32_t, first_bad);
   const LinkArgs& link = args.link;
   const LinkStart start(link);
-  const SmallBlocks blocks(args.phase, kDispatchSenders);
+  const SmallBlocks blocks(args.phase, dispatch_senders<Link>);
   const bool announces = blockIdx.x == 0, receives = blocks.receives();
   // The memory that routing needs is where a block that sends gathers scales.
   if (receives && !blocks.sends()) prepare_route(args, GroupRoute(args));
@@ -354,10 +362,15 @@ void launch_small_dispatch(const SmallDispatchArgs& args, int num_sms, cudaStrea
   check_aligned(args.x, "x");
   check_aligned(args.place.recv_x, "recv_x");
   const size_t staged = args.quant == Quant::kNone ? 0 : size_t{kSmallWarps} * kStagedScaleBytes;
+  const int blocks = small_blocks(num_sms, Link::kMapped);
+  SmallDispatchArgs call = args;
+  const Dims& dims = args.place.dims;
+  call.link.entry.pieces = pieces_to_put(sending_blocks(args.phase, blocks, dispatch_senders<Link>),
+                                         args.num_tokens, std::min(dims.topk, dims.num_ranks - 1),
+                                         args.place.rows.row_bytes + args.place.rows.scale_bytes);
   launch("launch of small_dispatch", kernel_of<Link>(args),
-         {small_blocks(num_sms, Link::kMapped), kSmallThreads,
-          std::max(small_shared_bytes(args.place.dims, args.small.max_tokens), staged)},
-         stream, args);
+         {blocks, kSmallThreads, std::max(small_shared_bytes(dims, args.small.max_tokens), staged)},
+         stream, call);
 }
 
 }  // namespace epcomm

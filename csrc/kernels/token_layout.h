@@ -250,12 +250,36 @@ struct ArrivalLayout {
   }
 };
 
+/// The pieces that a row is put in, where the link puts: each has a signal of its own. The sender's
+/// entry says how many it wants (LinkEntry::pieces).
+struct RowPieces {
+  static constexpr int kMost = 4;
+  static constexpr int32_t kLeastBytes = 1024, kAlignment = 128;
+
+  int32_t bytes;  ///< of the row, its scales included
+  int32_t count, step;
+
+  EPCOMM_HOST_DEVICE RowPieces(int32_t bytes_, int32_t wanted) : bytes(bytes_), count(kMost) {
+    if (count > wanted) count = wanted;
+    if (count > bytes / kLeastBytes) count = bytes / kLeastBytes;
+    if (count < 1) count = 1;
+    step = static_cast<int32_t>(
+        align_up(static_cast<size_t>((bytes + count - 1) / count), size_t{kAlignment}));
+  }
+  EPCOMM_HOST_DEVICE int32_t begin(int i) const { return i * step; }
+  EPCOMM_HOST_DEVICE int32_t end(int i) const { return i + 1 < count ? (i + 1) * step : bytes; }
+  /// Whether piece i, of any number, has some of the bytes [from, to).
+  EPCOMM_HOST_DEVICE bool holds(int i, int32_t from, int32_t to) const {
+    return i < count && begin(i) < to && from < end(i);
+  }
+};
+
 /// Where the rows of small batches wait for their receiver, in every rank's window, and the signals
 /// that say that they are there. Each part has a slot per source rank; all but the signals
 /// alternate by the parity of the epoch.
 struct SmallLayout {
   /// Token (or row) i of a batch belongs to share i % kShares. A share has a signal of its own, its
-  /// number; or, where the link puts, row i has signal i.
+  /// number; or, where the link puts, row i has signal i, with a word for each of its pieces.
   static constexpr int kShares = 128, kSignals = 256;
   /// Every 4 bytes of a staged row, before somebody writes it and after its receiver has read it:
   /// a word that differs has come. One that does not has come when the row's signal says so.
@@ -268,15 +292,20 @@ struct SmallLayout {
   size_t slots_step,
       rows_step;  ///< from the ids (or weights), and the rows, of a source to the next's
   int32_t num_ranks, max_tokens, topk;
+  int32_t signal_words;  ///< of a signal
 
   /// From offset `begin` on; widest_row is a multiple of kRowAlignment. puts: with an outbox, but
   /// without ids and weights (ControlLayout::slots).
   EPCOMM_HOST_DEVICE SmallLayout(const Dims& d, int max_tokens_, size_t widest_row, size_t begin,
                                  bool puts = false)
-      : row_bytes(widest_row), num_ranks(d.num_ranks), max_tokens(max_tokens_), topk(d.topk) {
+      : row_bytes(widest_row),
+        num_ranks(d.num_ranks),
+        max_tokens(max_tokens_),
+        topk(d.topk),
+        signal_words(puts ? RowPieces::kMost : 1) {
     const size_t ranks = static_cast<size_t>(num_ranks), tokens = static_cast<size_t>(max_tokens);
     signals = align_up(begin, kBlockAlignment);
-    ids = align_up(signals + ranks * kSignals * sizeof(uint64_t), kBlockAlignment);
+    ids = align_up(signals + ranks * signals_bytes(), kBlockAlignment);
     slots_step = puts ? 0 : slots_bytes(max_tokens, topk);
     rows_step = tokens * row_bytes;
     weights = ids + 2 * ranks * slots_step;
@@ -300,10 +329,15 @@ struct SmallLayout {
     return align_up(static_cast<size_t>(max_tokens) * static_cast<size_t>(topk) * sizeof(uint64_t),
                     kBlockAlignment);
   }
-  /// uint64: epoch of the last call in which the rows of this signal were stored by source.
-  EPCOMM_HOST_DEVICE size_t signal(int source, int i) const {
-    return signals +
-           (static_cast<size_t>(source) * kSignals + static_cast<size_t>(i)) * sizeof(uint64_t);
+  /// Of the signals of a rank.
+  EPCOMM_HOST_DEVICE size_t signals_bytes() const {
+    return size_t{kSignals} * static_cast<size_t>(signal_words) * sizeof(uint64_t);
+  }
+  /// uint64: epoch of the last call in which the rows of this signal, or this piece of its row,
+  /// were stored by source.
+  EPCOMM_HOST_DEVICE size_t signal(int source, int i, int piece = 0) const {
+    return signals + static_cast<size_t>(source) * signals_bytes() +
+           static_cast<size_t>(i * signal_words + piece) * sizeof(uint64_t);
   }
   /// TaggedWord [max_tokens, K]: expert ids of source's tokens; -1 = none.
   EPCOMM_HOST_DEVICE size_t source_ids(int source, uint64_t epoch) const {

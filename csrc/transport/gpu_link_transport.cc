@@ -159,6 +159,7 @@ LinkArgs GpuLinkTransport::link(Operation operation) const {
   link.timeout_ns = static_cast<uint64_t>(2e9 * timeout_s_);
   link.statistics = statistics_;
   link.entry.signature[static_cast<int>(CallField::kOperation)] = static_cast<int32_t>(operation);
+  link.entry.cut_for = windows_.cut_for;
   return link;
 }
 

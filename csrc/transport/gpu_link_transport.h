@@ -62,6 +62,7 @@ inline bool leaves_slots(const LinkEntry& entry, const DispatchArgs& args) {
 struct LinkWindows {
   char* window[kMaxLinkRanks] = {};
   int32_t pe[kMaxLinkRanks] = {};
+  uint32_t cut_for = 0;  ///< LinkEntry::cut_for
   std::shared_ptr<void> owner;
 };
 /// Those of a window that all GPUs have mapped.

@@ -141,6 +141,7 @@ class JobWindow final : public NvshmemWindow {
   }
   char* own() const override { return piece_->data(); }
   int pe(int rank) const override { return pes_[static_cast<size_t>(rank)]; }
+  bool mapped(int rank) const override { return nvshmem_ptr(piece_->data(), pe(rank)) != nullptr; }
   void abandon() override { piece_->abandon(); }
 
  private:

@@ -21,6 +21,8 @@ class NvshmemWindow {
   virtual char* own() const = 0;
   /// NVSHMEM's number of a rank of the group.
   virtual int pe(int rank) const = 0;
+  /// Whether this GPU loads and stores that rank's memory, so that no network card is between them.
+  virtual bool mapped(int rank) const = 0;
   /// Peers may still write here when the window ends: its memory is not used again.
   virtual void abandon() = 0;
 };

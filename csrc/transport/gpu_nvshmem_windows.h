@@ -9,7 +9,8 @@
 
 namespace epcomm {
 
-/// This rank's memory alone has an address; the others have numbers.
+/// This rank's memory alone has an address; the others have numbers. Rows may be cut for those that
+/// NVSHMEM maps.
 LinkWindows nvshmem_windows(const std::shared_ptr<NvshmemWindow>& window, const Bootstrap& group);
 
 }  // namespace epcomm

@@ -1,4 +1,4 @@
-// Every row is put once per destination rank, flat: no rank forwards for another. One kernel per
+// Every row goes to each destination rank once, flat: no rank forwards for another. One kernel per
 // call, the kernels of small batches (kernels/small.h) over a link that puts. docs/rdma.md.
 //
 // Window map, alike on all ranks:

@@ -1,5 +1,5 @@
 // Symmetric memory of ranks between which only a simulated network card goes: nobody is given the
-// address of another rank's.
+// address of another rank's. Which of them it says are mapped is an option.
 #include "transport/gpu_nvshmem.h"
 
 #include <cuda_runtime_api.h>
@@ -23,6 +23,7 @@ class SimWindow final : public NvshmemWindow {
   char* own() const override { return window_->peer(rank_); }
   // Not the rank, so that nobody takes the one for the other.
   int pe(int rank) const override { return num_pes_ - 1 - rank; }
+  bool mapped(int rank) const override { return sim::options().mapped(rank_, rank); }
   void abandon() override {}
 
  private:

@@ -17,7 +17,7 @@ Cards& cards() {
   static Cards& cards = *new Cards;  // threads of cards may outlive statics
   return cards;
 }
-std::atomic<uint64_t> total_put_bytes{0};
+std::atomic<uint64_t> total_put_bytes{0}, total_puts{0};
 
 }  // namespace
 
@@ -65,6 +65,7 @@ void Nic::put_signal(int pe, size_t to, size_t from, size_t bytes, size_t word, 
   {
     std::lock_guard lock(mutex_);
     total_put_bytes += bytes;
+    ++total_puts;
     issue({.pe = pe, .to = to, .from = from, .bytes = bytes});
     issue({.pe = pe, .after = issued_, .to = word, .value = value});
   }
@@ -80,6 +81,7 @@ void Nic::signal(int pe, size_t word, uint64_t value) {
 }
 
 uint64_t Nic::put_bytes() { return total_put_bytes; }
+uint64_t Nic::puts() { return total_puts; }
 
 uint64_t Nic::issued() const {
   std::lock_guard lock(mutex_);

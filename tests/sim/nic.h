@@ -35,6 +35,8 @@ class Nic {
 
   /// Bytes that the cards of all ranks have been told to put so far, signals not counted.
   static uint64_t put_bytes();
+  /// Puts of them.
+  static uint64_t puts();
   /// The card behind a window, by its address.
   static Nic& of(const char* window);
 

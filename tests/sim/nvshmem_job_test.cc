@@ -41,7 +41,10 @@ using epcomm::fake;
 
 int nvshmem_my_pe() { return fake.attributes.rank; }
 int nvshmem_n_pes() { return fake.attributes.size; }
-void* nvshmem_ptr(const void*, int) { return nullptr; }
+// As if every other process were on another machine.
+void* nvshmem_ptr(const void* address, int pe) {
+  return (pe + fake.attributes.rank) % 2 == 0 ? const_cast<void*>(address) : nullptr;
+}
 void* nvshmem_align(size_t, size_t bytes) {
   void* memory = nullptr;
   if (fake.full || cudaMalloc(&memory, bytes) != cudaSuccess) return nullptr;
@@ -106,7 +109,8 @@ TEST(NvshmemJob, IsMadeOnceAndShared) {
     HOLDS(fake.initialised == 1);
     HOLDS(fake.taken == std::vector<size_t>{1 << 20});
     HOLDS(two->own() - one->own() == 2 * 65536);
-    for (int r = 0; r < 3; ++r) HOLDS(one->pe(r) == r);
+    for (int r = 0; r < 3; ++r)
+      HOLDS(one->pe(r) == r && one->mapped(r) == ((r + group.rank()) % 2 == 0));
     // All zeros, also where it was used before.
     for (size_t i = 0; i < kBytes; ++i) HOLDS(one->own()[i] == 0 && two->own()[i] == 0);
     char* first = one->own();
@@ -128,6 +132,7 @@ TEST(NvshmemJob, PartsOfItHaveItsNumbers) {
       pair.set_rank(group.rank() == 3 ? 0 : 1);
       const auto part = make_nvshmem_window(pair, kBytes, 0);
       HOLDS(part->pe(0) == 3 && part->pe(1) == 1);
+      HOLDS(part->mapped(0) && part->mapped(1));
       HOLDS(part->own() != all->own());
       HOLDS(has(error_of(pair, 4 << 20), "2 of the 4 ranks"));
     }

@@ -79,6 +79,11 @@ Options& options() {
     Options o;
     const char* seed = std::getenv("EPCOMM_SIM_SEED");
     o.seed = seed == nullptr ? 1 : std::strtoull(seed, nullptr, 10);
+    const char* mapped = std::getenv("EPCOMM_SIM_MAPPED");
+    const std::string which = mapped == nullptr ? "" : mapped;
+    o.mapped = [](int rank, int peer) { return (rank + peer) % 2 == 1; };
+    if (which == "all") o.mapped = [](int, int) { return true; };
+    if (which == "none") o.mapped = [](int, int) { return false; };
     return o;
   }();
   return it;

@@ -36,6 +36,10 @@ struct Options {
   bool print_faults = true;
   /// Pairs of devices of which the first cannot address the memory of the second.
   std::vector<std::pair<int, int>> no_peer_access;
+  /// Whether NVSHMEM says that a rank has mapped a peer's memory. All is put over the card, but
+  /// rows for mapped peers in pieces. The environment's EPCOMM_SIM_MAPPED: "all", "none", else
+  /// "odd": ranks at odd distances.
+  bool (*mapped)(int rank, int peer);
 };
 Options& options();
 
