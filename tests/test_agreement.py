@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,11 +42,11 @@ class Gpu:
         self,
         bad: str = "",
         names: tuple[str, ...] = ("nccl", "nvlink"),
-        pairs: tuple[tuple[int, int], ...] = (),
+        apart: bool = False,
     ) -> None:
         self.names = list(names)
         self.bad = bad
-        self.pairs = pairs
+        self.apart = apart  # from the other GPUs of its machine
         self.checks = 0
 
     def transports(self) -> list[str]:
@@ -58,16 +59,25 @@ class Gpu:
         assert timeout == 5.0
         bootstrap.all_gather(b"x")  # collective
         self.checks += 1
-        pairs = [SimpleNamespace(from_rank=a, to_rank=b) for a, b in self.pairs]
-        return SimpleNamespace(good=not self.bad, text=self.bad, bad_pairs=pairs, failure="")
+        return SimpleNamespace(good=not self.bad, text=self.bad)
+
+    def check_peer_access_in_nodes(self, bootstrap: Any, timeout: float, nodes: int) -> Any:
+        assert timeout == 5.0
+        bootstrap.all_gather(bytes([nodes]))  # collective
+        self.nodes = nodes
+        return SimpleNamespace(good=not self.apart)
+
+    def why_not_small_batches(self, num_ranks: int, num_experts: int, max_tokens: int) -> str:
+        return "" if max_tokens <= 256 and num_ranks * num_experts <= 1024 else "too large"
 
 
 def choices(
     monkeypatch: pytest.MonkeyPatch,
     wanted: list[str],
     gpus: list[Gpu | None],
-    max_tokens: int | None = None,
+    max_tokens: Any = None,
     machines: tuple[bytes, ...] | None = None,
+    num_experts: int = 256,
 ) -> list[Choice]:
     """What each rank takes, given what it asks for and has. machines: where it is."""
     here = threading.local()
@@ -81,7 +91,9 @@ def choices(
 
     def run(rank: int) -> Choice:
         here.gpu, here.rank = gpus[rank], rank
-        return agreement.agree_on_transport(group.of(rank), wanted[rank], 5.0, max_tokens)
+        most = max_tokens[rank] if isinstance(max_tokens, list) else max_tokens
+        sizes = num_experts, most
+        return agreement.agree_on_transport(group.of(rank), wanted[rank], 5.0, sizes)
 
     with ThreadPoolExecutor(len(wanted)) as threads:
         return list(threads.map(run, range(len(wanted))))
@@ -139,15 +151,14 @@ class TestSeveralMachines:
     """rdma for small batches, hierarchical for larger ones."""
 
     TWO = (b"machine0", b"machine0", b"machine1", b"machine1")
-    ACROSS = tuple((a, b) for a in range(4) for b in range(4) if a // 2 != b // 2)
 
     @pytest.fixture(autouse=True)
     def built(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(native.nvshmem, "built_transports", lambda: ["hierarchical", "rdma"])
         monkeypatch.setattr(native.nvshmem, "load", lambda: None)
 
-    def gpus(self, more: tuple[tuple[int, int], ...] = ()) -> list[Gpu | None]:
-        return [Gpu("no peer access", pairs=self.ACROSS + more) for _ in range(4)]
+    def gpus(self, apart: int | None = None) -> list[Gpu | None]:
+        return [Gpu("no peer access", apart=r == apart) for r in range(4)]
 
     def test_by_size(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -156,7 +167,10 @@ class TestSeveralMachines:
             (1, Choice("rdma")),
             (256, Choice("rdma")),
             (257, Choice("hierarchical", 2)),
+            (np.int64(128), Choice("rdma")),
             (None, Choice("hierarchical", 2)),
+            # Not all say the same: left for the Buffer to refuse, in which all are.
+            ([256, 256, 257, 256], Choice("hierarchical", 2)),
         ):
             with caplog.at_level(logging.INFO, "epcomm"):
                 found = choices(monkeypatch, ["auto"] * 4, self.gpus(), tokens, self.TWO)
@@ -164,10 +178,14 @@ class TestSeveralMachines:
             assert f"transport auto: {taken.transport}, because the ranks are on" in caplog.text
             caplog.clear()
 
+    def test_experts_count_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = choices(monkeypatch, ["auto"] * 4, self.gpus(), 64, self.TWO, 512)
+        assert found == [Choice("hierarchical", 2)] * 4
+
     def test_without_nvlink_in_the_build(self, monkeypatch: pytest.MonkeyPatch) -> None:
         without = [Gpu(names=("nccl",)) for _ in range(4)]
         assert agree(monkeypatch, ["auto"] * 4, [*without], 8, self.TWO) == ["rdma"] * 4
-        # Whether the GPUs of a machine can address each other was not asked.
+        # Nobody can say whether the GPUs of a machine address each other.
         assert agree(monkeypatch, ["auto"] * 4, [*without], 257, self.TWO) == ["nccl"] * 4
 
     def test_nvlink_across_machines_comes_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,8 +205,7 @@ class TestSeveralMachines:
         self, monkeypatch: pytest.MonkeyPatch, machines: str, ranks_per_node: int | None
     ) -> None:
         places = tuple(one.encode() * 8 for one in machines)
-        across = tuple((a, b) for a in range(4) for b in range(4) if places[a] != places[b])
-        gpus = [Gpu("no peer access", pairs=across) for _ in range(4)]
+        gpus = [Gpu("no peer access") for _ in range(4)]
         found = choices(monkeypatch, ["auto"] * 4, [*gpus], 4096, places)
         auto = "nccl" if ranks_per_node is None else "hierarchical"
         assert found == [Choice(auto, ranks_per_node)] * 4
@@ -200,34 +217,36 @@ class TestSeveralMachines:
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         with caplog.at_level(logging.INFO, "epcomm"):
-            apart = agree(monkeypatch, ["auto"] * 4, self.gpus(((2, 3),)), 4096, self.TWO)
+            apart = agree(monkeypatch, ["auto"] * 4, self.gpus(apart=2), 4096, self.TWO)
         assert apart == ["nccl"] * 4
-        assert "not hierarchical, because not all GPUs of a machine" in caplog.text
-        small = agree(monkeypatch, ["auto"] * 4, self.gpus(((2, 3),)), 256, self.TWO)
+        text = "not hierarchical, because the GPUs of the machines of ranks [2] cannot"
+        assert caplog.text.count(text) == 4
+        small = agree(monkeypatch, ["auto"] * 4, self.gpus(apart=2), 256, self.TWO)
         assert small == ["rdma"] * 4
 
-    @pytest.mark.parametrize(("tokens", "name"), [(256, "rdma"), (257, "hierarchical")])
+    @pytest.mark.parametrize("tokens", [256, 257])
+    @pytest.mark.parametrize("error", [ValueError, ImportError, AttributeError])
     def test_on_all_ranks_or_on_none(
         self,
         monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
+        error: type[Exception],
         tokens: int,
-        name: str,
     ) -> None:
         def load() -> None:
             if threading.current_thread().name.endswith("_1"):
-                raise ValueError("no library here")
+                raise error("no library here")
 
         monkeypatch.setattr(native.nvshmem, "load", load)
         with caplog.at_level(logging.INFO, "epcomm"):
             assert agree(monkeypatch, ["auto"] * 4, self.gpus(), tokens, self.TWO) == ["nccl"] * 4
         texts = [record.message for record in caplog.records]
-        assert sum(f"not {name}, because no library here" in text for text in texts) == 1
-        assert sum(f"not {name}, because ranks [1] cannot" in text for text in texts) == 3
+        assert sum("because no library here" in text for text in texts) == 1
+        assert sum("because ranks [1] cannot" in text for text in texts) == 3
 
     def test_too_many_ranks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(agreement, "_MOST_LINK_RANKS", 3)
-        assert agree(monkeypatch, ["auto"] * 4, self.gpus(), 8, self.TWO) == ["nccl"] * 4
+        assert agree(monkeypatch, ["auto"] * 4, self.gpus(), 999, self.TWO) == ["nccl"] * 4
 
 
 def test_ranks_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

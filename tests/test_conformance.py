@@ -105,7 +105,7 @@ def _formats(
     if transport.nodes:
         formats = [formats[(i + j) % len(formats)]]
     formats = [one for one in formats if one.quant is None or num_ranks in QUANT_RANKS]
-    if transport.nodes or len(layouts) > 1:
+    if transport.nodes or len(layouts) > 1 or WANTED_RANKS:
         return formats
     if layouts[0] in FEW_FORMATS:
         return [formats[(i + j + skip) % len(formats)] for skip in (0, len(formats) // 2)]

@@ -13,6 +13,7 @@
 #include "bindings/quant_bindings.h"
 #include "bindings/torch_pool.h"
 #include "epcomm/peer_access.h"
+#include "epcomm/small_batches.h"
 #include "epcomm/symmetric_memory.h"
 
 namespace {
@@ -58,6 +59,16 @@ void bind_peer_access(py::module_& m) {
         return epcomm::check_peer_access(*wrapped, timeout_s, share_gpu);
       },
       py::arg("bootstrap"), py::arg("timeout"), py::arg("share_gpu") = false);
+  m.def(
+      "check_peer_access_in_nodes",
+      [](py::object bootstrap, double timeout_s, int ranks_per_node) {
+        auto wrapped = std::make_unique<epcomm::PyBootstrap>(std::move(bootstrap));
+        py::gil_scoped_release release;
+        return epcomm::check_peer_access_in_nodes(*wrapped, timeout_s, ranks_per_node);
+      },
+      py::arg("bootstrap"), py::arg("timeout"), py::arg("ranks_per_node"));
+  m.def("why_not_small_batches", &epcomm::why_not_small_batches, py::arg("num_ranks"),
+        py::arg("num_experts"), py::arg("max_tokens"));
 }
 
 // See python/epcomm/symmetric.py.

@@ -55,6 +55,17 @@ __device__ __forceinline__ bool link_is_doubtful(const LinkArgs& link, uint64_t 
          __any_sync(kFullWarp, tagged != nullptr && is_doubtful(link, static_cast<uint32_t>(word)));
 }
 
+/// Tokens of source, if what it has announced briefly has come, else `most`; the same in all lanes
+/// of a warp. Of a source in another call they mean nothing.
+__device__ __forceinline__ int announced_tokens(const LinkArgs& link, uint64_t epoch, int source,
+                                                int most) {
+  const auto* words =
+      reinterpret_cast<const uint64_t*>(link.window[link.rank] + link.control.brief(source, epoch));
+  const uint64_t word = load_relaxed_system(words + LinkBrief::kNumTokens);
+  const int tokens = TaggedWord::is_of(word, epoch) ? min(static_cast<int32_t>(word), most) : most;
+  return __shfl_sync(kFullWarp, tokens, 0);
+}
+
 /// As link_agree, where what is compared has come with the brief entries: by every block of a
 /// kernel for small batches. Fills num_tokens of call.entry only, where all is well. lost: the warp
 /// has given up a wait before, which ends the call.

@@ -255,7 +255,7 @@ __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const Rec
                                        args.place.rows.row_bytes, kSmallUnroll);
   if (!Link::kMapped)
     mark_group<Link>(args, route, teams.columns(), call.epoch,
-                     [&](int s) { return ranges.end[s] + ranges.to_source[s]; });
+                     [&](int s, bool) { return ranges.end[s] + ranges.to_source[s]; });
   else if (!agreed)
     prepare_route(args, route);
   if (!Link::kMapped || !agreed) __syncthreads();
@@ -319,11 +319,14 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
     }
     if (going) {
       // Ids are not waited for behind the entries, which come later: those of all tokens that there
-      // could be, for an entry says how many there are.
+      // could be, until an entry says how many there are.
       bool lost = false;
       if constexpr (Link::kMapped)
-        lost = !mark_group<Link>(args, GroupRoute(args), teams.columns(), call.epoch,
-                                 [&](int) { return args.small.max_tokens; });
+        lost = !mark_group<Link>(
+            args, GroupRoute(args), teams.columns(), call.epoch, [&](int s, bool later) {
+              const int most = args.small.max_tokens;
+              return later ? announced_tokens(link, call.epoch, s, most) : most;
+            });
       agreed = link_agree_briefly<Link>(link, call, teams.leads(), lost);
     }
     completed = receive<Link>(args, teams, call, agreed, start.clean());

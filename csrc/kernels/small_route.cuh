@@ -82,8 +82,8 @@ __device__ __forceinline__ void prepare_route(const SmallDispatchArgs& args,
 enum class RouteColumns { kOwn, kAll };
 
 // Sets the bits of 32 of source's tokens, those of a word of its tile, by a warp. ids: [tokens, K],
-// as they have been sent. None are set where source does not send them, since it refuses the call
-// or is in another. lost: set if a wait was given up.
+// as they have been sent. Some are left out where source does not send them all, since it refuses
+// the call or is in another. lost: set if a wait was given up.
 template <class Link>
 __device__ __forceinline__ void mark_ids(const SmallDispatchArgs& args, const GroupRoute& route,
                                          RouteColumns needed, uint64_t epoch, int source, int word,
@@ -142,16 +142,18 @@ __device__ __forceinline__ void mark_ids(const SmallDispatchArgs& args, const Gr
   }
 }
 
-// Masks, by the whole block: of tokens(s) tokens of each source s. A barrier must follow before
-// place_group. False: the warp has given up a wait for ids.
+// Masks, by the whole block: of tokens(s, later) tokens of each source s, first of the lowest
+// tokens of all; later: not the first word of the warp. A barrier must follow before place_group.
+// False: the warp has given up a wait for ids.
 template <class Link, class Tokens>
 __device__ __forceinline__ bool mark_group(const SmallDispatchArgs& args, const GroupRoute& route,
                                            RouteColumns needed, uint64_t epoch, Tokens tokens) {
   bool lost = false;
   for (int i = warp_index(); i < route.num_ranks * route.words && !lost; i += kSmallWarps) {
-    const int s = i / route.words, word = i - s * route.words, t = word * kWarpSize;
+    const int word = i / route.num_ranks, s = i - word * route.num_ranks, t = word * kWarpSize;
     mark_ids<Link>(args, route, needed, epoch, s, word,
-                   ids_of<Link>(args, epoch, s) + int64_t{t} * route.topk, tokens(s) - t, lost);
+                   ids_of<Link>(args, epoch, s) + int64_t{t} * route.topk,
+                   tokens(s, i >= kSmallWarps) - t, lost);
   }
   return !lost;
 }

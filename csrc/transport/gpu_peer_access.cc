@@ -4,13 +4,16 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <exception>
 #include <fstream>
 #include <string>
 #include <vector>
 
+#include "core/subgroup.h"
 #include "core/vote.h"
 #include "epcomm/error.h"
 #include "epcomm/peer_access.h"
+#include "kernels/node_layout.h"
 #include "transport/gpu_driver.h"
 #include "transport/gpu_window.h"
 
@@ -199,6 +202,22 @@ PeerAccess check_peer_access(Bootstrap& bootstrap, double timeout_s, bool share_
   } catch (const Error& e) {  // voted, so the same on all ranks
     access.failure = e.what();
   }
+  return access;
+}
+
+PeerAccess check_peer_access_in_nodes(Bootstrap& bootstrap, double timeout_s, int ranks_per_node) {
+  const NodeMap map{bootstrap.size(), ranks_per_node};
+  const int node = map.node(bootstrap.rank());
+  SubgroupBootstrap group(bootstrap, map.first(node), map.size(node));
+  PeerAccess access;
+  try {
+    access = check_peer_access(group, timeout_s);
+  } catch (const PeerLost&) {
+    throw;
+  } catch (const std::exception& e) {
+    access.failure = e.what();  // the other nodes still wait for this one
+  }
+  group.finish();
   return access;
 }
 

@@ -3,26 +3,33 @@
 
 #include "core/call_fields.h"
 #include "core/checks.h"
+#include "epcomm/small_batches.h"
 #include "kernels/quant.h"
 #include "transport/gpu_link_transport.h"
 
 namespace epcomm {
 
+std::string why_not_small_batches(int num_ranks, int num_experts, int max_tokens) {
+  if (num_ranks > kMaxLinkRanks)
+    return "this group has " + std::to_string(num_ranks) + " ranks; expected at most " +
+           std::to_string(kMaxLinkRanks);
+  if (max_tokens > kTileTokens)
+    return "max_tokens is " + std::to_string(max_tokens) + "; expected at most " +
+           std::to_string(kTileTokens);
+  Dims dims{};
+  dims.num_ranks = num_ranks;
+  dims.num_experts = num_experts;
+  const size_t needed = small_shared_bytes(dims, max_tokens);
+  if (needed > kMaxSmallShared)
+    return "routing " + std::to_string(num_ranks) + " ranks and " + std::to_string(num_experts) +
+           " experts in one block needs " + std::to_string(needed) +
+           " bytes of shared memory; there are " + std::to_string(kMaxSmallShared);
+  return "";
+}
+
 std::string why_not_small(const TransportContext& context) {
   const Config& config = context.options.config;
-  if (context.bootstrap.size() > kMaxLinkRanks)
-    return "this group has " + std::to_string(context.bootstrap.size()) +
-           " ranks; expected at most " + std::to_string(kMaxLinkRanks);
-  if (config.max_tokens > kTileTokens)
-    return "max_tokens is " + std::to_string(config.max_tokens) + "; expected at most " +
-           std::to_string(kTileTokens);
-  const size_t needed = small_shared_bytes(gpu_dims(context), config.max_tokens);
-  if (needed > kMaxSmallShared)
-    return "routing " + std::to_string(context.bootstrap.size()) + " ranks and " +
-           std::to_string(config.num_experts) + " experts in one block needs " +
-           std::to_string(needed) + " bytes of shared memory; there are " +
-           std::to_string(kMaxSmallShared);
-  return "";
+  return why_not_small_batches(context.bootstrap.size(), config.num_experts, config.max_tokens);
 }
 
 // Kernels of both halves use the same epoch, so nothing else may run between them.

@@ -36,4 +36,9 @@ struct PeerAccess {
 /// share_gpu: ranks may use one GPU; for tests.
 PeerAccess check_peer_access(Bootstrap& bootstrap, double timeout_s, bool share_gpu = false);
 
+/// The same inside each node, [0, ranks_per_node) and so on (the last may be smaller), whatever is
+/// between nodes. Collective, over all of them. What it finds differs from node to node, and counts
+/// the ranks of a node from 0.
+PeerAccess check_peer_access_in_nodes(Bootstrap& bootstrap, double timeout_s, int ranks_per_node);
+
 }  // namespace epcomm

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import operator
+import platform
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from . import _core, env
 from .native import check_device, load_cuda, module_of, sees_gpu
@@ -17,8 +19,8 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("epcomm")
 
-# Most tokens per rank that the kernels of small batches take (kTileTokens).
-RDMA_MAX_TOKENS = 256
+# num_experts and max_tokens, as they were given.
+Sizes: TypeAlias = "tuple[Any, Any]"
 # Most ranks of a transport over NVSHMEM (kMaxLinkRanks).
 _MOST_LINK_RANKS = 32
 
@@ -61,14 +63,12 @@ class _Position:
         return cls(text[0], text[1], nvlink, machine)
 
 
-def agree_on_transport(
-    bootstrap: Bootstrap, wanted: str, timeout: float, max_tokens: object = None
-) -> Choice:
+def agree_on_transport(bootstrap: Bootstrap, wanted: str, timeout: float, sizes: Sizes) -> Choice:
     """The transport that a Buffer takes; collective, also where it is named.
 
     "auto" takes nvlink if every GPU of the group can address every other. Else, over several
-    machines, rdma for batches of at most RDMA_MAX_TOKENS tokens a rank and hierarchical for larger
-    ones, where all ranks can; else nccl where there are GPUs, or cpu. A rank that names a transport
+    machines, rdma where batches are small enough for it and hierarchical where they are larger, if
+    all ranks can; else nccl where there are GPUs, or cpu. A rank that names a transport
     (EPCOMM_TRANSPORT counts) gets it, and so do ranks of the group that name none. Logs the choice
     and its reason, and rank 0 a warning with all pairs that keep a group on one machine from
     nvlink.
@@ -88,7 +88,7 @@ def agree_on_transport(
     elif others:
         choice, reason = group[others[0]].named, f"rank {others[0]} asks for it"
     elif all(position.alone == "nccl" for position in group):
-        choice, reason = _between_gpus(bootstrap, group, timeout, max_tokens, reason)
+        choice, reason = _between_gpus(bootstrap, group, timeout, sizes, reason)
     else:
         choice = alone
     _logger.info("transport auto: %s, because %s", choice, reason)
@@ -118,7 +118,10 @@ def _has_nvlink() -> bool:
 
 def _machine() -> bytes:
     """Names the running kernel, so that machines are told apart whatever their host names."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    except OSError:
+        boot = platform.node().encode()
     return hashlib.blake2b(boot, digest_size=8).digest()
 
 
@@ -126,7 +129,7 @@ def _between_gpus(
     bootstrap: Bootstrap,
     group: list[_Position],
     timeout: float,
-    max_tokens: object,
+    sizes: Sizes,
     reason: str,
 ) -> tuple[str, str]:
     """Collective, of ranks that have a GPU each. What they take, and why."""
@@ -142,45 +145,61 @@ def _between_gpus(
         without = [r for r, position in enumerate(group) if not position.nvlink]
         reason += f"; nvlink is not in the build, or not for the GPU, of ranks {without}"
     if len({position.machine for position in group}) > 1:
-        small = isinstance(max_tokens, int) and max_tokens <= RDMA_MAX_TOKENS
-        transport = "rdma" if small else "hierarchical"
-        why_not = _why_not_over_nvshmem(bootstrap, group, transport, access)
-        if not why_not:
-            size = "at most" if small else "more than"
-            return transport, (
-                f"the ranks are on several machines, and max_tokens is {size} {RDMA_MAX_TOKENS}"
-            )
-        return "nccl", f"{reason}; not {transport}, because {why_not}"
+        transport, why = _over_nvshmem(bootstrap, group, timeout, sizes)
+        return (transport, why) if transport else ("nccl", f"{reason}; {why}")
     if access is not None and bootstrap.rank == 0:
         _logger.warning("transport auto: nccl on all ranks instead of nvlink: %s", access.text)
     return "nccl", reason
 
 
-def _why_not_over_nvshmem(
-    bootstrap: Bootstrap, group: list[_Position], transport: str, access: Any
-) -> str:
-    """Collective. What keeps the group from a transport over NVSHMEM; "" = nothing does."""
+def _over_nvshmem(
+    bootstrap: Bootstrap, group: list[_Position], timeout: float, sizes: Sizes
+) -> tuple[str, str]:
+    """Collective, of ranks on several machines. The transport over NVSHMEM, and why; or "", and
+    what keeps the group from one."""
     why_not = ""
     try:
-        module_of(transport)
-    except ValueError as error:
-        why_not = str(error)
-    able = [data != b"\0" for data in _core.all_gather(bootstrap, b"\0" if why_not else b"\1")]
+        module_of("rdma")  # the same module has both
+    except Exception as error:  # whatever it is, the others wait for this rank's word
+        why_not = str(error) or type(error).__name__
+    mine = bytes([not why_not, _are_small(bootstrap.size, sizes)])
+    told = _core.all_gather(bootstrap, mine)
     if why_not:
-        return why_not
-    if not all(able):
-        return f"ranks {[r for r, one in enumerate(able) if not one]} cannot"
+        return "", f"not rdma or hierarchical, because {why_not}"
+    if without := [r for r, (able, _) in enumerate(told) if not able]:
+        return "", f"not rdma or hierarchical, because ranks {without} cannot"
+    if all(small for _, small in told):
+        return "rdma", "the ranks are on several machines, and batches are small"
+    why_not = _why_not_by_machines(bootstrap, group, timeout)
+    if why_not:
+        return "", f"not hierarchical, because {why_not}"
+    return "hierarchical", "the ranks are on several machines, and batches are large"
+
+
+def _are_small(num_ranks: int, sizes: Sizes) -> bool:
+    """Does rdma take batches of these sizes? What is no number is refused later."""
+    cuda = load_cuda()
+    assert cuda is not None
+    try:
+        return not cuda.why_not_small_batches(num_ranks, *map(operator.index, sizes))
+    except TypeError:
+        return False
+
+
+def _why_not_by_machines(bootstrap: Bootstrap, group: list[_Position], timeout: float) -> str:
+    """Collective. What keeps the machines from being the nodes of hierarchical; "" = nothing."""
     if len(group) > _MOST_LINK_RANKS:
         return f"it takes at most {_MOST_LINK_RANKS} ranks"
-    if transport == "rdma":
-        return ""
-    if _ranks_per_machine(group) is None:
+    nodes = _ranks_per_machine(group)
+    if nodes is None:
         return "the ranks of a machine are not consecutive, or not as many on each"
-    if access is None or access.failure:
-        return "it is not known whether the GPUs of a machine can address each other"
-    if any(group[p.from_rank].machine == group[p.to_rank].machine for p in access.bad_pairs):
-        return "not all GPUs of a machine can address each other"
-    return ""
+    cuda = load_cuda()
+    assert cuda is not None
+    good = b"\0"
+    if "nvlink" in cuda.transports():
+        good = bytes([cuda.check_peer_access_in_nodes(bootstrap, timeout, nodes).good])
+    apart = [r for r, told in enumerate(_core.all_gather(bootstrap, good)) if told == b"\0"]
+    return f"the GPUs of the machines of ranks {apart} cannot address each other" if apart else ""
 
 
 def _ranks_per_machine(group: list[_Position]) -> int | None:

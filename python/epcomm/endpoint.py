@@ -50,9 +50,8 @@ def connect(
     timeout = arguments.timeout
     bootstrap = bootstrap_of(group, timeout)
     # Raises on all ranks or on none, so nobody needs to be told.
-    choice = agree_on_transport(
-        bootstrap, arguments.transport, set_up_seconds(timeout), arguments.max_tokens
-    )
+    sizes = arguments.num_experts, arguments.max_tokens
+    choice = agree_on_transport(bootstrap, arguments.transport, set_up_seconds(timeout), sizes)
     try:
         module = native.module_of(choice.transport)
         options = _native_options(module, choice, arguments)

@@ -177,5 +177,49 @@ TEST(PeerAccess, ADriverThatFailsIsReportedByAllRanks) {
   }
 }
 
+// Nodes {0, 1}, {2, 3}, {4}, of machines that see nothing of each other. What each rank was told.
+std::vector<PeerAccess> check_nodes(const std::function<void(int rank, FakeMachine& m)>& change) {
+  std::vector<PeerAccess> told(5);
+  run_threads(5, kTimeout, [&](std::shared_ptr<Bootstrap> b) {
+    const int rank = b->rank();
+    FakeMachine m;
+    for (int id = rank / 2 * 2; id < std::min(rank / 2 * 2 + 2, 5); ++id) m.visible.push_back({id});
+    m.current = rank % 2;
+    for (int from = 0; from < 5; ++from)
+      for (int to = 0; to < 5; ++to)
+        if (from / 2 != to / 2) m.no_access.emplace_back(from, to);
+    change(rank, m);
+    set_fake_machine(m);
+    told[static_cast<size_t>(rank)] = check_peer_access_in_nodes(*b, kTimeout, 2);
+    b->barrier();
+  });
+  EXPECT_EQ(fake_holdings(), FakeHoldings{});
+  return told;
+}
+
+TEST(PeerAccessInNodes, AsksForNothingBetweenThem) {
+  for (const PeerAccess& access : check_nodes([](int, FakeMachine&) {}))
+    EXPECT_TRUE(access.good()) << access.text();
+}
+
+TEST(PeerAccessInNodes, ANodeThatHasNoneIsAloneWithIt) {
+  const auto told = check_nodes([](int, FakeMachine& m) { m.no_access.emplace_back(3, 2); });
+  for (int r : {0, 1, 4}) EXPECT_TRUE(told[static_cast<size_t>(r)].good()) << r;
+  for (int r : {2, 3}) {
+    const PeerAccess& access = told[static_cast<size_t>(r)];
+    ASSERT_EQ(access.bad_pairs.size(), 1u) << access.text();
+    EXPECT_EQ(access.bad_pairs[0].from, 1);  // of the node
+    EXPECT_EQ(access.bad_pairs[0].to, 0);
+  }
+}
+
+TEST(PeerAccessInNodes, AFailureOfOneNodeIsNotWaitedForByOthers) {
+  const auto told = check_nodes([](int rank, FakeMachine& m) {
+    if (rank == 0) m.failing = "CurrentDevice";
+  });
+  for (int r = 0; r < 5; ++r)
+    EXPECT_EQ(told[static_cast<size_t>(r)].good(), r >= 2) << told[static_cast<size_t>(r)].text();
+}
+
 }  // namespace
 }  // namespace epcomm
