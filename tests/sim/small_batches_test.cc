@@ -91,9 +91,9 @@ void expect_same_round_trip(Calls& small, Calls& large, const std::string& what)
 }
 
 // One rank has nearly all tokens, so that a block has many rows from one source and none from
-// others, and warps have several rows each.
+// others, and warps have several rows each, and several words of masks.
 TEST(SmallBatchesUneven, GiveWhatTheLargePathGives) {
-  const Shape c{3, 6, 4, 48, 40};
+  const Shape c{3, 6, 4, 48, 200};
   run_devices(c.ranks, [&](std::shared_ptr<Bootstrap> bootstrap) {
     const int rank = bootstrap->rank();
     Buffer large(bootstrap, options_for(c, "large")), small(bootstrap, options_for(c, "small"));
