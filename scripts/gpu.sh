@@ -75,7 +75,8 @@ bench() {
   local name=$1
   shift
   grep -qE -- "${BENCH_K:-.}" <<<"$name" || return 0
-  step "bench-$name" "${BENCH_TIMEOUT:-120}" env CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=100 "$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS" bench/all2all.py \
+  step "bench-$name" "${BENCH_TIMEOUT:-120}" env CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=100 \
+    "$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS" bench/all2all.py \
     --commit "${COMMIT:-$(git rev-parse --short HEAD)}" --json "$OUT/$name.jsonl" "$@"
   [ -e "$OUT/bench-$name.log" ] && grep -v '^[W*]' "$OUT/bench-$name.log" | tail -n 60
 }
@@ -157,7 +158,8 @@ for wanted in $STEPS; do
       # Without peer access, and as two hosts that talk over sockets.
       NCCL_P2P_DISABLE=1 tests tests-p2p-off 150 tests/test_conformance.py -k "$MODES_K"
       # Ranks of one GPU are hosts of their own anyway.
-      [ "$RANKS_PER_GPU" -gt 1 ] || EPCOMM_TEST_HOSTS=2 NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1 NCCL_NET=Socket NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1 \
+      [ "$RANKS_PER_GPU" -gt 1 ] ||
+        EPCOMM_TEST_HOSTS=2 NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1 NCCL_NET=Socket NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1 \
         tests tests-two-hosts 150 tests/test_conformance.py -k "$MODES_K"
       ;;
     rdma)

@@ -169,7 +169,7 @@ class TestSeveralMachines:
             (257, Choice("hierarchical", 2)),
             (np.int64(128), Choice("rdma")),
             (None, Choice("hierarchical", 2)),
-            # Not all say the same: left for the Buffer to refuse, in which all are.
+            # All take the same, and the Buffer that they make refuses sizes that differ.
             ([256, 256, 257, 256], Choice("hierarchical", 2)),
         ):
             with caplog.at_level(logging.INFO, "epcomm"):
@@ -185,8 +185,10 @@ class TestSeveralMachines:
     def test_without_nvlink_in_the_build(self, monkeypatch: pytest.MonkeyPatch) -> None:
         without = [Gpu(names=("nccl",)) for _ in range(4)]
         assert agree(monkeypatch, ["auto"] * 4, [*without], 8, self.TWO) == ["rdma"] * 4
-        # Nobody can say whether the GPUs of a machine address each other.
+        # Nobody, or not everybody, can say whether the GPUs of a machine address each other.
         assert agree(monkeypatch, ["auto"] * 4, [*without], 257, self.TWO) == ["nccl"] * 4
+        some = [*self.gpus()[:3], *without[:1]]
+        assert agree(monkeypatch, ["auto"] * 4, some, 257, self.TWO) == ["nccl"] * 4
 
     def test_nvlink_across_machines_comes_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
         gpus = [Gpu() for _ in range(4)]

@@ -315,6 +315,12 @@ __device__ __forceinline__ void store_tagged(char* words, int i, uint64_t epoch,
   store_relaxed_system(reinterpret_cast<uint64_t*>(words) + i, TaggedWord::of(epoch, value));
 }
 
+/// The weight in a word of sent_weights.
+template <class Link>
+__device__ __forceinline__ float weight_in(uint64_t word) {
+  return __uint_as_float(kPuts<Link> ? SlotWord::weight(word) : static_cast<uint32_t>(word));
+}
+
 /// The lane's weight of source's, at a word of sent_weights, by a warp; lanes that need none pass
 /// null. lost: set if a wait was given up.
 template <class Link>
@@ -322,7 +328,7 @@ __device__ __forceinline__ float sent_weight(const LinkArgs& link, int source, c
                                              uint64_t epoch, bool& lost) {
   if constexpr (Link::kMapped) return __uint_as_float(wait_tagged(link, source, word, epoch, lost));
   if (word == nullptr) return 0.0f;
-  return __uint_as_float(kPuts<Link> ? SlotWord::weight(*word) : static_cast<uint32_t>(*word));
+  return weight_in<Link>(*word);
 }
 
 /// Makes words [begin, end) of a staged row unwritten, by a warp.

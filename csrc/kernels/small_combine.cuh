@@ -391,10 +391,11 @@ void launch_small_combine(const SmallCombineArgs& args, int num_sms, cudaStream_
   const int blocks = small_blocks(num_sms, Link::kMapped);
   SmallCombineArgs call = args;
   // What comes back is about what went out.
-  call.link.entry.pieces =
-      pieces_to_put(sending_blocks(args.phase, blocks, kCombineSenders), args.num_tokens,
-                    std::min(args.dims.topk, args.dims.num_ranks - 1),
-                    sent_row_bytes(args.quant, args.hidden, dtype_bytes(args.dtype)));
+  if constexpr (!Link::kMapped)
+    call.link.entry.pieces =
+        pieces_to_put(sending_blocks(args.phase, blocks, kCombineSenders), args.num_tokens,
+                      std::min(args.dims.topk, args.dims.num_ranks - 1),
+                      sent_row_bytes(args.quant, args.hidden, dtype_bytes(args.dtype)));
   launch("launch of small_combine",
          fp8 ? combine_kernel<Link, Quant::kFp8>(args.dtype)
              : combine_kernel<Link, Quant::kNone>(args.dtype),

@@ -90,7 +90,7 @@ __device__ __forceinline__ void clear_rest(const SmallDispatchArgs& args, const 
 // all functions.
 struct SentToken {
   int source = 0, t = 0;
-  uint64_t id = 0, weight = 0;  // words of sent_ids, sent_weights
+  uint64_t id = 0, weight = 0;  // words of sent_ids and, if that is another, sent_weights
 
   // Asks for it; nothing waits until it is used. The ids have been seen.
   template <class Link>
@@ -104,7 +104,7 @@ struct SentToken {
     const bool asks = lane_index() < route.topk;
     const int i = sent.t * route.topk + lane_index();
     load_relaxed_system_if(asks, sent.id, ids_of<Link>(args, epoch, sent.source) + i);
-    load_relaxed_system_if(asks && args.topk_weights != nullptr, sent.weight,
+    load_relaxed_system_if(!kPuts<Link> && asks && args.topk_weights != nullptr, sent.weight,
                            sent_weights<Link>(args.link, args.small, epoch, sent.source) + i);
     return sent;
   }
@@ -119,7 +119,7 @@ struct SentToken {
       const int i = t * route.topk + lane_index();
       return sent_weight<Link>(args.link, source, asks ? words + i : nullptr, epoch, lost);
     }
-    return __uint_as_float(kPuts<Link> ? SlotWord::weight(weight) : static_cast<uint32_t>(weight));
+    return weight_in<Link>(kPuts<Link> ? id : weight);
   }
 };
 
@@ -368,9 +368,11 @@ void launch_small_dispatch(const SmallDispatchArgs& args, int num_sms, cudaStrea
   const int blocks = small_blocks(num_sms, Link::kMapped);
   SmallDispatchArgs call = args;
   const Dims& dims = args.place.dims;
-  call.link.entry.pieces = pieces_to_put(sending_blocks(args.phase, blocks, dispatch_senders<Link>),
-                                         args.num_tokens, std::min(dims.topk, dims.num_ranks - 1),
-                                         args.place.rows.row_bytes + args.place.rows.scale_bytes);
+  if constexpr (!Link::kMapped)
+    call.link.entry.pieces =
+        pieces_to_put(sending_blocks(args.phase, blocks, dispatch_senders<Link>), args.num_tokens,
+                      std::min(dims.topk, dims.num_ranks - 1),
+                      args.place.rows.row_bytes + args.place.rows.scale_bytes);
   launch("launch of small_dispatch", kernel_of<Link>(args),
          {blocks, kSmallThreads, std::max(small_shared_bytes(dims, args.small.max_tokens), staged)},
          stream, call);

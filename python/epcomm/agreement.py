@@ -193,11 +193,11 @@ def _why_not_by_machines(bootstrap: Bootstrap, group: list[_Position], timeout: 
     nodes = _ranks_per_machine(group)
     if nodes is None:
         return "the ranks of a machine are not consecutive, or not as many on each"
+    if without := [r for r, position in enumerate(group) if not position.nvlink]:
+        return f"ranks {without} cannot say whether GPUs address each other"
     cuda = load_cuda()
     assert cuda is not None
-    good = b"\0"
-    if "nvlink" in cuda.transports():
-        good = bytes([cuda.check_peer_access_in_nodes(bootstrap, timeout, nodes).good])
+    good = bytes([cuda.check_peer_access_in_nodes(bootstrap, timeout, nodes).good])
     apart = [r for r, told in enumerate(_core.all_gather(bootstrap, good)) if told == b"\0"]
     return f"the GPUs of the machines of ranks {apart} cannot address each other" if apart else ""
 
