@@ -10,6 +10,7 @@ device, so nothing is asked of the library under test and thousands of calls cos
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,8 @@ class Placement:
 
     ids: torch.Tensor  # of each row: the token among those of all ranks, -1 = none
     groups: torch.Tensor  # of each row: its local expert
+    slots: torch.Tensor  # of each row: local experts (layout "token": topk of them)
+    weights: torch.Tensor  # likewise
     counts: torch.Tensor  # of each group: its rows, without padding
     num_rows: torch.Tensor  # of all groups, with padding
 
@@ -162,6 +165,7 @@ class Call:
         self.topk_idx = torch.where((checker.token < sizes)[:, None], idx, -1)
         self.weights = 2.0 ** ((drawn >> 20) % 4 - 2).float()
         self._starts = checker.starts(number)
+        self._known: dict[Any, Any] = {}  # what was worked out for an earlier check
         self._mine = slice(
             checker.rank * shape.max_tokens, checker.rank * shape.max_tokens + tokens[checker.rank]
         )
@@ -188,10 +192,7 @@ class Call:
             self._check_rows(scales.view(-1, scales.shape[-1]), at)
         # Rows that should be there and are beyond the end of the tensor.
         checker.count(self.number, at.counts.sum() != (at.ids >= 0).sum())
-        if layout == "token":
-            self._check_slots_by_token(recv, at)
-        else:
-            self._check_slots_by_expert(recv, at, layout)
+        self._check_slots(recv, at, layout)
         checker.count(self.number, recv.tokens_per_expert != self.members("expert").sum(1))
         checker.count(self.number, recv.num_tokens != self.members("token").sum())
 
@@ -224,8 +225,17 @@ class Call:
 
     # Where rows lie.
 
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What make() gave when it was first asked for by this key."""
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
+
     def members(self, layout: str) -> torch.Tensor:
         """bool [groups, tokens of all ranks]: groups are local experts, one in layout "token"."""
+        return self._once(("members", layout), lambda: self._members(layout))
+
+    def _members(self, layout: str) -> torch.Tensor:
         checker = self._checker
         if layout == "token":
             here = (checker.owner[self.topk_idx] == checker.rank) & (self.topk_idx >= 0)
@@ -234,6 +244,11 @@ class Call:
         return (self.topk_idx[None] == experts[:, None, None]).any(2)
 
     def placement(self, layout: str, alignment: int, rows: int) -> Placement:
+        """Where what is dispatched here must lie in a tensor of so many rows."""
+        key = ("placement", layout, alignment, rows)
+        return self._once(key, lambda: self._placement(layout, alignment, rows))
+
+    def _placement(self, layout: str, alignment: int, rows: int) -> Placement:
         checker, members = self._checker, self.members(layout)
         counts = members.sum(1)
         group = torch.arange(len(counts), device=checker.device)
@@ -247,7 +262,9 @@ class Call:
         groups = torch.zeros(rows + 1, dtype=torch.int64, device=checker.device)
         ids.scatter_(0, at.flatten(), checker.rows.repeat(len(counts)))
         groups.scatter_(0, at.flatten(), group[:, None].expand_as(at).flatten())
-        return Placement(ids[:rows], groups[:rows], counts, filled.sum())
+        ids, groups = ids[:rows], groups[:rows]
+        slots, weights = self._slots(layout, ids, groups)
+        return Placement(ids, groups, slots, weights, counts, filled.sum())
 
     # Parts of check_received.
 
@@ -258,25 +275,29 @@ class Call:
             got, want = got.view(torch.uint8), want.view(torch.uint8)
         checker.count(self.number, (got != want) & (at.ids >= 0)[:, None])
 
-    def _check_slots_by_token(self, recv: Any, at: Placement) -> None:
-        checker, there = self._checker, (at.ids >= 0)[:, None]
-        idx, weights = self.topk_idx[at.ids.clamp(min=0)], self.weights[at.ids.clamp(min=0)]
-        here = (checker.owner[idx] == checker.rank) & (idx >= 0)
-        want = torch.where(here, idx - checker.first_expert, -1)
-        checker.count(self.number, (recv.topk_idx != want) & there)
-        checker.count(self.number, (recv.topk_weights != torch.where(here, weights, 0.0)) & there)
+    def _check_slots(self, recv: Any, at: Placement, layout: str) -> None:
+        there = at.ids >= 0
+        if layout == "token":
+            there = there[:, None]
+            self._checker.count(self.number, (recv.topk_idx != at.slots) & there)
+        elif layout == "expert":  # padding of groups says -1
+            rows = torch.arange(len(there), device=self._checker.device)
+            self._checker.count(self.number, (recv.topk_idx != at.slots) & (rows < at.num_rows))
+        weights = recv.topk_weights.view(at.weights.shape)
+        self._checker.count(self.number, (weights != at.weights) & there)
 
-    def _check_slots_by_expert(self, recv: Any, at: Placement, layout: str) -> None:
-        checker, there = self._checker, at.ids >= 0
-        idx, weights = self.topk_idx[at.ids.clamp(min=0)], self.weights[at.ids.clamp(min=0)]
-        carries = idx == (at.groups + checker.first_expert)[:, None]
-        want = torch.where(carries, weights, 0.0).sum(1)
-        checker.count(self.number, (recv.topk_weights.view(-1) != want) & there)
-        if layout == "expert":  # padding of groups says -1
-            inside = torch.arange(len(there), device=checker.device) < at.num_rows
-            checker.count(
-                self.number, (recv.topk_idx != torch.where(there, at.groups, -1)) & inside
-            )
+    def _slots(
+        self, layout: str, ids: torch.Tensor, groups: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Experts and weights that come with rows; experts of layout "padded" are not given."""
+        checker, there, ids = self._checker, ids >= 0, ids.clamp(min=0)
+        idx, weights = self.topk_idx[ids], self.weights[ids]
+        if layout == "token":
+            here = (checker.owner[idx] == checker.rank) & (idx >= 0)
+            slots = torch.where(here, idx - checker.first_expert, -1)
+            return slots, torch.where(here, weights, 0.0)
+        carries = idx == (groups + checker.first_expert)[:, None]
+        return torch.where(there, groups, -1), torch.where(carries, weights, 0.0).sum(1)
 
 
 def overwrite(recv: Any) -> None:
