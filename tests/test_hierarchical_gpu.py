@@ -12,8 +12,8 @@ import torch
 import launcher
 import rdma_modes
 from epcomm import _core, nvshmem
-from soak_calls import calls
-from test_gpu_calls import batch, check_round_trip, make, run_graph, run_lost_peer
+from soak_calls import SEED, calls, run_calls
+from test_gpu_calls import run_graph, run_lost_peer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,38 +38,13 @@ def test_graph(ranks_per_node: int) -> None:
     pool.run(pool.size, run_graphs, ranks_per_node, timeout=240.0)
 
 
-def run_random(group: Any, count: int, ranks_per_node: int) -> None:
-    """Buffers in turn, random sizes, chunks and layouts; eager and asynchronous."""
-    options = [{"chunk_tokens": n} for n in (1, 7, 64)]
-    bufs = [
-        make(group, "hierarchical", transport_options=some, ranks_per_node=ranks_per_node)
-        for some in options
-    ]
-    rng = torch.Generator().manual_seed(11)
-    for _ in range(count):
-        draw = torch.randint(0, 1 << 30, (8,), generator=rng).tolist()
-        buf = bufs[draw[0] % len(bufs)]
-        x, idx, weights = batch(draw[1] + buf.rank, (draw[2] + 37 * buf.rank) % 601)
-        layout = ("token", "expert", "padded")[draw[3] % 3]
-        how: dict[str, bool] = ({}, {"async_op": True})[draw[5] % 2]
-        recv = buf.dispatch(x, idx, weights, layout=layout, host_sync=draw[4] % 2 == 0, **how)
-        if draw[7] % 3 == 0:
-            recv = buf.dispatch(x, plan=recv.plan, host_sync=recv.plan.num_recv_tokens is not None)
-        recv.event.wait()
-        y = buf.combine(recv.x, recv.plan, topk_weights=weights, **how)
-        if how:
-            y.event.wait()
-            y = y.y
-        check_round_trip(x, idx, weights, y)
-    for buf in bufs:
-        buf.destroy()
-
-
 @NODES
 def test_random_calls(ranks_per_node: int) -> None:
     pool = launcher.pool("rdma")
     count = calls(200, 10_000)
-    pool.run(pool.size, run_random, count, ranks_per_node, timeout=30.0 + 0.5 * count)
+    chunks = [{"chunk_tokens": n} for n in (1, 7, 64)]
+    args = ("cuda", "hierarchical", chunks, ((256, 200), (1040, 77)), count, SEED, ranks_per_node)
+    assert pool.run(pool.size, run_calls, *args, timeout=60.0 + 0.5 * count) == [count] * pool.size
 
 
 def run_large(group: Any, ranks_per_node: int) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import launcher
 import rdma_modes
 from epcomm import _core, nvshmem
-from soak_calls import calls
+from soak_calls import calls, run_calls
 from test_gpu_calls import batch, check_round_trip, make, run_bad_id, run_graph, run_lost_peer
 
 pytestmark = [
@@ -37,41 +37,11 @@ def test_bad_expert_id() -> None:
     pool.run(min(pool.size, 4), run_bad_id, "rdma", 256)
 
 
-def run_random(group: Any, count: int) -> None:
-    """Buffers in turn, random sizes and layouts; eager, asynchronous and in halves."""
-    bufs = [make(group, "rdma", max_tokens=most) for most in (64, 200)]
-    rng = torch.Generator().manual_seed(11)
-    for _ in range(count):
-        draw = torch.randint(0, 1 << 30, (8,), generator=rng).tolist()
-        buf, most = ((bufs[0], 64), (bufs[1], 200))[draw[0] % 2]
-        x, idx, weights = batch(draw[1] + buf.rank, (draw[2] + 37 * buf.rank) % (most + 1))
-        layout = ("token", "expert", "padded")[draw[3] % 3]
-        how: dict[str, bool] = ({}, {"async_op": True}, {"return_recv_hook": True})[draw[5] % 3]
-        recv = buf.dispatch(x, idx, weights, layout=layout, host_sync=draw[4] % 2 == 0, **how)
-        if recv.hook is not None:
-            recv.hook()
-        recv.event.wait()
-        weighted = draw[6] % 2 == 0 or layout != "token"
-        y = buf.combine(recv.x, recv.plan, topk_weights=weights if weighted else None, **how)
-        if how:
-            if y.hook is not None:
-                y.hook()
-            y.event.wait()
-            y = y.y
-        if weighted:
-            check_round_trip(x, idx, weights, y)
-            continue
-        owner = (idx // -(-16 // buf.num_ranks)).masked_fill(idx < 0, -1)
-        sent = torch.stack([(owner == r).any(1) for r in range(buf.num_ranks)]).sum(0)
-        assert torch.equal(y.float(), x.float() * sent[:, None])
-    for buf in bufs:
-        buf.destroy()
-
-
 def test_random_calls() -> None:
     pool = launcher.pool("rdma")
     count = calls(200, 10_000)
-    pool.run(pool.size, run_random, count, timeout=30.0 + 0.5 * count)
+    args = ("cuda", "rdma", [{}], ((256, 200), (1040, 77), (7168, 32)), count)
+    assert pool.run(pool.size, run_calls, *args, timeout=60.0 + 0.5 * count) == [count] * pool.size
 
 
 def run_counted(group: Any) -> tuple[int, list[int]]:

@@ -48,6 +48,15 @@ def test_simulated(options: dict[str, str]) -> None:
     assert pool.run(2, run_late, "cpu", "nvlink", options, 12, 0.01, timeout=300.0) == [24] * 2
 
 
+@needs_simulator
+def test_simulated_nodes() -> None:
+    pool = launcher.pool("simulated")
+    shapes, chunks = ((256, 20), (1040, 9)), [{"chunk_tokens": 1}, {"chunk_tokens": 7}]
+    assert pool.run(3, run_calls, "cpu", "rdma", [{}], shapes, 40, timeout=300.0) == [40] * 3
+    args = ("cpu", "hierarchical", chunks, shapes, 40, 0, 2)
+    assert pool.run(4, run_calls, *args, timeout=300.0) == [40] * 4
+
+
 def _last_bit(tensor: torch.Tensor) -> None:
     tensor.view(torch.uint8).view(-1)[-1] ^= 1
 
