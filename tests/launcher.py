@@ -31,7 +31,10 @@ SIMULATED_RANKS = 4
 # More than one: under MPS side by side, each on its share of the SMs; else slow, since they take
 # turns. CONTRIBUTING.md has both.
 RANKS_PER_GPU = int(os.environ.get("EPCOMM_TEST_RANKS_PER_GPU", "1"))
-GROUP_TIMEOUT_S = 60.0
+# Tools that watch every load and store make everything slow: how many times longer to wait.
+PATIENCE = float(os.environ.get("EPCOMM_TEST_PATIENCE", "1"))
+TIMEOUT_S = 20.0 * PATIENCE  # of Buffers that lose no rank
+GROUP_TIMEOUT_S = 60.0 * PATIENCE
 # A rank that fails leaves its peers waiting for it; this is how long they may take to say so.
 GRACE_S = 3.0
 
@@ -198,7 +201,7 @@ class Pool:
             self._set = _Processes(self.size, self.device, _pool_body, ())
         for conn in self._set.conns[:num_ranks]:
             conn.send((num_ranks, fn, args))
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout * PATIENCE
         outcomes: dict[int, Outcome] = {}
         failed: RankFailed | None = None
         while len(outcomes) < num_ranks:

@@ -13,7 +13,6 @@ import torch
 import launcher
 from soak import Call, Checker, Shape, overwrite
 
-TIMEOUT_S = 20.0
 SEED = int(os.environ.get("EPCOMM_TEST_SEED", "0"))
 CALLS_PER_WAIT = 100  # calls after which the host asks what was wrong
 HELD = 3  # received batches that stay while later calls run, and are then checked again
@@ -60,7 +59,7 @@ def make(
     options: dict[str, Any],
     hidden: int,
     most: int,
-    timeout: float = TIMEOUT_S,
+    timeout: float = launcher.TIMEOUT_S,
     ranks_per_node: int | None = None,
 ) -> Subject:
     import epcomm

@@ -16,7 +16,6 @@ from cases import CASES, Case
 from checks import Layout
 from dense_layer import HIDDEN, MODES, Tensors, expert
 
-TIMEOUT_S = 20.0
 NAMES = (
     *("uniform", "duplicates", "holes", "uneven_tokens", "every_second_rank_empty"),
     *("all_ranks_empty", "no_expert", "table_with_idle_rank", "int32", "topk_1"),
@@ -34,7 +33,7 @@ def make(group: Any, case: Case, **changes: Any) -> Any:
         "dtype": torch.float32,
         "expert_to_rank": case.table(group.size()),
         "transport": "cpu",
-        "timeout": TIMEOUT_S,
+        "timeout": launcher.TIMEOUT_S,
     }
     return epcomm.Buffer(group, **{**arguments, **changes})
 

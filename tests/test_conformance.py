@@ -16,7 +16,7 @@ import launcher
 from cases import CASES, FORMATS, Case, Format
 from checks import Layout
 from epcomm import _core, nvshmem
-from launcher import WANTED_RANKS
+from launcher import TIMEOUT_S, WANTED_RANKS
 from trial import Trial, buffer_arguments
 
 
@@ -94,7 +94,6 @@ LAYOUTS = (
 )
 # Alignments that routing alone knows of: with two formats each, not with half of them.
 FEW_FORMATS = (Layout("expert"), Layout("expert", 128))
-TIMEOUT_S = 20.0
 
 
 def _formats(

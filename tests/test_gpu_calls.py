@@ -24,7 +24,6 @@ KINDS = (
 # Transport and max_tokens: 256 takes the path for small batches of nvlink, and of nccl where
 # nothing forbids it the memory of peers; 600 does not.
 SIZES = (("nccl", 600), ("nccl", 256), ("nvlink", 600), ("nvlink", 256))
-TIMEOUT_S = 20.0
 
 
 def make(group: Any, transport: str, **changes: Any) -> Any:
@@ -36,7 +35,7 @@ def make(group: Any, transport: str, **changes: Any) -> Any:
         "topk": 4,
         "max_tokens": 600,
         "transport": transport,
-        "timeout": TIMEOUT_S,
+        "timeout": launcher.TIMEOUT_S,
     }
     return epcomm.Buffer(group, **{**arguments, **changes})
 

@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 
 import launcher
+from launcher import TIMEOUT_S
 
 pytestmark = pytest.mark.gpu
 
 MIB = 1 << 20
-TIMEOUT_S = 20.0
 WORDS = 1024  # that each rank writes into each window
 
 

@@ -16,7 +16,6 @@ import torch
 import launcher
 
 HIDDEN, TOPK, EXPERTS, MAX_TOKENS, T = 64, 4, 6, 8, 5
-TIMEOUT_S = 20.0
 
 
 class Setup:
@@ -32,7 +31,7 @@ class Setup:
             "topk": TOPK,
             "max_tokens": MAX_TOKENS,
             "transport": "cpu",
-            "timeout": TIMEOUT_S,
+            "timeout": launcher.TIMEOUT_S,
         } | changes
         self.buf = epcomm.Buffer(group, **self.arguments)
         self.x = torch.ones(T, self.arguments["hidden"], dtype=torch.bfloat16)

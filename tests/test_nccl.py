@@ -8,6 +8,7 @@ import torch
 import launcher
 from cases import CASES, FORMATS
 from checks import Layout
+from launcher import TIMEOUT_S
 from trial import Trial, buffer_arguments
 
 pytestmark = pytest.mark.gpu
@@ -25,7 +26,6 @@ WAYS = (
     {"algorithm": "window"},
     {"algorithm": "allgather"},
 )
-TIMEOUT_S = 20.0
 
 
 LAYOUTS = (Layout("token"), Layout("expert", 8), Layout("padded"))
@@ -40,7 +40,11 @@ def run_way(group: Any, way: dict[str, Any]) -> None:
             arguments = buffer_arguments(case, group.size(), fmt)
             # To make a communicator takes seconds: one for all layouts.
             with epcomm.Buffer(
-                group, transport="nccl", timeout=TIMEOUT_S, transport_options=way, **arguments
+                group,
+                transport="nccl",
+                timeout=TIMEOUT_S,
+                transport_options=way,
+                **arguments,
             ) as buf:
                 for layout in LAYOUTS:
                     trial = Trial(buf, case, layout, fmt, "cuda")

@@ -24,7 +24,6 @@ DEVICES = pytest.mark.parametrize(
         pytest.param("cuda", marks=pytest.mark.gpu),
     ],
 )
-TIMEOUT_S = 20.0
 
 
 class Texts(logging.Handler):
@@ -63,7 +62,7 @@ def make(group: Any, max_tokens: int = 16, **options: str) -> Any:
         max_tokens=max_tokens,
         transport="nccl",
         transport_options=options,
-        timeout=TIMEOUT_S,
+        timeout=launcher.TIMEOUT_S,
     )
 
 

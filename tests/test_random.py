@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import launcher
 from cases import CASES, FORMATS, Case
 from checks import Layout
-from test_conformance import TIMEOUT_S
+from launcher import TIMEOUT_S
 from trial import Trial, buffer_arguments
 
 LAYOUTS = st.one_of(
