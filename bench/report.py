@@ -101,11 +101,16 @@ def caption(rows: list[dict]) -> str:
     )
 
 
+def microseconds(value: float) -> str:
+    """To three digits or more."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
 def time_text(row: dict | None) -> str:
     if row is None:
         return "-"
     sms = f", {row['sms']} SMs" if row["sms"] is not None and row["adapter"] != "epcomm" else ""
-    return f"{row['p50_us']:.0f} ({row['p99_us']:.0f}){sms}"
+    return f"{microseconds(row['p50_us'])} ({microseconds(row['p99_us'])}){sms}"
 
 
 def rows_text(row: dict) -> str:

@@ -79,7 +79,7 @@ def test_transports_are_told_apart() -> None:
         ["| dispatch, replay", "rdma"],
         ["| dispatch, replay", "nvlink"],
     ]
-    assert [line[4] for line in lines[2:]] == ["45 (55)", "30 (40)"]
+    assert [line[4] for line in lines[2:]] == ["45.0 (55.0)", "30.0 (40.0)"]
     assert len({len(line) for line in (lines[0], *lines[2:])}) == 1
     assert "transport" not in report.report(rows[1:], {})
 
@@ -121,7 +121,7 @@ def test_rows_are_chosen() -> None:
     def times(**options: str) -> list[str]:
         return [line[3] for line in lines_of(options)[2:]]
 
-    assert times(cadence="back-to-back") == ["90 (100)"] * 3
+    assert times(cadence="back-to-back") == ["90.0 (100)"] * 3
     assert times(best="sms", mode="replay") == ["580 (590)", "700 (710)"]
     assert times(mode="replay", sms="16,32", operation="dispatch") == ["740 (750)", "580 (590)"]
     assert times(tokens="128") == []
