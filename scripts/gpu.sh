@@ -138,10 +138,10 @@ for wanted in $STEPS; do
       step memcheck-kernels 120 compute-sanitizer --tool memcheck --error-exitcode 9 build/kernels_gpu_test 128
       step memcheck-nvlink 150 compute-sanitizer --tool memcheck --report-api-errors no --target-processes all --error-exitcode 9 \
         "$PYTHON" -m pytest -q -m gpu tests/test_gpu_calls.py -k 'inputs_of_combine'
-      # One communicator: to make one takes NCCL longer than Buffers usually wait for it.
+      # Exact counts, rows of fp32, one communicator: to make one takes NCCL longer than Buffers usually wait for it.
       step memcheck-nccl 240 env EPCOMM_TEST_PATIENCE=10 \
         compute-sanitizer --tool memcheck --report-api-errors no --target-processes all --error-exitcode 9 \
-        "$PYTHON" -m pytest -q -m gpu tests/test_nccl.py -k 'test_chunks and 2-expert'
+        "$PYTHON" -m pytest -q -m gpu 'tests/test_nccl.py::test_chunks[2-expert]'
       tail -n 3 "$OUT/memcheck-nccl.log"
       ;;
     tests) tests tests "${TEST_TIMEOUT:-300}" --ignore=tests/engines tests -k "(${TEST_K:-test}) and not rdma" ;;

@@ -197,11 +197,12 @@ class Pool:
     def run(self, num_ranks: int, fn: Callable, *args: Any, timeout: float = 120.0) -> list[Any]:
         """fn(group, *args) on the first num_ranks ranks; their results, or the first failure."""
         __tracebackhide__ = True  # what matters is the traceback of the rank
+        timeout *= PATIENCE
         if self._set is None:
             self._set = _Processes(self.size, self.device, _pool_body, ())
         for conn in self._set.conns[:num_ranks]:
             conn.send((num_ranks, fn, args))
-        deadline = time.monotonic() + timeout * PATIENCE
+        deadline = time.monotonic() + timeout
         outcomes: dict[int, Outcome] = {}
         failed: RankFailed | None = None
         while len(outcomes) < num_ranks:

@@ -119,6 +119,7 @@ class Step:
 
     def __init__(self, subject: Subject, call: Call, layout: str, alignment: int):
         self.layout, self.alignment = layout, alignment
+        # Batches to come are copied into this one, so nothing can be asked of its call any more.
         self._buf, self._batch = subject.buf, call.batch()
         self._out = self._buf.combine_input(self._dispatch().plan, torch.bfloat16)
         self._y = torch.empty_like(self._batch.x)

@@ -43,7 +43,7 @@ def test_random_calls(ranks_per_node: int) -> None:
     pool = launcher.pool("rdma")
     count = calls(200, 10_000)
     chunks = [{"chunk_tokens": n} for n in (1, 7, 64)]
-    args = ("cuda", "hierarchical", chunks, ((256, 200), (1040, 77)), count, SEED, ranks_per_node)
+    args = ("cuda", "hierarchical", chunks, ((256, 600), (1040, 77)), count, SEED, ranks_per_node)
     assert pool.run(pool.size, run_calls, *args, timeout=60.0 + 0.5 * count) == [count] * pool.size
 
 

@@ -40,7 +40,7 @@ def test_bad_expert_id() -> None:
 def test_random_calls() -> None:
     pool = launcher.pool("rdma")
     count = calls(200, 10_000)
-    args = ("cuda", "rdma", [{}], ((256, 200), (1040, 77), (7168, 32)), count)
+    args = ("cuda", "rdma", [{}], ((256, 256), (1040, 77), (7168, 32)), count)
     assert pool.run(pool.size, run_calls, *args, timeout=60.0 + 0.5 * count) == [count] * pool.size
 
 
