@@ -13,6 +13,7 @@
 #include "kernels/mark.cuh"
 #include "kernels/small.cuh"
 #include "kernels/small_dispatch.cuh"
+#include "kernels/small_staging.cuh"
 
 namespace epcomm {
 

@@ -18,7 +18,7 @@
 // blocks wait for other blocks, of this rank, too. Sending, warps share the rows of their block;
 // summing, all warps that receive share all tokens, cut into parts.
 // Memory order: weights are words that carry the epoch, partial rows are taken as
-// kernels/small.cuh says. Where the link puts, weights are released by `entered`
+// kernels/small_staging.cuh says. Where the link puts, weights are released by `entered`
 // (kernels/link.cuh), partial rows by their signals.
 #pragma once
 
@@ -32,6 +32,7 @@
 #include "kernels/small.cuh"
 #include "kernels/small.h"
 #include "kernels/small_quant.cuh"
+#include "kernels/small_staging.cuh"
 
 namespace epcomm {
 namespace {

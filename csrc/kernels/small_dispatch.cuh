@@ -24,8 +24,8 @@
 // receiving, all warps that do share all rows, cut into parts. Rows go through registers.
 // Host guarantees: max_tokens is at most kTileTokens, small_shared_bytes at most kMaxSmallShared.
 // Memory order: ids and weights are words that carry the epoch, rows are taken as
-// kernels/small.cuh says, so that nothing waits until stores were acknowledged. Where the link
-// puts, ids and weights are released by `entered` (kernels/link.cuh), rows by their signals.
+// kernels/small_staging.cuh says, so that nothing waits until stores were acknowledged. Where the
+// link puts, ids and weights are released by `entered` (kernels/link.cuh), rows by their signals.
 #pragma once
 
 #include <algorithm>
@@ -39,6 +39,7 @@
 #include "kernels/small_quant.cuh"
 #include "kernels/small_route.cuh"
 #include "kernels/small_send.cuh"
+#include "kernels/small_staging.cuh"
 
 namespace epcomm {
 namespace {

@@ -7,7 +7,7 @@
 #include "kernels/partials.cuh"
 #include "kernels/quant.cuh"
 #include "kernels/rows.cuh"
-#include "kernels/small.cuh"
+#include "kernels/small_staging.cuh"
 
 namespace epcomm {
 

@@ -6,6 +6,7 @@
 #include "kernels/small.cuh"
 #include "kernels/small.h"
 #include "kernels/small_quant.cuh"
+#include "kernels/small_staging.cuh"
 
 namespace epcomm {
 namespace {
