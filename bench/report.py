@@ -102,7 +102,7 @@ def caption(rows: list[dict]) -> str:
 
 
 def microseconds(value: float) -> str:
-    """To three digits or more."""
+    """Below 100 with a decimal."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 

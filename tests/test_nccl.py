@@ -40,11 +40,7 @@ def run_way(group: Any, way: dict[str, Any]) -> None:
             arguments = buffer_arguments(case, group.size(), fmt)
             # To make a communicator takes seconds: one for all layouts.
             with epcomm.Buffer(
-                group,
-                transport="nccl",
-                timeout=TIMEOUT_S,
-                transport_options=way,
-                **arguments,
+                group, transport="nccl", timeout=TIMEOUT_S, transport_options=way, **arguments
             ) as buf:
                 for layout in LAYOUTS:
                     trial = Trial(buf, case, layout, fmt, "cuda")

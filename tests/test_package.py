@@ -151,6 +151,17 @@ def test_known_variables_draw_no_warning() -> None:
     assert done.returncode == 0 and done.stderr == ""
 
 
+def test_variables_of_the_tests_are_known() -> None:
+    # Also those of the simulator, which is a Python module too.
+    folder = Path(__file__).parent
+    reads = re.compile(r"""environ(?:\.get\(|\[)"(EPCOMM_\w+)|getenv\("(EPCOMM_SIM_\w+)""")
+    text = "".join(p.read_text() for p in [*folder.rglob("*.py"), *(folder / "sim").glob("*.cc")])
+    names = {python or simulator for python, simulator in reads.findall(text)}
+    assert {"EPCOMM_TEST_RANKS", "EPCOMM_SIM_SEED"} <= names
+    done = run_python("import epcomm", **dict.fromkeys(names, "1"))
+    assert done.returncode == 0 and done.stderr == ""
+
+
 def test_environment_is_left_alone() -> None:
     code = """
 import os
