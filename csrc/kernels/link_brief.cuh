@@ -98,6 +98,13 @@ __device__ __forceinline__ bool link_agree_briefly(const LinkArgs& link, LinkCal
   return false;
 }
 
+/// As link_close, without telling the host, which would make the kernel end later: the store has to
+/// arrive first. The watchdog copies the count.
+__device__ __forceinline__ void link_close_silently(const LinkArgs& link, const LinkCall& call) {
+  link.state->epoch = call.epoch;
+  count_progress(link, call, 1);
+}
+
 /// Ends a call without waiting for peers: by every block, all threads. agreed: of link_agree, or
 /// true of a block that did not ask. If a block says false, `done` is signalled all the same, for
 /// peers that disagree and are in a call that waits for it. completed: this thread has given up no
@@ -130,7 +137,7 @@ __device__ __forceinline__ void link_leave(const LinkArgs& link, LinkCall& call,
         fence_system();  // acquires what the blocks have put that came before
         if (call.bad == 0) Link::quiet(link);
       }
-      if (call.bad == 0) link_close(link, call);
+      if (call.bad == 0) link_close_silently(link, call);
     }
   }
   __syncthreads();
@@ -141,7 +148,7 @@ __device__ __forceinline__ void link_leave(const LinkArgs& link, LinkCall& call,
   if (r < link.num_ranks)
     link_signal<Link>(link, r, own_inbox(link, offsetof(LinkInbox, done)), call.epoch);
   link_quiet<Link>(link);
-  if (r == 0) link_close(link, call);
+  if (r == 0) link_close_silently(link, call);
 }
 
 }  // namespace epcomm

@@ -30,9 +30,11 @@ namespace epcomm {
 /// rank that holds the others up can be named; across machines PeerLost::rank is -1.
 class GpuWatchdog {
  public:
-  /// Collective.
+  /// Collective. ended: null, or a count in this device's memory of all calls that have ended, by
+  /// kernels that do not make the mark: to store it to the host would make them end later. It is
+  /// copied when nothing has begun for a while.
   GpuWatchdog(Bootstrap& bootstrap, double timeout_s, std::function<void()> abort,
-              std::function<bool()> failed);
+              std::function<bool()> failed, const uint64_t* ended = nullptr);
   ~GpuWatchdog();
 
   /// The words that count calls begun and ended (kernels/mark.h).
@@ -42,7 +44,8 @@ class GpuWatchdog {
   Mark end_mark(Operation operation) const { return mark(1, operation); }
   /// This rank cannot go on: its peers raise PeerLost that names it. Aborts.
   void abandon(const std::string& why);
-  /// Throws PeerLost if a peer was lost, Evicted if the peers gave this rank up.
+  /// Throws PeerLost if a peer was lost, Evicted if the peers gave this rank up, Error that says
+  /// why if it has abandoned a call.
   void check() const;
   /// The same of calls that have ended on the stream: were they complete? A peer that gave somebody
   /// up left its part unfinished, and NCCL, aborted there, can have told this rank otherwise.
@@ -73,9 +76,9 @@ class GpuWatchdog {
   uint64_t begun() const {
     return std::atomic_ref(words_.as<uint64_t>()[0]).load(std::memory_order_acquire);
   }
-  uint64_t ended() const {
-    return std::atomic_ref(words_.as<uint64_t>()[1]).load(std::memory_order_acquire);
-  }
+  uint64_t begun_count() const { return progress_count(begun()); }
+  uint64_t ended_count() const;
+  void ask_ended() const;
 
   int rank_, num_ranks_;
   double timeout_s_;
@@ -84,8 +87,12 @@ class GpuWatchdog {
   Mark mark(int which, Operation operation) const {
     return {progress() + which, counts_.as<uint64_t>() + which, operation};
   }
-  PinnedMemory words_;   // [0] begun, [1] ended; written by the GPU
+  PinnedMemory words_;  // progress words: [0] begun, [1] ended; [2] what device_ended_ counted when
+                        // it was copied; all written by the GPU
   DeviceMemory counts_;  // what begin_mark and end_mark have counted
+  const uint64_t* device_ended_;
+  int device_;
+  Stream copies_;  // of *device_ended_
   std::unique_ptr<Window>
       window_;  // one Progress per rank, in that rank's piece; null across machines
   mutable std::mutex mutex_;
