@@ -57,6 +57,7 @@ __device__ __forceinline__ void place_scale_word(const PlaceArgs& args, int32_t 
     *reinterpret_cast<uint32_t*>(at) = word;
     return;
   }
+#pragma unroll 1
   for (int b = 0; b < 4 && w * 4 + b < scale_bytes; ++b) at[b] = static_cast<char>(word >> 8 * b);
 }
 

@@ -47,6 +47,7 @@ namespace {
 // What the call delivers to this rank's experts, by a team.
 __device__ __forceinline__ void count_received(const SmallDispatchArgs& args, const SmallTeam& team,
                                                const GroupRoute& route) {
+#pragma unroll 1
   for (int e = team.spread_thread(11); e < args.place.dims.num_experts; e += team.threads())
     if (route.experts.owner(e) == route.rank)
       add_received(args.link.statistics, args.place.experts.local[e], route.experts.total(e));
@@ -76,6 +77,7 @@ __device__ __forceinline__ void clear_rest(const SmallDispatchArgs& args, const 
   const bool padded = place.layout == Layout::kPadded;
   const int32_t alignment = args.expert_alignment;
   // The rest of an expert's group, by a warp.
+#pragma unroll 1
   for (int e = team.spread_warp(4); e < place.dims.num_experts; e += team.warps()) {
     if (route.experts.owner(e) != route.rank) continue;
     const int32_t start = route.experts.start(e), total = route.experts.total(e);
@@ -163,6 +165,7 @@ __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args, cons
   const LinkArgs& link = args.link;
   const int lane = lane_index();
   const MetaLayout meta(route.topk);
+#pragma unroll 1
   for (int j = jobs.first; j < jobs.count; j += jobs.step) {
     const RowJob job = jobs.at(j);
     const SentToken sent = next;
@@ -188,13 +191,21 @@ __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args, cons
       if (lane == 0) atomicExch(&link.state->lost, 1u);
       return false;
     }
-    const uint32_t firsts = fits ? distinct_rows(slots.row) : 0;
     const int32_t local = job.leads ? local_expert(place, slots) : -1;
+    const uint32_t firsts = fits ? distinct_rows(slots.row) : 0;
+    // What does not come with the row is written while it is on its way.
+    if (job.leads && fits) {
+      if (args.records)
+        write_record(meta, meta.row(place.plan.recv_meta, n), slots, args.topk_weights != nullptr);
+      place_outputs(place, n, slots, local, (firsts >> lane & 1) != 0);
+    }
     if (!Link::kMapped && !rows.arrived(s, t, part_of_row(place.rows, job))) return false;
+#pragma unroll 1
     for (bool first = true; part.v - lane < job.end || part.w - lane < part.end_word;
          first = false) {
       if (Link::kMapped && !first) part.load();
       if (!rows.take(s, t, part)) return false;
+#pragma unroll 1
       for (uint32_t rest = firsts; rest != 0;) {
         const int32_t to = __shfl_sync(kFullWarp, slots.row, take_lowest(rest));
         part.batch.store(place.recv_x + int64_t{to} * place.rows.row_bytes, part.v, job.end);
@@ -205,11 +216,6 @@ __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args, cons
       }
       part.v += part.batch.kStep;
       part.w += part.kWordStep;
-    }
-    if (job.leads && fits) {
-      if (args.records)
-        write_record(meta, meta.row(place.plan.recv_meta, n), slots, args.topk_weights != nullptr);
-      place_outputs(place, n, slots, local, (firsts >> lane & 1) != 0);
     }
   }
   rows.clean_up(team, route.num_ranks, [&](int s, int t) -> size_t {
