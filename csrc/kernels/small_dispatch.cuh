@@ -120,7 +120,9 @@ struct SentToken {
     if (Link::kMapped && !__all_sync(kFullWarp, !asks || TaggedWord::is_of(weight, epoch))) {
       const uint64_t* words = sent_weights<Link>(args.link, args.small, epoch, source);
       const int i = t * route.topk + lane_index();
-      return sent_weight<Link>(args.link, source, asks ? words + i : nullptr, epoch, lost);
+      const LateWord late = wait_tagged_late(args.link, source, asks ? words + i : nullptr, epoch);
+      lost |= late.lost;
+      return weight_in<Link>(late.value);
     }
     return weight_in<Link>(kPuts<Link> ? id : weight);
   }
@@ -165,6 +167,7 @@ __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args, cons
   const LinkArgs& link = args.link;
   const int lane = lane_index();
   const MetaLayout meta(route.topk);
+  const ScalePlaces scales(place);
 #pragma unroll 1
   for (int j = jobs.first; j < jobs.count; j += jobs.step) {
     const RowJob job = jobs.at(j);
@@ -209,10 +212,12 @@ __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args, cons
       for (uint32_t rest = firsts; rest != 0;) {
         const int32_t to = __shfl_sync(kFullWarp, slots.row, take_lowest(rest));
         part.batch.store(place.recv_x + int64_t{to} * place.rows.row_bytes, part.v, job.end);
+        if (part.end_word == 0) continue;
+        char* scale_row = scales.of_row(to);
 #pragma unroll
         for (int u = 0; u < part.kWords; ++u)
           if (const int w = part.w + u * kWarpSize; w < part.end_word)
-            place_scale_word(place, to, w, part.word[u]);
+            scales.store(scale_row, w, part.word[u]);
       }
       part.v += part.batch.kStep;
       part.w += part.kWordStep;
@@ -264,7 +269,7 @@ __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const Rec
     mark_group<Link>(args, route, teams.columns(), call.epoch,
                      [&](int s, bool) { return ranges.end[s] + ranges.to_source[s]; });
   else if (!agreed)
-    prepare_route(args, route);
+    prepare_route_again(args);
   if (!Link::kMapped || !agreed) __syncthreads();
   // On its way while the block works out where tokens go.
   SentToken first;
@@ -272,17 +277,19 @@ __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const Rec
     first = SentToken::of_row<Link>(args, route, ranges, call.epoch, jobs.at(jobs.first).row);
   place_group(args, route, teams.columns(), args.fresh && teams.leads(), totals);
   if (agreed && args.totals != nullptr && teams.leads()) tell_totals(args, route, totals);
-  if (recorders.here()) {
-    if (args.fresh) {
-      write_counts(args, recorders, route, totals);
-      write_places<Link>(args, recorders, route, call.epoch, agreed);
-    }
-    if (args.link.statistics.received_tokens != nullptr) count_received(args, recorders, route);
-    clear_rest(args, recorders, route, totals);
+  bool completed = true;
+  if (agreed && takers.here()) {
+    const StagedRows<Link> rows{args.link, args.small, call.epoch, clean, call.entry};
+    completed = receive_rows<Link>(args, takers, route, rows, ranges, jobs, first);
   }
-  if (!agreed || !takers.here()) return true;
-  const StagedRows<Link> rows{args.link, args.small, call.epoch, clean, call.entry};
-  return receive_rows<Link>(args, takers, route, rows, ranges, jobs, first);
+  if (!recorders.here()) return completed;
+  if (args.fresh) {
+    write_counts(args, recorders, route, totals);
+    write_places<Link>(args, recorders, route, call.epoch, agreed);
+  }
+  if (args.link.statistics.received_tokens != nullptr) count_received(args, recorders, route);
+  clear_rest(args, recorders, route, totals);
+  return completed;
 }
 
 template <class Link>
@@ -321,7 +328,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
     if (going && args.phase == Phase::kReceive && blocks.receivers.thread() == 0)
       link_mark_begun(link, call);
     if (blocks.sends()) {
-      prepare_route(args, GroupRoute(args));
+      prepare_route_again(args);
       __syncthreads();
     }
     if (going) {

@@ -80,6 +80,11 @@ __device__ __forceinline__ void prepare_route(const SmallDispatchArgs& args,
       route.tile(s).mask(0, i) = 0;
 }
 
+// Where it comes in between: a block that has sent, or masks of a call that was refused.
+EPCOMM_SELDOM inline __device__ void prepare_route_again(const SmallDispatchArgs& args) {
+  prepare_route(args, GroupRoute(args));
+}
+
 // Whose columns a block needs: to take rows, those of this rank and its experts, to write the plan
 // all.
 enum class RouteColumns { kOwn, kAll };
@@ -164,6 +169,29 @@ __device__ __forceinline__ bool mark_group(const SmallDispatchArgs& args, const 
   return !lost;
 }
 
+// Starts of the experts' groups, where each begins behind the one before, by the whole block.
+// route: a copy, that what calls this keeps its own in registers. Ends with a barrier.
+EPCOMM_SELDOM inline __device__ void line_up_experts(const SmallDispatchArgs& args,
+                                                     GroupRoute route, RouteColumns needed,
+                                                     bool writes, RouteTotals& totals) {
+  const int num_ranks = route.num_ranks;
+#pragma unroll 1
+  for (int r = warp_index(); r < num_ranks; r += kSmallWarps) {
+    const bool reports = writes && r == route.rank;
+    if (route.by_token && !reports) continue;
+    if (needed == RouteColumns::kOwn && r != route.rank) continue;
+    const int32_t end =
+        line_up_groups(route.experts, r, args.expert_alignment, [&](int e, int32_t start) {
+          if (!route.by_token) route.experts.start(e) = start;
+          if (reports) args.place.plan.expert_offset[args.place.experts.local[e]] = start;
+        });
+    if (lane_index() != 0) continue;
+    if (r == route.rank) totals.rows = end;
+    if (reports) args.place.plan.expert_offset[args.place.dims.local_experts] = end;
+  }
+  __syncthreads();
+}
+
 // From the masks: bases and starts, by the whole block. writes: this block writes the plan's
 // offsets. Ends with a barrier.
 __device__ __forceinline__ void place_group(const SmallDispatchArgs& args, const GroupRoute& route,
@@ -188,26 +216,12 @@ __device__ __forceinline__ void place_group(const SmallDispatchArgs& args, const
   }
   __syncthreads();
   if (args.place.layout == Layout::kPadded) return;
-#pragma unroll 1
-  for (int r = warp_index(); r < num_ranks; r += kSmallWarps) {
-    const bool reports = writes && r == route.rank;
-    if (route.by_token && !reports) continue;
-    if (needed == RouteColumns::kOwn && r != route.rank) continue;
-    const int32_t end =
-        line_up_groups(route.experts, r, args.expert_alignment, [&](int e, int32_t start) {
-          if (!route.by_token) route.experts.start(e) = start;
-          if (reports) args.place.plan.expert_offset[args.place.experts.local[e]] = start;
-        });
-    if (lane_index() != 0) continue;
-    if (r == route.rank) totals.rows = end;
-    if (reports) args.place.plan.expert_offset[args.place.dims.local_experts] = end;
-  }
-  __syncthreads();
+  line_up_experts(args, route, needed, writes, totals);
 }
 
-// What this rank receives, for a host that waits for it; by a block.
-__device__ __forceinline__ void tell_totals(const SmallDispatchArgs& args, const GroupRoute& route,
-                                            const RouteTotals& totals) {
+// What this rank receives, for a host that waits for it; by a block. route: as of line_up_experts.
+EPCOMM_SELDOM inline __device__ void tell_totals(const SmallDispatchArgs& args, GroupRoute route,
+                                                 const RouteTotals& totals) {
   auto tell = [&](int i, int32_t total) {
     args.totals[i] = args.link.token << 32 | static_cast<uint32_t>(total);
   };
