@@ -128,18 +128,12 @@ __device__ __forceinline__ bool wait_signal(const LinkArgs& link, int source,
   return true;
 }
 
-/// Counts one more call begun (0) or ended (1).
-__device__ __forceinline__ uint64_t count_progress(const LinkArgs& link, const LinkCall& call,
-                                                   int which) {
-  const uint64_t count = call.marks[which] + 1;
-  link.state->marks[which] = count;
-  return count;
-}
-/// And tells the host. Its memory is written, not read: a kernel would wait for that about as long
-/// as for a whole small batch.
+/// Counts one more call begun (0) or ended (1). The host's memory is written, not read: a kernel
+/// would wait for that about as long as for a whole small batch.
 __device__ __forceinline__ void mark_progress(const LinkArgs& link, const LinkCall& call,
                                               int which) {
-  const uint64_t count = count_progress(link, call, which);
+  const uint64_t count = call.marks[which] + 1;
+  link.state->marks[which] = count;
   *static_cast<volatile uint64_t*>(&link.progress[which]) =
       count << 8 | static_cast<uint64_t>(link.entry.signature[0]);
 }
@@ -431,7 +425,7 @@ __device__ __forceinline__ void link_quiet([[maybe_unused]] const LinkArgs& link
   }
 }
 
-/// The call is over on this rank. By one thread of the grid. The host is told.
+/// The call is over on this rank. By one thread of the grid.
 __device__ __forceinline__ void link_close(const LinkArgs& link, const LinkCall& call) {
   link.state->epoch = call.epoch;
   mark_progress(link, call, 1);

@@ -70,7 +70,7 @@ static_assert(sizeof(LinkInbox) <= ControlLayout::kSignalBytes);
 struct alignas(64) LinkState {
   // What every block reads as it begins, in one line of memory.
   uint64_t epoch;     ///< of the last call that ended
-  uint64_t marks[2];  ///< calls begun, calls ended, whether LinkArgs::progress was told or not
+  uint64_t marks[2];  ///< how often LinkArgs::progress was told of calls begun, calls ended
   uint32_t lost;      ///< not 0: a wait was given up; nothing is sent or waited for any more
   uint32_t arrived;   ///< blocks of the running kernel that have no more to do; of a small batch,
                       ///< also how many of them have lost or refused it (link_leave)

@@ -116,7 +116,7 @@ GpuLinkTransport::GpuLinkTransport(const TransportContext& context, const LinkKe
           [this] {
             std::atomic_ref(report_.as<LinkReport>()->abort).store(1, std::memory_order_release);
           },
-          [] { return false; }, &state_.as<LinkState>()->marks[1]) {
+          [] { return false; }) {
   caps_.token_layout = caps_.expert_layout = caps_.padded_layout = true;
   caps_.two_phases = caps_.small_batches = takes_small_;
   caps_.graph_capture = caps_.column_scales = caps_.sends_ahead = true;

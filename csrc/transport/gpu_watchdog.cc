@@ -1,6 +1,5 @@
 #include "transport/gpu_watchdog.h"
 
-#include <algorithm>
 #include <chrono>
 #include <utility>
 
@@ -10,7 +9,6 @@ namespace epcomm {
 namespace {
 
 constexpr auto kPeriod = std::chrono::milliseconds(5);
-constexpr int kPeriodsPerCopy = 4;  // without news, of the count of calls ended
 constexpr double kDeadPeerGraceS =
     0.3;  // a peer may exit right after its last call; let ours finish
 constexpr double kDrainPeersS = 1.0;
@@ -25,16 +23,14 @@ struct GpuWatchdog::Progress {
 };
 
 GpuWatchdog::GpuWatchdog(Bootstrap& bootstrap, double timeout_s, std::function<void()> abort,
-                         std::function<bool()> failed, const uint64_t* ended)
+                         std::function<bool()> failed)
     : rank_(bootstrap.rank()),
       num_ranks_(bootstrap.size()),
       timeout_s_(timeout_s),
       abort_(std::move(abort)),
       failed_(std::move(failed)),
-      words_(3 * sizeof(uint64_t)),
-      counts_(2 * sizeof(uint64_t)),
-      device_ended_(ended) {
-  EPCOMM_CUDA_TRY(cudaGetDevice(&device_));
+      words_(2 * sizeof(uint64_t)),
+      counts_(2 * sizeof(uint64_t)) {
   if (on_one_machine(bootstrap)) window_ = make_host_window(bootstrap, 4096, timeout_s);
   thread_ = std::thread([this] { watch(); });
 }
@@ -42,20 +38,6 @@ GpuWatchdog::GpuWatchdog(Bootstrap& bootstrap, double timeout_s, std::function<v
 GpuWatchdog::~GpuWatchdog() {
   stop_ = true;
   thread_.join();
-  cudaStreamSynchronize(copies_.get());  // a copy may be on its way to words_
-}
-
-uint64_t GpuWatchdog::ended_count() const {
-  auto* words = words_.as<uint64_t>();
-  return std::max(progress_count(std::atomic_ref(words[1]).load(std::memory_order_acquire)),
-                  std::atomic_ref(words[2]).load(std::memory_order_acquire));
-}
-
-// Has the count of calls ended copied; what it was shows in ended_count() soon.
-void GpuWatchdog::ask_ended() const {
-  if (device_ended_ != nullptr)
-    cudaMemcpyAsync(words_.as<uint64_t>() + 2, device_ended_, sizeof(uint64_t),
-                    cudaMemcpyDeviceToHost, copies_.get());
 }
 
 void GpuWatchdog::check() const {
@@ -106,23 +88,23 @@ bool GpuWatchdog::hear_peers() {
 
 void GpuWatchdog::drain() const {
   const Deadline own(timeout_s_);
-  while (begun_count() != ended_count() && !own.passed() && !faulty())
+  while (progress_count(begun()) != progress_count(ended()) && !own.passed() && !faulty())
     std::this_thread::sleep_for(kPeriod);
   if (window_ == nullptr || faulty()) return;
   publish();
   const Deadline others(kDrainPeersS);
   for (int r = 0; r < num_ranks_; ++r) {
     const auto& theirs = *reinterpret_cast<const Progress*>(window_->peer(r));
-    while (theirs.ended.load(std::memory_order_acquire) < ended_count() && window_->alive(r) &&
-           !others.passed())
+    while (theirs.ended.load(std::memory_order_acquire) < progress_count(ended()) &&
+           window_->alive(r) && !others.passed())
       std::this_thread::sleep_for(kPeriod);
   }
 }
 
 void GpuWatchdog::publish() const {
   auto& mine = *reinterpret_cast<Progress*>(window_->peer(rank_));
-  mine.begun.store(begun_count(), std::memory_order_release);
-  mine.ended.store(ended_count(), std::memory_order_release);
+  mine.begun.store(progress_count(begun()), std::memory_order_release);
+  mine.ended.store(progress_count(ended()), std::memory_order_release);
 }
 
 // The rank furthest behind a call that this rank has begun; -1 if none is behind.
@@ -147,26 +129,18 @@ int GpuWatchdog::dead_peer() const {
 }
 
 void GpuWatchdog::watch() {
-  // Nothing here harms a capture of another thread.
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  cudaThreadExchangeStreamCaptureMode(&mode);
-  cudaSetDevice(device_);
   uint64_t last = begun();
-  int quiet = 0;  // periods without news
   Deadline deadline(timeout_s_), grace(kDeadPeerGraceS);
   while (!stop_) {
     std::this_thread::sleep_for(kPeriod);
     if (window_ != nullptr) publish();
     const uint64_t now = begun();
-    if (now != last || progress_count(now) == ended_count()) {
+    if (now != last || progress_count(now) == progress_count(ended())) {
       last = now;
-      quiet = 0;
       deadline = Deadline(timeout_s_);
       grace = Deadline(kDeadPeerGraceS);
       continue;
     }
-    if (++quiet % kPeriodsPerCopy == 0) ask_ended();
-    if (quiet <= kPeriodsPerCopy) continue;  // the call may have ended
     // First: who has lost a rank and gone may look lost itself.
     if (hear_peers()) return;
     if (const int dead = dead_peer(); dead >= 0 && grace.passed())

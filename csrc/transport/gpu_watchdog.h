@@ -30,11 +30,9 @@ namespace epcomm {
 /// rank that holds the others up can be named; across machines PeerLost::rank is -1.
 class GpuWatchdog {
  public:
-  /// Collective. ended: null, or a count in this device's memory of all calls that have ended, by
-  /// kernels that do not make the mark: to store it to the host would make them end later. It is
-  /// copied when nothing has begun for a while.
+  /// Collective.
   GpuWatchdog(Bootstrap& bootstrap, double timeout_s, std::function<void()> abort,
-              std::function<bool()> failed, const uint64_t* ended = nullptr);
+              std::function<bool()> failed);
   ~GpuWatchdog();
 
   /// The words that count calls begun and ended (kernels/mark.h).
@@ -76,9 +74,9 @@ class GpuWatchdog {
   uint64_t begun() const {
     return std::atomic_ref(words_.as<uint64_t>()[0]).load(std::memory_order_acquire);
   }
-  uint64_t begun_count() const { return progress_count(begun()); }
-  uint64_t ended_count() const;
-  void ask_ended() const;
+  uint64_t ended() const {
+    return std::atomic_ref(words_.as<uint64_t>()[1]).load(std::memory_order_acquire);
+  }
 
   int rank_, num_ranks_;
   double timeout_s_;
@@ -87,12 +85,8 @@ class GpuWatchdog {
   Mark mark(int which, Operation operation) const {
     return {progress() + which, counts_.as<uint64_t>() + which, operation};
   }
-  PinnedMemory words_;  // progress words: [0] begun, [1] ended; [2] what device_ended_ counted when
-                        // it was copied; all written by the GPU
+  PinnedMemory words_;   // [0] begun, [1] ended; written by the GPU
   DeviceMemory counts_;  // what begin_mark and end_mark have counted
-  const uint64_t* device_ended_;
-  int device_;
-  Stream copies_;  // of *device_ended_
   std::unique_ptr<Window>
       window_;  // one Progress per rank, in that rank's piece; null across machines
   mutable std::mutex mutex_;

@@ -1,7 +1,6 @@
 // What a rank asks before it believes a call that has ended on its stream (GpuWatchdog::confirm):
 // has a peer given somebody up meanwhile? The watchdog's thread looks only while a call is under
-// way, so that a rank whose calls have all ended hears of it there and nowhere else. And how the
-// watchdog learns of calls whose kernels do not say that they have ended.
+// way, so that a rank whose calls have all ended hears of it there and nowhere else.
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
@@ -30,11 +29,8 @@ constexpr double kTimeout = 60;  // nothing here waits for it
 // A rank's watchdog over its default stream.
 class Watched {
  public:
-  explicit Watched(Bootstrap& bootstrap, double timeout_s = kTimeout,
-                   const uint64_t* ended = nullptr)
-      : watchdog_(
-            bootstrap, timeout_s, [this] { ++aborts_; }, [this] { return broken_.load(); }, ended) {
-  }
+  explicit Watched(Bootstrap& bootstrap)
+      : watchdog_(bootstrap, kTimeout, [this] { ++aborts_; }, [this] { return broken_.load(); }) {}
 
   GpuWatchdog& watchdog() { return watchdog_; }
   int aborts() const { return aborts_; }
@@ -217,57 +213,6 @@ TEST(Watchdog, AcrossMachinesNobodyIsToldAndNobodyIsNamed) {
       EXPECT_NO_THROW(watched.watchdog().confirm());
       EXPECT_EQ(watched.aborts(), 0);
     }
-    bootstrap->barrier();
-  });
-}
-
-// A count of calls ended in the device's memory, of which nobody tells the host.
-class SilentCount {
- public:
-  const uint64_t* get() const { return memory_.as<uint64_t>(); }
-  void set(uint64_t ended) {
-    EXPECT_EQ(cudaMemcpy(memory_.get(), &ended, sizeof(ended), cudaMemcpyHostToDevice),
-              cudaSuccess);
-  }
-
- private:
-  DeviceMemory memory_{sizeof(uint64_t)};
-};
-
-TEST(Watchdog, CallsThatEndSilentlyAreNotLost) {
-  constexpr double kShort = 0.5;
-  run_threads(1, kTimeout, [&](std::shared_ptr<Bootstrap> bootstrap) {
-    SilentCount ended;
-    Watched watched(*bootstrap, kShort, ended.get());
-    watched.begin(Operation::kDispatch);
-    ended.set(1);
-    std::this_thread::sleep_for(std::chrono::duration<double>(3 * kShort));
-    EXPECT_NO_THROW(watched.watchdog().check());
-    watched.begin(Operation::kCombine);
-    ended.set(2);
-    std::this_thread::sleep_for(std::chrono::duration<double>(3 * kShort));
-    EXPECT_NO_THROW(watched.watchdog().check());
-    // This one does not end.
-    watched.begin(Operation::kDispatch);
-    const Deadline deadline(kTimeout);
-    while (watched.aborts() == 0 && !deadline.passed())
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    expect_lost({-1, Operation::kDispatch, 3, "it did not answer within the timeout"},
-                [&] { watched.watchdog().check(); });
-  });
-}
-
-TEST(Watchdog, DrainLearnsOfCallsThatEndedSilently) {
-  constexpr int kRanks = 2;
-  run_threads(kRanks, kTimeout, [&](std::shared_ptr<Bootstrap> bootstrap) {
-    SilentCount ended;
-    Watched watched(*bootstrap, kTimeout, ended.get());
-    watched.begin(Operation::kDispatch);
-    ended.set(1);
-    const Deadline own(kTimeout / 2);  // else it waits for the whole timeout
-    watched.watchdog().drain();
-    EXPECT_FALSE(own.passed());
-    EXPECT_NO_THROW(watched.watchdog().check());
     bootstrap->barrier();
   });
 }
