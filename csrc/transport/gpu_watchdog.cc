@@ -12,6 +12,8 @@ constexpr auto kPeriod = std::chrono::milliseconds(5);
 constexpr double kDeadPeerGraceS =
     0.3;  // a peer may exit right after its last call; let ours finish
 constexpr double kDrainPeersS = 1.0;
+constexpr double kMarkS = 0.1;  // for a mark that is on the stream to be made
+constexpr char kBroke[] = "the connection to it broke";
 constexpr int64_t kGaveUpBase = 2;  // so that an unknown rank, -1, is not 0
 
 }  // namespace
@@ -145,13 +147,24 @@ void GpuWatchdog::watch() {
     if (hear_peers()) return;
     if (const int dead = dead_peer(); dead >= 0 && grace.passed())
       return raise_fault(dead, "its process ended or its Buffer was destroyed");
-    if (failed_()) return raise_fault(latecomer(progress_count(now)), "the connection to it broke");
+    if (failed_()) return raise_fault(latecomer(progress_count(now)), kBroke);
     if (deadline.passed())
       return raise_fault(latecomer(progress_count(now)), "it did not answer within the timeout");
   }
 }
 
 void GpuWatchdog::abandon(const std::string& why) { raise_fault(rank_, why, rank_); }
+
+void GpuWatchdog::lose_connection() {
+  // So that the fault names the call, not the one before.
+  const Deadline marked(kMarkS);
+  while (progress_count(begun()) == progress_count(ended()) && !marked.passed())
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  if (window_ != nullptr) publish();
+  const int dead = dead_peer();
+  raise_fault(dead >= 0 ? dead : latecomer(progress_count(begun())), kBroke);
+  check();
+}
 
 void GpuWatchdog::raise_fault(int rank, const std::string& why, int by_rank) {
   const uint64_t word = begun();

@@ -2,17 +2,21 @@
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cstdint>
 #include <list>
 #include <map>
+#include <memory>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "epcomm/buffer.h"
 #include "epcomm/error.h"
 #include "tests/cpp/rank_calls.h"
 #include "tests/cpp/ranks.h"
+#include "tests/sim/runtime.h"
 
 namespace epcomm {
 namespace {
@@ -278,6 +282,41 @@ TEST(Nccl, ALostPeerIsNamed) {
         EXPECT_THROW(testing::combine(buffer, batch_to_all(), recv), PeerLost);
       }
       bootstrap->barrier();
+    });
+}
+
+// NCCL of a rank finds the connection broken before the rank's watchdog looks, and refuses the
+// call: it is the dead peer that is lost, not the rank that NCCL told.
+TEST(Nccl, ABrokenConnectionIsNotItsFindersFault) {
+  constexpr int kDead = 2, kFinds = 0;
+  for (const bool combines : {false, true})
+    run_threads(kRanks, kTimeout, [&](std::shared_ptr<Bootstrap> bootstrap) {
+      const int rank = bootstrap->rank();
+      auto buffer = std::make_unique<Buffer>(
+          bootstrap, testing::options_for(kExperts, kHidden, 3, 8, kTimeout));
+      Received recv;
+      testing::route(*buffer, batch_to_all(), Layout::kToken, 1, recv);
+      if (combines) testing::dispatch(*buffer, batch_to_all(), recv);
+      bootstrap->barrier();
+      if (rank == kDead) buffer.reset();
+      if (rank == kFinds) sim::break_nccl(rank, true);
+      bootstrap->barrier();
+      // The others are in the call already: threads of one process are never dead, but late.
+      if (rank == kFinds) std::this_thread::sleep_for(std::chrono::milliseconds(200));
+      if (rank != kDead) {
+        try {
+          if (combines)
+            testing::combine(*buffer, batch_to_all(), recv);
+          else
+            testing::dispatch(*buffer, batch_to_all(), recv);
+          ADD_FAILURE() << "returned without rank " << kDead;
+        } catch (const PeerLost& lost) {
+          EXPECT_EQ(lost.rank, kDead) << "rank " << rank << ": " << lost.what();
+          EXPECT_EQ(lost.operation, combines ? Operation::kCombine : Operation::kDispatch);
+        }
+      }
+      bootstrap->barrier();
+      if (rank == kFinds) sim::break_nccl(rank, false);
     });
 }
 

@@ -48,6 +48,10 @@ Options& options();
 /// cudaErrorLaunchFailure.
 std::vector<std::string> take_faults();
 
+/// Whether the connections of NCCL's communicators on this device are broken: they say so, and take
+/// no calls.
+void break_nccl(int device, bool broken);
+
 /// What the host has issued on all devices of this process, captured work included.
 struct Issued {
   uint64_t kernels, copies;  ///< copies: fills, too
