@@ -34,7 +34,8 @@ __host__ __device__ constexpr int mask_words(int max_tokens) {
 
 /// Of sixteen blocks, those that send. A dispatch stores each received row to all that carry it;
 /// for a combine the senders load and sum all rows. To put rows that were stored takes longer: of
-/// 128 tokens for three other ranks each warp has one to put, and each that receives one to take.
+/// 65 blocks, for 128 tokens and three other ranks, each warp has one to put, and each that
+/// receives one to take (docs/rdma.md).
 constexpr int kDispatchSenders = 6, kDispatchPutters = 7, kCombineSenders = 8;
 
 /// Of a call, the blocks that send.

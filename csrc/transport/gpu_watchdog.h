@@ -42,9 +42,10 @@ class GpuWatchdog {
   Mark end_mark(Operation operation) const { return mark(1, operation); }
   /// This rank cannot go on: its peers raise PeerLost that names it. Aborts.
   void abandon(const std::string& why);
-  /// The connection to a peer broke in the call that this rank is putting on its stream. As if the
-  /// watchdog had found that (failed()), at once: aborts, and throws PeerLost.
-  void lose_connection();
+  /// The connection to a peer broke, says what this rank was told as it put a call on its stream:
+  /// as if the watchdog had found that (failed()), which may not look again in time. Aborts, and
+  /// throws what check() does, of the last call that the stream has begun.
+  void lose_connection(const std::string& said);
   /// Throws PeerLost if a peer was lost, Evicted if the peers gave this rank up, Error that says
   /// why if it has abandoned a call.
   void check() const;

@@ -114,8 +114,8 @@ class NcclTransport final : public Transport {
     cudaStream_t stream_;
   };
   // put(call) puts the call on the stream. Where it throws the call is half-way: the peers are
-  // told, and nothing more can be sent. Throws PeerLost if it is the connection to a peer that
-  // broke, for NCCL refuses what it is asked for then.
+  // told, and nothing more can be sent. What NCCL refuses because the connection to a peer broke,
+  // or because a fault that is known has ended its communicator, is raised as that fault.
   template <class Put>
   void make_call(Operation operation, cudaStream_t stream, Put put) {
     watchdog_.check();
@@ -123,11 +123,10 @@ class NcclTransport final : public Transport {
     try {
       put(Call(watchdog_, operation, stream));
       order_.end(stream);
-    } catch (...) {
-      if (comm_.failed())
-        watchdog_.lose_connection();
-      else
-        watchdog_.abandon("it failed half-way through a call");
+    } catch (const std::exception& error) {
+      if (comm_.failed()) watchdog_.lose_connection(error.what());
+      watchdog_.check();
+      watchdog_.abandon("it failed half-way through a call");
       throw;
     }
   }

@@ -2,14 +2,13 @@
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
-#include <chrono>
 #include <cstdint>
 #include <list>
 #include <map>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "epcomm/buffer.h"
@@ -285,39 +284,39 @@ TEST(Nccl, ALostPeerIsNamed) {
     });
 }
 
-// NCCL of a rank finds the connection broken before the rank's watchdog looks, and refuses the
-// call: it is the dead peer that is lost, not the rank that NCCL told.
+// NCCL of a rank finds the connection broken and refuses its call, before (0 ms) or after the
+// rank's watchdog has looked: it is the peer that never comes that is lost, not the rank that NCCL
+// told.
 TEST(Nccl, ABrokenConnectionIsNotItsFindersFault) {
-  constexpr int kDead = 2, kFinds = 0;
+  constexpr int kGone = 0, kFinds = 1;
   for (const bool combines : {false, true})
-    run_threads(kRanks, kTimeout, [&](std::shared_ptr<Bootstrap> bootstrap) {
-      const int rank = bootstrap->rank();
-      auto buffer = std::make_unique<Buffer>(
-          bootstrap, testing::options_for(kExperts, kHidden, 3, 8, kTimeout));
-      Received recv;
-      testing::route(*buffer, batch_to_all(), Layout::kToken, 1, recv);
-      if (combines) testing::dispatch(*buffer, batch_to_all(), recv);
-      bootstrap->barrier();
-      if (rank == kDead) buffer.reset();
-      if (rank == kFinds) sim::break_nccl(rank, true);
-      bootstrap->barrier();
-      // The others are in the call already: threads of one process are never dead, but late.
-      if (rank == kFinds) std::this_thread::sleep_for(std::chrono::milliseconds(200));
-      if (rank != kDead) {
-        try {
-          if (combines)
-            testing::combine(*buffer, batch_to_all(), recv);
-          else
-            testing::dispatch(*buffer, batch_to_all(), recv);
-          ADD_FAILURE() << "returned without rank " << kDead;
-        } catch (const PeerLost& lost) {
-          EXPECT_EQ(lost.rank, kDead) << "rank " << rank << ": " << lost.what();
-          EXPECT_EQ(lost.operation, combines ? Operation::kCombine : Operation::kDispatch);
+    for (const int late_ms : {0, 600})
+      run_threads(kRanks, kTimeout, [&](std::shared_ptr<Bootstrap> bootstrap) {
+        const int rank = bootstrap->rank();
+        Buffer buffer(bootstrap, testing::options_for(kExperts, kHidden, 3, 8, kTimeout));
+        Received recv;
+        testing::route(buffer, batch_to_all(), Layout::kToken, 1, recv);
+        if (combines) testing::dispatch(buffer, batch_to_all(), recv);
+        bootstrap->barrier();
+        std::optional<sim::BrokenNccl> broken;
+        if (rank == kFinds) broken.emplace(rank, late_ms);
+        if (rank != kGone) {
+          try {
+            if (combines)
+              testing::combine(buffer, batch_to_all(), recv);
+            else
+              testing::dispatch(buffer, batch_to_all(), recv);
+            ADD_FAILURE() << "returned without rank " << kGone;
+          } catch (const PeerLost& lost) {
+            EXPECT_EQ(lost.rank, kGone) << "rank " << rank << ": " << lost.what();
+            EXPECT_EQ(lost.operation, combines ? Operation::kCombine : Operation::kDispatch);
+          } catch (const Error& error) {
+            ADD_FAILURE() << "rank " << rank << ": " << error.what();
+          }
         }
-      }
-      bootstrap->barrier();
-      if (rank == kFinds) sim::break_nccl(rank, false);
-    });
+        broken.reset();
+        bootstrap->barrier();
+      });
 }
 
 }  // namespace
