@@ -13,7 +13,7 @@ constexpr auto kPeriod = std::chrono::milliseconds(5);
 // is seen to be dead.
 constexpr double kDeadPeerGraceS = 0.3;
 constexpr double kDrainPeersS = 1.0;
-constexpr double kMarkS = 0.1;  // for a mark that is on the stream to be made
+constexpr double kMarkS = 1.0;  // for a mark that is on the stream to be made
 constexpr char kBroke[] = "the connection to it broke";
 constexpr int64_t kGaveUpBase = 2;  // so that an unknown rank, -1, is not 0
 
