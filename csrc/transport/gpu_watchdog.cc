@@ -9,12 +9,9 @@ namespace epcomm {
 namespace {
 
 constexpr auto kPeriod = std::chrono::milliseconds(5);
-// A peer may exit right after its last call; let ours finish. A connection may break before a peer
-// is seen to be dead.
-constexpr double kDeadPeerGraceS = 0.3;
+constexpr double kDeadPeerGraceS =
+    0.3;  // a peer may exit right after its last call; let ours finish
 constexpr double kDrainPeersS = 1.0;
-constexpr double kMarkS = 1.0;  // for a mark that is on the stream to be made
-constexpr char kBroke[] = "the connection to it broke";
 constexpr int64_t kGaveUpBase = 2;  // so that an unknown rank, -1, is not 0
 
 }  // namespace
@@ -46,11 +43,6 @@ GpuWatchdog::~GpuWatchdog() {
 void GpuWatchdog::check() const {
   std::lock_guard lock(mutex_);
   if (!fault_) return;
-  if (fault_->rank == rank_ && fault_->by_rank == rank_)
-    throw Error(
-        "this rank gave its Buffer up in " + std::string(operation_name(fault_->operation)) +
-        " (epoch " + std::to_string(fault_->epoch) + "): " + fault_->why +
-        "; its peers raise PeerLost that names it, and this Buffer cannot be used any more");
   if (fault_->rank == rank_) throw Evicted(fault_->by_rank, fault_->operation, fault_->epoch);
   throw PeerLost(fault_->rank, fault_->operation, fault_->epoch, fault_->why);
 }
@@ -116,7 +108,6 @@ int GpuWatchdog::latecomer(uint64_t begun) const {
   int late = -1;
   uint64_t least = begun;
   for (int r = 0; r < num_ranks_; ++r) {
-    if (r == rank_) continue;  // may not have published yet
     const auto& theirs = *reinterpret_cast<const Progress*>(window_->peer(r));
     const uint64_t count = theirs.begun.load(std::memory_order_acquire);
     if (count >= least) continue;
@@ -149,31 +140,13 @@ void GpuWatchdog::watch() {
     if (hear_peers()) return;
     if (const int dead = dead_peer(); dead >= 0 && grace.passed())
       return raise_fault(dead, "its process ended or its Buffer was destroyed");
-    if (failed_() && grace.passed()) return raise_fault(latecomer(progress_count(now)), kBroke);
+    if (failed_()) return raise_fault(latecomer(progress_count(now)), "the connection to it broke");
     if (deadline.passed())
       return raise_fault(latecomer(progress_count(now)), "it did not answer within the timeout");
   }
 }
 
 void GpuWatchdog::abandon(const std::string& why) { raise_fault(rank_, why, rank_); }
-
-void GpuWatchdog::lose_connection(const std::string& said) {
-  // So that the fault names the call, not the one before. None is made while a graph is captured.
-  const Deadline marked(kMarkS);
-  while (progress_count(begun()) == progress_count(ended()) && !marked.passed())
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  // NCCL's connections can break before it shows whose process ended; a rank that only comes late
-  // is not to blame for that.
-  const Deadline grace(kDeadPeerGraceS);
-  bool known = hear_peers();
-  int dead = dead_peer();
-  for (; !known && dead < 0 && !grace.passed(); known = hear_peers(), dead = dead_peer())
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  if (!known)
-    raise_fault(dead >= 0 ? dead : latecomer(progress_count(begun())),
-                std::string(kBroke) + " (" + said + ")");
-  check();
-}
 
 void GpuWatchdog::raise_fault(int rank, const std::string& why, int by_rank) {
   const uint64_t word = begun();

@@ -42,12 +42,7 @@ class GpuWatchdog {
   Mark end_mark(Operation operation) const { return mark(1, operation); }
   /// This rank cannot go on: its peers raise PeerLost that names it. Aborts.
   void abandon(const std::string& why);
-  /// The connection to a peer broke, says what this rank was told as it put a call on its stream:
-  /// as if the watchdog had found that (failed()), which may not look again in time. Aborts, and
-  /// throws what check() does, of the last call that the stream has begun.
-  void lose_connection(const std::string& said);
-  /// Throws PeerLost if a peer was lost, Evicted if the peers gave this rank up, Error that says
-  /// why if it has abandoned a call.
+  /// Throws PeerLost if a peer was lost, Evicted if the peers gave this rank up.
   void check() const;
   /// The same of calls that have ended on the stream: were they complete? A peer that gave somebody
   /// up left its part unfinished, and NCCL, aborted there, can have told this rank otherwise.
