@@ -6,6 +6,7 @@
 #include <bit>
 #include <cstring>
 #include <map>
+#include <mutex>
 #include <thread>
 #include <tuple>
 #include <utility>
@@ -18,6 +19,17 @@ constexpr int kPoison = 0xab;  // shared memory when a block begins
 constexpr size_t kSmThreads = 2048, kSmShared = 228 << 10, kBlockOverhead = 1 << 10;
 constexpr size_t kMaxSmBlocks = 32;
 constexpr size_t kSharedAlignment = 16;  // no more than kernels may count on
+
+// Of the grids that run now, on all devices of this process.
+struct Running {
+  std::mutex mutex;
+  std::vector<std::weak_ptr<Rounds>> rounds;
+};
+// Never destroyed, as devices are not.
+Running& running() {
+  static Running* const it = new Running;
+  return *it;
+}
 
 // Memory of which the first byte is a multiple of 16 and of nothing larger.
 std::pair<std::unique_ptr<char[]>, char*> shared_memory(size_t bytes) {
@@ -134,6 +146,12 @@ void Grid::end_block(Block& block) {
 
 void Grid::run() {
   begin_ = std::chrono::steady_clock::now();
+  rounds_ = std::make_shared<Rounds>(0);
+  {
+    std::lock_guard lock(running().mutex);
+    std::erase_if(running().rounds, [](const auto& other) { return other.expired(); });
+    running().rounds.push_back(rounds_);
+  }
   while (ended_ < shape.blocks && fault_.empty()) {
     while (!to_start_.empty() && blocks_.size() < static_cast<size_t>(max_resident()))
       start_block();
@@ -146,17 +164,39 @@ void Grid::run() {
     }
   }
   current_thread = nullptr;
+  rounds_ = nullptr;
   if (!fault_.empty()) throw Fault(fault_);
   // What was not waited for is seen when the kernel is over, and a peer that was signalled too
   // early is to look before that.
-  if (!copies.empty() || (!unseen_.empty() && random_.one_in(2))) ::usleep(500);
+  if (!copies.empty() || (!unseen_.empty() && random_.one_in(2))) let_others_look();
   for (const auto& store : unseen_) std::memcpy(store.to, store.data, sizeof store.data);
   copies.finish();
+}
+
+// Other processes get half a millisecond; a machine can be too busy for any fixed time, so grids of
+// this one get what they need.
+void Grid::let_others_look() const {
+  constexpr uint64_t kRounds = 3;
+  std::vector<std::pair<std::weak_ptr<Rounds>, uint64_t>> others;
+  {
+    std::lock_guard lock(running().mutex);
+    for (const auto& other : running().rounds)
+      if (const auto rounds = other.lock()) others.emplace_back(other, *rounds + kRounds);
+  }
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(100);
+  do {
+    ::usleep(500);
+    std::erase_if(others, [](const auto& other) {
+      const auto rounds = other.first.lock();
+      return rounds == nullptr || *rounds >= other.second;
+    });
+  } while (!others.empty() && std::chrono::steady_clock::now() < deadline);
 }
 
 // All threads that can run only poll.
 void Grid::idle() {
   idle_picks_ = 0;
+  ++*rounds_;
   if (copies.advance(random_)) return;
   if (++idle_rounds_ < 100)
     std::this_thread::yield();

@@ -5,6 +5,7 @@
 // they drift apart until a warp collective brings them together.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -122,6 +123,9 @@ struct GridSettings {
   bool late_bulk_stores = false;
 };
 
+/// How often a grid that runs has let all its threads look at what they wait for, more or less.
+using Rounds = std::atomic<uint64_t>;
+
 class Grid {
  public:
   Grid(const GridShape& shape, const GridSettings& settings, std::function<void()> kernel,
@@ -160,6 +164,7 @@ class Grid {
   void release_block_if_complete(Block& block);
   void release_warp_if_complete(Warp& warp, uint32_t mask);
   void idle();
+  void let_others_look() const;
   std::string describe(const std::string& what) const;
   int max_resident() const;
 
@@ -174,6 +179,7 @@ class Grid {
   unsigned ended_ = 0;
   size_t idle_picks_ = 0, idle_rounds_ = 0;
   uint64_t steps_ = 0;
+  std::shared_ptr<Rounds> rounds_;
   std::chrono::steady_clock::time_point begin_;
   std::string fault_;
   // How this grid behaves: one in so many.

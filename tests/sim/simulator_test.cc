@@ -2,10 +2,12 @@
 // mistake must be found out under most.
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "kernels/cuda_error.h"
@@ -154,24 +156,28 @@ __global__ void through_shared_kernel(const uint32_t* from, uint32_t* to, int ro
   store_release_system(signal, 1);
 }
 
-__global__ void take_kernel(const uint64_t* signal, const uint32_t* from, uint32_t* to, int count) {
-  if (thread_index() == 0)
+__global__ void take_kernel(uint64_t* waits, const uint64_t* signal, const uint32_t* from,
+                            uint32_t* to, int count) {
+  if (thread_index() == 0) {
+    store_release_system(waits, 1);
     while (load_acquire_system(signal) == 0) {
     }
+  }
   __syncthreads();
   for (int i = thread_index(); i < count; i += static_cast<int>(blockDim.x)) to[i] = from[i];
 }
 
-// Device 0 sends rows to device 1, which takes them when it sees the signal.
+// Device 0 sends rows to device 1, which takes them when it sees the signal, for which it waits.
 bool send_to_peer(const std::function<void(const uint32_t*, uint32_t*, uint64_t*)>& launch_send,
                   int rows) {
   const size_t words = static_cast<size_t>(rows) * kWords;
   DeviceArray<uint32_t> from(words), window(words), out(words);
-  DeviceArray<uint64_t> signal(1);
+  DeviceArray<uint64_t> waits(1), signal(1);
   for (size_t i = 0; i < words; ++i) from.get()[i] = static_cast<uint32_t>(i + 1);
   cudaSetDevice(1);
-  launch("take", take_kernel, {1, 64}, nullptr, signal.get(), window.get(), out.get(),
+  launch("take", take_kernel, {1, 64}, nullptr, waits.get(), signal.get(), window.get(), out.get(),
          static_cast<int>(words));
+  while (std::atomic_ref(*waits.get()) == 0) std::this_thread::yield();
   cudaSetDevice(0);
   launch_send(from.get(), window.get(), signal.get());
   cudaDeviceSynchronize();
@@ -333,10 +339,11 @@ TEST(Simulator, Reports) {
 }
 
 TEST(Simulator, SignalThatNeverComes) {
-  DeviceArray<uint64_t> signal(1);
+  DeviceArray<uint64_t> waits(1), signal(1);
   DeviceArray<uint32_t> row(kWords);
   const std::string fault = fault_of([&] {
-    launch("take", take_kernel, {1, 64}, nullptr, signal.get(), row.get(), row.get(), kWords);
+    launch("take", take_kernel, {1, 64}, nullptr, waits.get(), signal.get(), row.get(), row.get(),
+           kWords);
   });
   EXPECT_NE(fault.find("block 0: 1 threads from 0 on wait in load_acquire_system at " __FILE__),
             std::string::npos)
