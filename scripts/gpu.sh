@@ -4,6 +4,8 @@
 #   scripts/gpu.sh [build] [kernels] [tests] [nccl-modes] [sanitizer] [bench]      default: all of these
 #   scripts/gpu.sh soak         tests of many calls, with their full numbers
 #   scripts/gpu.sh rdma         builds softnic, then the tests of rdma over NVSHMEM's peer path and over softnic; RDMA_K selects as TEST_K
+#   scripts/gpu.sh together     tests of small batches, rdma and hierarchical with up to 4 ranks, two on a GPU, all at the same time under MPS: minutes
+#                               instead of an hour. Not those that count kernels or memory, lose a rank of large batches, or are of nccl alone
 #   scripts/gpu.sh engines      tests/engines over nvlink, with build/engines.tar.xz of `make engines-bundle`, or with EPCOMM_TEST_ENGINES naming
 #                               the folder that `make engines` filled; TEST_K selects
 # TEST_K selects among the tests, as pytest -k does; EPCOMM_TEST_RANKS=5,6,7,8 the conformance tests of so many ranks.
@@ -36,12 +38,15 @@ failed=()
 
 # Ranks of one GPU run side by side under MPS, each on at most its share of the SMs: kernels of ranks that wait for each other must all be
 # on the GPU at once. Without MPS they take turns of milliseconds.
-if [ "$RANKS_PER_GPU" -gt 1 ] && command -v nvidia-cuda-mps-control >/dev/null; then
+start_mps() {
+  export CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=$1
+  [ -z "${CUDA_MPS_PIPE_DIRECTORY:-}" ] || return 0
   CUDA_MPS_PIPE_DIRECTORY=$(mktemp -d) && export CUDA_MPS_PIPE_DIRECTORY
-  export CUDA_MPS_LOG_DIRECTORY=$CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=$((97 / RANKS_PER_GPU))
+  export CUDA_MPS_LOG_DIRECTORY=$CUDA_MPS_PIPE_DIRECTORY
   nvidia-cuda-mps-control -d
   trap 'nvidia-cuda-mps-control <<<quit' EXIT
-fi
+}
+if [ "$RANKS_PER_GPU" -gt 1 ] && command -v nvidia-cuda-mps-control >/dev/null; then start_mps $((97 / RANKS_PER_GPU)); fi
 
 # step NAME SECONDS COMMAND...: runs under a timeout, keeps the log, remembers a failure.
 step() {
@@ -120,6 +125,37 @@ benches() {
   bench nccl-graph-small-grouped "${nccl_small[@]}" --adapter epcomm --transport-option algorithm=small --transport-option schedule=grouped
 }
 
+# beside NAME ARGUMENTS...: tests in the background; all_beside waits for all of them.
+running=()
+beside() {
+  tests "$1" "${TEST_TIMEOUT:-500}" -p no:cacheprovider "${@:2}" &
+  running+=("$1:$!")
+}
+all_beside() {
+  local one
+  for one in "${running[@]}"; do wait "${one#*:}" || failed+=("${one%:*}"); done
+  running=()
+}
+
+# Eleven runs with two ranks on each GPU: 22 processes share its SMs, 4 % each, so that all kernels are on the GPU at once.
+together() {
+  local ranks=$((GPUS * 2 < 4 ? GPUS * 2 : 4)) small="tests/test_conformance.py" seed
+  export EPCOMM_TEST_RANKS_PER_GPU=2
+  start_mps 4
+  beside nvlink-most $small -k "nvlink-$ranks or nvlink-3"
+  beside nvlink-few $small tests/test_statistics.py tests/test_gpu_calls.py -k "nvlink-1 or nvlink-2 or (not lost and not nccl and not conformance)"
+  EPCOMM_TEST_NVSHMEM=peer beside rdma-peer $small tests/test_rdma.py -k "rdma-$ranks or (test_rdma and not lost)"
+  EPCOMM_TEST_NVSHMEM=peer beside rdma-few $small -k "(rdma-1 or rdma-2 or rdma-3) and not rdma-$ranks"
+  EPCOMM_TEST_NVSHMEM=card beside rdma-card $small tests/test_rdma.py -k "(rdma-$ranks or test_rdma) and not lost"
+  EPCOMM_TEST_NVSHMEM=peer EPCOMM_TEST_CALLS=10000 beside hierarchical-soak tests/test_hierarchical_gpu.py -k "random_calls and 2"
+  for seed in 21 22 23 24; do
+    EPCOMM_TEST_SEED=$seed EPCOMM_TEST_CALLS=12500 beside "small-soak-$seed" tests/test_gpu_soak.py -k calls_of_small
+  done
+  CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=8 beside others tests/test_nccl_window.py tests/test_gpu_soak.py tests/test_gpu_window.py tests/test_compat_gpu.py \
+    -k "not nccl-1 and not calls_of and not agree and not logged and not one_kernel"
+  all_beside
+}
+
 for wanted in $STEPS; do
   case $wanted in
     build) step build 300 "$PYTHON" -m pip install -q --no-build-isolation --no-deps . ;;
@@ -148,6 +184,15 @@ for wanted in $STEPS; do
     soak)
       EPCOMM_TEST_CALLS=${EPCOMM_TEST_CALLS:-full} tests soak "${TEST_TIMEOUT:-550}" \
         tests/test_gpu_soak.py tests/test_gpu_lifetime.py -k "${TEST_K:-test}"
+      ;;
+    together)
+      if ! command -v nvidia-cuda-mps-control >/dev/null; then
+        echo "together: LEFT OUT, it needs MPS"
+        failed+=(together)
+        continue
+      fi
+      step rdma-softnic 120 make -C tests/softnic PYTHON="$PYTHON"
+      together
       ;;
     engines)
       if [ -z "${EPCOMM_TEST_ENGINES:-}" ] && [ -e build/engines.tar.xz ]; then
