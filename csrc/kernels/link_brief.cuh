@@ -30,6 +30,19 @@ __device__ __forceinline__ uint32_t wait_tagged(const LinkArgs& link, int source
   }
 }
 
+/// What a lane has waited for, and whether the warp has given up.
+struct LateWord {
+  uint32_t value;
+  bool lost;
+};
+/// As wait_tagged, for words that have been looked for before.
+EPCOMM_SELDOM inline __device__ LateWord wait_tagged_late(const LinkArgs& link, int source,
+                                                          const uint64_t* tagged, uint64_t epoch) {
+  LateWord late{0, false};
+  late.value = wait_tagged(link, source, tagged, epoch, late.lost);
+  return late;
+}
+
 /// The lane's word of what source has announced briefly, in this rank's window; null = none.
 __device__ __forceinline__ const uint64_t* brief_word(const LinkArgs& link, uint64_t epoch,
                                                       int source) {
@@ -66,6 +79,23 @@ __device__ __forceinline__ int announced_tokens(const LinkArgs& link, uint64_t e
   return __shfl_sync(kFullWarp, tokens, 0);
 }
 
+/// The end of link_agree_briefly where something is the matter. lost: some warp has given up a
+/// wait.
+template <class Link>
+EPCOMM_SELDOM __device__ bool link_settle_doubt(const LinkArgs& link, LinkCall& call, bool tells,
+                                                bool lost) {
+  if (!lost) {
+    // The whole entries say what is the matter.
+    return link_agree<Link>(link, call, tells);
+  }
+  if (thread_index() == 0) {
+    call.bad = LinkCall::kLost;
+    atomicExch(&link.state->lost, 1u);
+  }
+  __syncthreads();
+  return false;
+}
+
 /// As link_agree, where what is compared has come with the brief entries: by every block of a
 /// kernel for small batches. Fills num_tokens of call.entry only, where all is well. lost: the warp
 /// has given up a wait before, which ends the call.
@@ -86,16 +116,7 @@ __device__ __forceinline__ bool link_agree_briefly(const LinkArgs& link, LinkCal
       store_release_system(&link.report->entered, link.token);
     return true;
   }
-  if (__syncthreads_or(lost) == 0) {
-    // The whole entries say what is the matter.
-    return link_agree<Link>(link, call, tells);
-  }
-  if (thread_index() == 0) {
-    call.bad = LinkCall::kLost;
-    atomicExch(&link.state->lost, 1u);
-  }
-  __syncthreads();
-  return false;
+  return link_settle_doubt<Link>(link, call, tells, __syncthreads_or(lost) != 0);
 }
 
 /// Ends a call without waiting for peers: by every block, all threads. agreed: of link_agree, or

@@ -47,6 +47,7 @@ namespace {
 // What the call delivers to this rank's experts, by a team.
 __device__ __forceinline__ void count_received(const SmallDispatchArgs& args, const SmallTeam& team,
                                                const GroupRoute& route) {
+#pragma unroll 1
   for (int e = team.spread_thread(11); e < args.place.dims.num_experts; e += team.threads())
     if (route.experts.owner(e) == route.rank)
       add_received(args.link.statistics, args.place.experts.local[e], route.experts.total(e));
@@ -76,6 +77,7 @@ __device__ __forceinline__ void clear_rest(const SmallDispatchArgs& args, const 
   const bool padded = place.layout == Layout::kPadded;
   const int32_t alignment = args.expert_alignment;
   // The rest of an expert's group, by a warp.
+#pragma unroll 1
   for (int e = team.spread_warp(4); e < place.dims.num_experts; e += team.warps()) {
     if (route.experts.owner(e) != route.rank) continue;
     const int32_t start = route.experts.start(e), total = route.experts.total(e);
@@ -118,7 +120,9 @@ struct SentToken {
     if (Link::kMapped && !__all_sync(kFullWarp, !asks || TaggedWord::is_of(weight, epoch))) {
       const uint64_t* words = sent_weights<Link>(args.link, args.small, epoch, source);
       const int i = t * route.topk + lane_index();
-      return sent_weight<Link>(args.link, source, asks ? words + i : nullptr, epoch, lost);
+      const LateWord late = wait_tagged_late(args.link, source, asks ? words + i : nullptr, epoch);
+      lost |= late.lost;
+      return weight_in<Link>(late.value);
     }
     return weight_in<Link>(kPuts<Link> ? id : weight);
   }
@@ -163,6 +167,8 @@ __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args, cons
   const LinkArgs& link = args.link;
   const int lane = lane_index();
   const MetaLayout meta(route.topk);
+  const ScalePlaces scales(place);
+#pragma unroll 1
   for (int j = jobs.first; j < jobs.count; j += jobs.step) {
     const RowJob job = jobs.at(j);
     const SentToken sent = next;
@@ -188,28 +194,33 @@ __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args, cons
       if (lane == 0) atomicExch(&link.state->lost, 1u);
       return false;
     }
-    const uint32_t firsts = fits ? distinct_rows(slots.row) : 0;
     const int32_t local = job.leads ? local_expert(place, slots) : -1;
-    if (!Link::kMapped && !rows.arrived(s, t, part_of_row(place.rows, job))) return false;
-    for (bool first = true; part.v - lane < job.end || part.w - lane < part.end_word;
-         first = false) {
-      if (Link::kMapped && !first) part.load();
-      if (!rows.take(s, t, part)) return false;
-      for (uint32_t rest = firsts; rest != 0;) {
-        const int32_t to = __shfl_sync(kFullWarp, slots.row, take_lowest(rest));
-        part.batch.store(place.recv_x + int64_t{to} * place.rows.row_bytes, part.v, job.end);
-#pragma unroll
-        for (int u = 0; u < part.kWords; ++u)
-          if (const int w = part.w + u * kWarpSize; w < part.end_word)
-            place_scale_word(place, to, w, part.word[u]);
-      }
-      part.v += part.batch.kStep;
-      part.w += part.kWordStep;
-    }
+    const uint32_t firsts = fits ? distinct_rows(slots.row) : 0;
+    // What does not come with the row is written while it is on its way.
     if (job.leads && fits) {
       if (args.records)
         write_record(meta, meta.row(place.plan.recv_meta, n), slots, args.topk_weights != nullptr);
       place_outputs(place, n, slots, local, (firsts >> lane & 1) != 0);
+    }
+    if (!Link::kMapped && !rows.arrived(s, t, part_of_row(place.rows, job))) return false;
+#pragma unroll 1
+    for (bool first = true; part.v - lane < job.end || part.w - lane < part.end_word;
+         first = false) {
+      if (Link::kMapped && !first) part.load();
+      if (!rows.take(s, t, part)) return false;
+#pragma unroll 1
+      for (uint32_t rest = firsts; rest != 0;) {
+        const int32_t to = __shfl_sync(kFullWarp, slots.row, take_lowest(rest));
+        part.batch.store(place.recv_x + int64_t{to} * place.rows.row_bytes, part.v, job.end);
+        if (part.end_word == 0) continue;
+        char* scale_row = scales.of_row(to);
+#pragma unroll
+        for (int u = 0; u < part.kWords; ++u)
+          if (const int w = part.w + u * kWarpSize; w < part.end_word)
+            scales.store(scale_row, w, part.word[u]);
+      }
+      part.v += part.batch.kStep;
+      part.w += part.kWordStep;
     }
   }
   rows.clean_up(team, route.num_ranks, [&](int s, int t) -> size_t {
@@ -258,7 +269,7 @@ __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const Rec
     mark_group<Link>(args, route, teams.columns(), call.epoch,
                      [&](int s, bool) { return ranges.end[s] + ranges.to_source[s]; });
   else if (!agreed)
-    prepare_route(args, route);
+    prepare_route_again(args);
   if (!Link::kMapped || !agreed) __syncthreads();
   // On its way while the block works out where tokens go.
   SentToken first;
@@ -266,17 +277,19 @@ __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const Rec
     first = SentToken::of_row<Link>(args, route, ranges, call.epoch, jobs.at(jobs.first).row);
   place_group(args, route, teams.columns(), args.fresh && teams.leads(), totals);
   if (agreed && args.totals != nullptr && teams.leads()) tell_totals(args, route, totals);
-  if (recorders.here()) {
-    if (args.fresh) {
-      write_counts(args, recorders, route, totals);
-      write_places<Link>(args, recorders, route, call.epoch, agreed);
-    }
-    if (args.link.statistics.received_tokens != nullptr) count_received(args, recorders, route);
-    clear_rest(args, recorders, route, totals);
+  bool completed = true;
+  if (agreed && takers.here()) {
+    const StagedRows<Link> rows{args.link, args.small, call.epoch, clean, call.entry};
+    completed = receive_rows<Link>(args, takers, route, rows, ranges, jobs, first);
   }
-  if (!agreed || !takers.here()) return true;
-  const StagedRows<Link> rows{args.link, args.small, call.epoch, clean, call.entry};
-  return receive_rows<Link>(args, takers, route, rows, ranges, jobs, first);
+  if (!recorders.here()) return completed;
+  if (args.fresh) {
+    write_counts(args, recorders, route, totals);
+    write_places<Link>(args, recorders, route, call.epoch, agreed);
+  }
+  if (args.link.statistics.received_tokens != nullptr) count_received(args, recorders, route);
+  clear_rest(args, recorders, route, totals);
+  return completed;
 }
 
 template <class Link>
@@ -315,7 +328,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
     if (going && args.phase == Phase::kReceive && blocks.receivers.thread() == 0)
       link_mark_begun(link, call);
     if (blocks.sends()) {
-      prepare_route(args, GroupRoute(args));
+      prepare_route_again(args);
       __syncthreads();
     }
     if (going) {
