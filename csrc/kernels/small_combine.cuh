@@ -389,7 +389,7 @@ void launch_small_combine(const SmallCombineArgs& args, int num_sms, cudaStream_
   check_aligned(args.out, "out");
   const bool fp8 = args.quant == Quant::kFp8;
   const size_t staged = fp8 ? size_t{kSmallWarps} * kStagedScaleBytes : 0;
-  const int blocks = small_blocks(num_sms, Link::kMapped);
+  const int blocks = small_blocks(num_sms);
   SmallCombineArgs call = args;
   // What comes back is about what went out.
   if constexpr (!Link::kMapped)

@@ -379,7 +379,7 @@ void launch_small_dispatch(const SmallDispatchArgs& args, int num_sms, cudaStrea
   check_aligned(args.x, "x");
   check_aligned(args.place.recv_x, "recv_x");
   const size_t staged = args.quant == Quant::kNone ? 0 : size_t{kSmallWarps} * kStagedScaleBytes;
-  const int blocks = small_blocks(num_sms, Link::kMapped);
+  const int blocks = small_blocks(num_sms);
   SmallDispatchArgs call = args;
   const Dims& dims = args.place.dims;
   if constexpr (!Link::kMapped)
