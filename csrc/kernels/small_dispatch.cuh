@@ -248,12 +248,12 @@ struct ReceivingTeams {
   __device__ __forceinline__ bool leads() const { return recorders.block == 0; }
 };
 
-// agreed: all ranks want the same and are there. Else what they have sent stays unread. clean: of
-// LinkStart. Where the link maps, mark_group has been called, unless the link was lost before.
-// False: the warp has given up a wait.
+// agreed: all ranks want the same and are there. Else what they have sent stays unread. Where
+// the link maps, mark_group has been called, unless the link was lost before. False: the warp has
+// given up a wait.
 template <class Link>
 __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const ReceivingTeams& teams,
-                                        const LinkCall& call, bool agreed, bool clean) {
+                                        const LinkCall& call, bool agreed) {
   EPCOMM_SHARED(SourceRanges, ranges);
   EPCOMM_SHARED(RouteTotals, totals);
   const GroupRoute route(args);
@@ -266,8 +266,9 @@ __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const Rec
   const auto jobs = SmallJobs::of_team(takers, ranges.end[route.num_ranks - 1],
                                        args.place.rows.row_bytes, kSmallUnroll);
   if (!Link::kMapped)
-    mark_group<Link>(args, route, teams.columns(), call.epoch,
-                     [&](int s, bool) { return ranges.end[s] + ranges.to_source[s]; });
+    mark_group<Link>(
+        args, route, teams.columns(), call.epoch,
+        [&](int s, bool) { return ranges.end[s] + ranges.to_source[s]; }, [] {});
   else if (!agreed)
     prepare_route_again(args);
   if (!Link::kMapped || !agreed) __syncthreads();
@@ -279,7 +280,7 @@ __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const Rec
   if (agreed && args.totals != nullptr && teams.leads()) tell_totals(args, route, totals);
   bool completed = true;
   if (agreed && takers.here()) {
-    const StagedRows<Link> rows{args.link, args.small, call.epoch, clean, call.entry};
+    const StagedRows<Link> rows{args.link, args.small, call.epoch, call.clean, call.entry};
     completed = receive_rows<Link>(args, takers, route, rows, ranges, jobs, first);
   }
   if (!recorders.here()) return completed;
@@ -308,17 +309,21 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   if (receives && !blocks.sends()) prepare_route(args, GroupRoute(args));
   // A block that sends rows begins when they are on their way.
   const bool begins_late = blocks.sends() && !announces;
-  bool going = begins_late || link_begin(link, call, start);
+  auto begin = [&] {
+    return link_begin_briefly<Link>(link, call, start, args.phase != Phase::kSend);
+  };
+  bool going = begins_late || begin();
   if (going && blocks.sends()) {
     if (announces) {
-      if (thread_index() == 0 && args.phase == Phase::kAll) link_mark_begun(link, call);
+      if (thread_index() == 0 && args.phase == Phase::kAll)
+        link_mark_begun(link, call, Link::kMapped);
       announce<Link>(args, call.epoch, first_bad);
     }
     const BlockRows own(args.num_tokens, blocks.senders);
     send_rows<Link, kQuant, kDtype>(args, own, start, [&] {
       if constexpr (!kPuts<Link>) send_ids<Link>(args, blocks, start);
     });
-    if (begins_late) going = link_begin(link, call, start);
+    if (begins_late) going = begin();
     if (going) signal_rows<Link>(args, own, call.epoch);
   }
   if (args.phase == Phase::kSend) return;
@@ -326,7 +331,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   if (receives) {
     const ReceivingTeams teams(blocks.receivers, args.fresh);
     if (going && args.phase == Phase::kReceive && blocks.receivers.thread() == 0)
-      link_mark_begun(link, call);
+      link_mark_begun(link, call, Link::kMapped);
     if (blocks.sends()) {
       prepare_route_again(args);
       __syncthreads();
@@ -335,17 +340,23 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
       // Ids are not waited for behind the entries, which come later: those of all tokens that there
       // could be, until an entry says how many there are.
       bool lost = false;
+      BriefAhead ahead;
       if constexpr (Link::kMapped)
         lost = !mark_group<Link>(
-            args, GroupRoute(args), teams.columns(), call.epoch, [&](int s, bool later) {
+            args, GroupRoute(args), teams.columns(), call.epoch,
+            [&](int s, bool later) {
               const int most = args.small.max_tokens;
               return later ? announced_tokens(link, call.epoch, s, most) : most;
-            });
-      agreed = link_agree_briefly<Link>(link, call, teams.leads(), lost);
+            },
+            [&] { ahead.ask(link, call.epoch); });
+      agreed = link_agree_briefly<Link>(link, call, teams.leads(), lost, ahead);
     }
-    completed = receive<Link>(args, teams, call, agreed, start.clean());
+    completed = receive<Link>(args, teams, call, agreed);
   }
-  link_leave<Link>(link, call, agreed, completed, blocks.sends());
+  if constexpr (Link::kMapped)
+    link_leave_silently(link, call, receives, blocks.receivers.block == 0, agreed, completed);
+  else
+    link_leave<Link>(link, call, agreed, completed, blocks.sends());
 }
 
 using SmallDispatchKernel = void (*)(SmallDispatchArgs);

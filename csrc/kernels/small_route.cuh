@@ -91,11 +91,11 @@ enum class RouteColumns { kOwn, kAll };
 
 // Sets the bits of 32 of source's tokens, those of a word of its tile, by a warp. ids: [tokens, K],
 // as they have been sent. Some are left out where source does not send them all, since it refuses
-// the call or is in another. lost: set if a wait was given up.
-template <class Link>
+// the call or is in another. lost: set if a wait was given up. come() is called when ids have come.
+template <class Link, class Come>
 __device__ __forceinline__ void mark_ids(const SmallDispatchArgs& args, const GroupRoute& route,
                                          RouteColumns needed, uint64_t epoch, int source, int word,
-                                         const uint64_t* ids, int tokens, bool& lost) {
+                                         const uint64_t* ids, int tokens, bool& lost, Come come) {
   // Lanes take two ids at a time, side by side: of a token's ids one by one, every lane would load
   // what it has of 32 bytes four times.
   constexpr int kPairs = 4;
@@ -124,8 +124,9 @@ __device__ __forceinline__ void mark_ids(const SmallDispatchArgs& args, const Gr
       if (begin == 0) begin = global_time_ns();
       if (spin % kSpinsPerLook != 0) continue;
       if (Link::kMapped && link_is_doubtful(args.link, epoch, source)) return;
-      lost = __any_sync(kFullWarp, gives_up(args.link, begin));
+      lost = __any_sync(kFullWarp, gives_up(args.link, epoch, begin));
     }
+    come();
     if (begin != 0 && lane_index() == 0 && args.link.statistics.max_wait_ns != nullptr)
       note_wait(args.link.statistics, source, global_time_ns() - begin);
     int owner[2 * kPairs];
@@ -153,18 +154,20 @@ __device__ __forceinline__ void mark_ids(const SmallDispatchArgs& args, const Gr
 }
 
 // Masks, by the whole block: of tokens(s, later) tokens of each source s, first of the lowest
-// tokens of all; later: not the first word of the warp. A barrier must follow before place_group.
-// False: the warp has given up a wait for ids.
-template <class Link, class Tokens>
+// tokens of all; later: not the first word of the warp. come() is called when ids have come, before
+// there are masks. A barrier must follow before place_group. False: the warp has given up a wait
+// for ids.
+template <class Link, class Tokens, class Come>
 __device__ __forceinline__ bool mark_group(const SmallDispatchArgs& args, const GroupRoute& route,
-                                           RouteColumns needed, uint64_t epoch, Tokens tokens) {
+                                           RouteColumns needed, uint64_t epoch, Tokens tokens,
+                                           Come come) {
   bool lost = false;
 #pragma unroll 1
   for (int i = warp_index(); i < route.num_ranks * route.words && !lost; i += kSmallWarps) {
     const int word = i / route.num_ranks, s = i - word * route.num_ranks, t = word * kWarpSize;
     mark_ids<Link>(args, route, needed, epoch, s, word,
                    ids_of<Link>(args, epoch, s) + int64_t{t} * route.topk,
-                   tokens(s, i >= kSmallWarps) - t, lost);
+                   tokens(s, i >= kSmallWarps) - t, lost, come);
   }
   return !lost;
 }

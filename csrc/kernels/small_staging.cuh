@@ -180,7 +180,7 @@ struct StagedRows {
       // What one lane has acquired others load.
       __syncwarp();
       all_told = __all_sync(kFullWarp, told);
-      if (spin % kSpinsPerLook == 0 && __any_sync(kFullWarp, gives_up(link, begin))) {
+      if (spin % kSpinsPerLook == 0 && __any_sync(kFullWarp, gives_up(link, epoch, begin))) {
         if (lane_index() == 0) atomicExch(&link.state->lost, 1u);
         return false;
       }
