@@ -60,12 +60,13 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   make_mark(mark);
   if (const int s = thread_index(); s < args.link.num_ranks) {
     call.epoch = 0;
+    call.clean = true;
     call.entry[s].num_tokens = args.small.max_tokens;
   }
   prepare_route(args, GroupRoute(args));
   __syncthreads();
   const SmallBlocks blocks(Phase::kReceive, kDispatchSenders);
-  receive<GatheredLink>(args, ReceivingTeams(blocks.receivers, args.fresh), call, true, true);
+  receive<GatheredLink>(args, ReceivingTeams(blocks.receivers, args.fresh), call, true);
 }
 
 }  // namespace

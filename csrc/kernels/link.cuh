@@ -28,12 +28,14 @@
 #include "epcomm/error.h"
 #include "kernels/device.cuh"
 #include "kernels/link.h"
+#include "kernels/mark.h"
 #include "kernels/rows.cuh"
 #include "kernels/statistics.cuh"
 
 namespace epcomm {
 
 constexpr int kSpinsPerLook = 256;  ///< polls of a signal between looks at the clock and the host
+constexpr uint64_t kTellWaitNs = 1'000'000;  ///< after which a wait is told to the host
 
 /// What a block knows of the call, in shared memory.
 struct LinkCall {
@@ -42,8 +44,11 @@ struct LinkCall {
   int32_t block;      ///< number of this block
   uint64_t marks[2];  ///< LinkState::marks when the kernel began
   LinkEntry entry[kMaxLinkRanks];
-  int32_t bad;   ///< not 0: no rows may be moved
-  int32_t last;  ///< of link_finish: this block is the last of the grid
+  uint32_t blocks;  ///< LinkState::blocks when the kernel began
+  bool clean;       ///< LinkState::clean of before the call, whenever this block began
+  uint32_t before;  ///< of link_begin_briefly: blocks of the grid that began before this one
+  int32_t bad;      ///< not 0: no rows may be moved
+  int32_t last;     ///< of link_finish: this block is the last of the grid
 
   /// Address here of what peer announced, by the offset in its entry.
   __device__ __forceinline__ char* at(const LinkArgs& link, int peer, uint64_t offset) const {
@@ -106,10 +111,17 @@ __device__ __forceinline__ void link_put_signal(const LinkArgs& link, int peer,
     link_signal<Link>(link, peer, word, epoch);
 }
 
-/// Of a wait that has begun at `begin`, from time to time: whether it is to be given up.
-__device__ __forceinline__ bool gives_up(const LinkArgs& link, uint64_t begin) {
-  return load_relaxed_system(&link.report->abort) != 0 ||
-         global_time_ns() - begin > link.timeout_ns;
+/// Of a wait in the call that has begun at `begin`, from time to time: whether it is to be given
+/// up. The host is told that it lasts, and if it took too long: it may not know that the call has
+/// not ended yet, or that it has ended so.
+EPCOMM_SELDOM inline __device__ bool gives_up(const LinkArgs& link, uint64_t epoch,
+                                              uint64_t begin) {
+  const uint64_t waited = global_time_ns() - begin;
+  const bool too_long = waited > link.timeout_ns;
+  if (waited > kTellWaitNs)
+    *static_cast<volatile uint64_t*>(&link.progress->waits) = wait_word(epoch, waited);
+  if (too_long) *static_cast<volatile uint64_t*>(&link.progress->gave_up) = 1;
+  return too_long || load_relaxed_system(&link.report->abort) != 0;
 }
 
 /// Waits for a signal of source. notes: the time counts in the statistics; of threads that wait for
@@ -121,21 +133,27 @@ __device__ __forceinline__ bool wait_signal(const LinkArgs& link, int source,
   if (Link::reached(signal, epoch)) return true;
   const uint64_t begin = global_time_ns();
   for (int spin = 1; !Link::reached(signal, epoch); ++spin) {
-    if (spin % kSpinsPerLook == 0 && gives_up(link, begin)) return false;
+    if (spin % kSpinsPerLook == 0 && gives_up(link, epoch, begin)) return false;
   }
   if (notes && link.statistics.max_wait_ns != nullptr)
     note_wait(link.statistics, source, global_time_ns() - begin);
   return true;
 }
 
-/// Counts one more call begun (0) or ended (1). The host's memory is written, not read: a kernel
-/// would wait for that about as long as for a whole small batch.
-__device__ __forceinline__ void mark_progress(const LinkArgs& link, const LinkCall& call,
-                                              int which) {
+/// Counts one more call begun (0) or ended (1).
+__device__ __forceinline__ uint64_t count_progress(const LinkArgs& link, const LinkCall& call,
+                                                   int which) {
   const uint64_t count = call.marks[which] + 1;
   link.state->marks[which] = count;
-  *static_cast<volatile uint64_t*>(&link.progress[which]) =
-      count << 8 | static_cast<uint64_t>(link.entry.signature[0]);
+  return count;
+}
+/// And tells the host. Its memory is written, not read: a kernel would wait for that about as long
+/// as for a whole small batch.
+__device__ __forceinline__ void mark_progress(const LinkArgs& link, const LinkCall& call, int which,
+                                              uint64_t flags = 0) {
+  const uint64_t count = count_progress(link, call, which);
+  *static_cast<volatile uint64_t*>(which == 0 ? &link.progress->begun : &link.progress->ended) =
+      count << 8 | flags | static_cast<uint64_t>(link.entry.signature[0]);
 }
 
 /// What of a rank's entry only its device knows: the fields of these names.
@@ -222,20 +240,12 @@ enum class BlockOrder {
 /// called, so that a kernel may issue others first.
 struct LinkStart {
   __device__ __forceinline__ explicit LinkStart(const LinkArgs& link)
-      : last_(link.state->epoch),
-        lost_(link.state->lost),
-        even_clean_(link.state->clean[0]),
-        odd_clean_(link.state->clean[1]) {}
+      : last_(link.state->epoch), lost_(link.state->lost) {}
   __device__ __forceinline__ uint64_t epoch() const { return from_here_on(last_) + 1; }
   __device__ __forceinline__ bool lost() const { return from_here_on(lost_) != 0; }
-  /// LinkState::clean, of this epoch.
-  __device__ __forceinline__ bool clean() const {
-    return (epoch() % 2 == 0 ? even_clean_ : odd_clean_) != 0;
-  }
 
  private:
   uint64_t last_, lost_;
-  uint32_t even_clean_, odd_clean_;
 };
 
 /// Begins a call, or a phase of one: by every block, all threads. False: the link is lost. A thread
@@ -249,11 +259,15 @@ __device__ __forceinline__ bool link_begin(const LinkArgs& link, LinkCall& call,
         order == BlockOrder::kIndex ? blockIdx.x : atomicAdd(&link.state->started, 1u));
     call.marks[0] = link.state->marks[0];  // came with the epoch
     call.marks[1] = link.state->marks[1];
+    call.blocks = link.state->blocks;
+    const uint32_t clean = link.state->clean[call.epoch & 1];
+    call.clean = clean != 0 && clean != static_cast<uint32_t>(call.epoch);
     call.bad = 0;
     call.last = 0;
   }
-  // Another block may have lost it just now, after some threads of this one have looked.
-  if (__syncthreads_or(start.lost()) == 0) return true;
+  // Another block may have lost it just now, after some threads of this one have looked. No epoch
+  // is 0: all threads have it behind the barrier, when other blocks may write the next.
+  if (__syncthreads_or(start.lost() || start.epoch() == 0) == 0) return true;
   if (thread_index() == 0) call.bad = LinkCall::kLost;
   __syncthreads();
   return false;
@@ -263,9 +277,11 @@ __device__ __forceinline__ bool link_begin(const LinkArgs& link, LinkCall& call,
   return link_begin(link, call, LinkStart(link), order);
 }
 
-/// Tells the host that a call has begun, before its first wait. By one thread of the grid.
-__device__ __forceinline__ void link_mark_begun(const LinkArgs& link, const LinkCall& call) {
-  mark_progress(link, call, 0);
+/// Tells the host that a call has begun, before its first wait. silent: it will not tell its end.
+/// By one thread of the grid.
+__device__ __forceinline__ void link_mark_begun(const LinkArgs& link, const LinkCall& call,
+                                                bool silent = false) {
+  mark_progress(link, call, 0, silent ? kEndsSilently : 0);
 }
 
 /// Whether a rank's entry ends the call for all: it wants something else, cannot have it, or has no

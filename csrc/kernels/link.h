@@ -17,6 +17,7 @@
 
 #include "epcomm/types.h"
 #include "kernels/kernels.h"
+#include "kernels/mark.h"
 #include "kernels/token_layout.h"
 
 namespace epcomm {
@@ -70,18 +71,24 @@ static_assert(sizeof(LinkInbox) <= ControlLayout::kSignalBytes);
 struct alignas(64) LinkState {
   // What every block reads as it begins, in one line of memory.
   uint64_t epoch;     ///< of the last call that ended
-  uint64_t marks[2];  ///< how often LinkArgs::progress was told of calls begun, calls ended
+  uint64_t marks[2];  ///< calls begun, calls ended, whether LinkArgs::progress was told or not
   uint32_t lost;      ///< not 0: a wait was given up; nothing is sent or waited for any more
-  uint32_t arrived;   ///< blocks of the running kernel that have no more to do; of a small batch,
-                      ///< also how many of them have lost or refused it (link_leave)
+  uint32_t blocks;    ///< of kernels that end silently (kernels/link_brief.cuh) before this one
   uint32_t started;   ///< blocks of the running kernel that have a number (LinkCall::block)
   uint32_t pieces;    ///< of the running kernel, that its warps have come for
   /// By the parity of the epoch: not 0 = staging for small batches is all SmallLayout::kUnwritten
-  /// between calls. It is not at first, and not after a call that was refused.
+  /// between calls, since the call of this epoch. It is not at first, and not after a call that was
+  /// refused.
   uint32_t clean[2];
   uint32_t taken[kMaxLinkRanks];  ///< received tokens of each source, likewise; a combine in which
                                   ///< rows arrive: [0], parts of tokens
   uint32_t route_refused;         ///< not 0: the last exchange was refused, or given up
+  // Counted while blocks begin and end, so not in the first line.
+  uint32_t arrived;  ///< blocks of the running kernel that have no more to do; of a small batch
+                     ///< that is put, also how many of them have lost or refused it (link_leave);
+                     ///< of one that is stored, blocks that have begun
+  uint32_t left;     ///< as `blocks`, those that have no more to do, also of the running kernel
+  uint64_t refused;  ///< epoch of the last call refused by kernels that end silently
 };
 
 /// In pinned host memory: what kernels tell the host and are told by it.
@@ -101,7 +108,7 @@ struct LinkArgs {
   ControlLayout control = ControlLayout(Dims{});
   LinkState* state;
   LinkReport* report;
-  uint64_t* progress;  ///< pinned [2]: calls begun, calls ended; see kernels/mark.h
+  ProgressWords* progress;
   uint64_t timeout_ns;
   uint64_t token;  ///< of the call, for LinkReport::entered; 0 = not told
   Statistics statistics;

@@ -41,24 +41,39 @@ __device__ __forceinline__ void copy_payload(const PlaceArgs& args, const RowJob
   }
 }
 
-/// Word w of the scales of a row that is to be `to`, to its place.
-__device__ __forceinline__ void place_scale_word(const PlaceArgs& args, int32_t to, int w,
-                                                 uint32_t word) {
-  const int scale_bytes = args.rows.scale_bytes;
-  if (args.scale_column_bytes != 0) {
-    const int32_t group = to / args.group_rows;
-    char* column =
-        args.recv_scales + (int64_t{group} * (scale_bytes / 4) + w) * args.scale_column_bytes;
-    *reinterpret_cast<uint32_t*>(column + int64_t{to - group * args.group_rows} * 4) = word;
-    return;
-  }
-  char* at = args.recv_scales + int64_t{to} * scale_bytes + w * 4;
-  if (scale_bytes % 4 == 0 && reinterpret_cast<uintptr_t>(args.recv_scales) % 4 == 0) {
-    *reinterpret_cast<uint32_t*>(at) = word;
-    return;
-  }
-  for (int b = 0; b < 4 && w * 4 + b < scale_bytes; ++b) at[b] = static_cast<char>(word >> 8 * b);
+/// The first bytes of a word, at most 4, to any address.
+EPCOMM_SELDOM inline __device__ void store_bytes(char* to, int bytes, uint32_t word) {
+#pragma unroll 1
+  for (int b = 0; b < min(bytes, 4); ++b) to[b] = static_cast<char>(word >> 8 * b);
 }
+
+/// Where the scales of received rows go, a word of 4 bytes at a time.
+struct ScalePlaces {
+  const PlaceArgs& args;
+  int64_t word_step;  ///< bytes from a word of a row's scales to the next
+  bool whole;         ///< words are stored as such; else their bytes are
+
+  __device__ __forceinline__ explicit ScalePlaces(const PlaceArgs& args_)
+      : args(args_), word_step(args_.scale_column_bytes) {
+    whole = word_step != 0 || (args.rows.scale_bytes % 4 == 0 &&
+                               reinterpret_cast<uintptr_t>(args.recv_scales) % 4 == 0);
+    if (word_step == 0) word_step = 4;
+  }
+  /// Of the first word of row `to`.
+  __device__ __forceinline__ char* of_row(int32_t to) const {
+    if (args.scale_column_bytes == 0) return args.recv_scales + int64_t{to} * args.rows.scale_bytes;
+    const int32_t group = to / args.group_rows;
+    return args.recv_scales + int64_t{group} * (args.rows.scale_bytes / 4) * word_step +
+           int64_t{to - group * args.group_rows} * 4;
+  }
+  /// Word w of a row that begins where of_row says.
+  __device__ __forceinline__ void store(char* row, int w, uint32_t word) const {
+    if (whole)
+      *reinterpret_cast<uint32_t*>(row + w * word_step) = word;
+    else
+      store_bytes(row + w * word_step, args.rows.scale_bytes - w * 4, word);
+  }
+};
 
 /// Copies `count` words to every row of the lanes `targets`; lane k holds slot k's row. Word u of
 /// row `to` goes to where(to, u). They are loaded once, before any is stored: else each row would

@@ -46,14 +46,12 @@ __host__ __device__ constexpr int sending_blocks(Phase phase, int blocks, int si
 /// Blocks of a launch: num_sms, or by default as many as make a call short: few tokens should
 /// spread over many SMs, for what counts is when the last byte arrives (docs/nvlink.md). In a
 /// combine one announces, 64 have two of the 128 shares each, and 64 receive; a few SMs are left so
-/// that blocks that announce another Buffer's call find room. Where the link puts, two grids have
-/// room beside each other.
-inline int small_blocks(int num_sms, bool mapped) {
+/// that blocks that announce another Buffer's call find room.
+inline int small_blocks(int num_sms) {
   if (num_sms > 0) return persistent_blocks(num_sms);
-  constexpr int kMostMapped = 129, kMostPut = 65, kLeft = 3;
+  constexpr int kMost = 129, kLeft = 3;
   const int present = persistent_blocks(0);
-  return mapped ? std::min(kMostMapped, present > 8 * kLeft ? present - kLeft : present)
-                : std::min(kMostPut, present);
+  return std::min(kMost, present > 8 * kLeft ? present - kLeft : present);
 }
 
 constexpr int kSmallUnroll = 8;  ///< vectors of a row that a lane copies in one go

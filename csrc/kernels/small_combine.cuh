@@ -346,31 +346,38 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   const bool marks_first = args.phase == Phase::kAll || weighted;  // before the first wait
   // A block that sends rows begins when they are on their way, but for weights, which it waits for.
   const bool begins_late = blocks.sends() && !weighted && !announces;
-  bool going = begins_late || link_begin(link, call, start);
+  auto begin = [&] {
+    return link_begin_briefly<Link>(link, call, start, args.phase != Phase::kSend);
+  };
+  bool going = begins_late || begin();
   if (going && blocks.sends()) {
     if (announces) {
-      if (thread_index() == 0 && marks_first) link_mark_begun(link, call);
+      if (thread_index() == 0 && marks_first) link_mark_begun(link, call, Link::kMapped);
       announce<Link>(args, call.epoch);
     }
     if (weighted) going = link_agree_briefly<Link>(link, call, false);
     if (going)
-      going = send_partials<Link, kQuant, kDtype>(args, blocks.senders, start, call, [&] {
-        return !begins_late || link_begin(link, call, start);
-      });
+      going = send_partials<Link, kQuant, kDtype>(args, blocks.senders, start, call,
+                                                  [&] { return !begins_late || begin(); });
   }
   if (args.phase == Phase::kSend) return;
   bool completed = true;
   if (blocks.receives()) {
-    if (going && !marks_first && blocks.receivers.thread() == 0) link_mark_begun(link, call);
+    if (going && !marks_first && blocks.receivers.thread() == 0)
+      link_mark_begun(link, call, Link::kMapped);
     // Of a block that has sent, too, for the host.
     if (call.bad != LinkCall::kLost)
       going = link_agree_briefly<Link>(link, call, blocks.receivers.block == 0);
     if (going)
       completed = sum_partials<Link, kQuant, kDtype>(
           args, blocks.receivers,
-          StagedRows<Link>{link, args.small, call.epoch, start.clean(), call.entry});
+          StagedRows<Link>{link, args.small, call.epoch, call.clean, call.entry});
   }
-  link_leave<Link>(link, call, going, completed, blocks.sends());
+  if constexpr (Link::kMapped)
+    link_leave_silently(link, call, blocks.receives(), blocks.receivers.block == 0, going,
+                        completed);
+  else
+    link_leave<Link>(link, call, going, completed, blocks.sends());
 }
 
 template <class Link, Quant kQuant>
@@ -389,7 +396,7 @@ void launch_small_combine(const SmallCombineArgs& args, int num_sms, cudaStream_
   check_aligned(args.out, "out");
   const bool fp8 = args.quant == Quant::kFp8;
   const size_t staged = fp8 ? size_t{kSmallWarps} * kStagedScaleBytes : 0;
-  const int blocks = small_blocks(num_sms, Link::kMapped);
+  const int blocks = small_blocks(num_sms);
   SmallCombineArgs call = args;
   // What comes back is about what went out.
   if constexpr (!Link::kMapped)

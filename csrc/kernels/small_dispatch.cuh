@@ -47,6 +47,7 @@ namespace {
 // What the call delivers to this rank's experts, by a team.
 __device__ __forceinline__ void count_received(const SmallDispatchArgs& args, const SmallTeam& team,
                                                const GroupRoute& route) {
+#pragma unroll 1
   for (int e = team.spread_thread(11); e < args.place.dims.num_experts; e += team.threads())
     if (route.experts.owner(e) == route.rank)
       add_received(args.link.statistics, args.place.experts.local[e], route.experts.total(e));
@@ -76,6 +77,7 @@ __device__ __forceinline__ void clear_rest(const SmallDispatchArgs& args, const 
   const bool padded = place.layout == Layout::kPadded;
   const int32_t alignment = args.expert_alignment;
   // The rest of an expert's group, by a warp.
+#pragma unroll 1
   for (int e = team.spread_warp(4); e < place.dims.num_experts; e += team.warps()) {
     if (route.experts.owner(e) != route.rank) continue;
     const int32_t start = route.experts.start(e), total = route.experts.total(e);
@@ -118,7 +120,9 @@ struct SentToken {
     if (Link::kMapped && !__all_sync(kFullWarp, !asks || TaggedWord::is_of(weight, epoch))) {
       const uint64_t* words = sent_weights<Link>(args.link, args.small, epoch, source);
       const int i = t * route.topk + lane_index();
-      return sent_weight<Link>(args.link, source, asks ? words + i : nullptr, epoch, lost);
+      const LateWord late = wait_tagged_late(args.link, source, asks ? words + i : nullptr, epoch);
+      lost |= late.lost;
+      return weight_in<Link>(late.value);
     }
     return weight_in<Link>(kPuts<Link> ? id : weight);
   }
@@ -163,6 +167,8 @@ __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args, cons
   const LinkArgs& link = args.link;
   const int lane = lane_index();
   const MetaLayout meta(route.topk);
+  const ScalePlaces scales(place);
+#pragma unroll 1
   for (int j = jobs.first; j < jobs.count; j += jobs.step) {
     const RowJob job = jobs.at(j);
     const SentToken sent = next;
@@ -188,28 +194,33 @@ __device__ __forceinline__ bool receive_rows(const SmallDispatchArgs& args, cons
       if (lane == 0) atomicExch(&link.state->lost, 1u);
       return false;
     }
-    const uint32_t firsts = fits ? distinct_rows(slots.row) : 0;
     const int32_t local = job.leads ? local_expert(place, slots) : -1;
-    if (!Link::kMapped && !rows.arrived(s, t, part_of_row(place.rows, job))) return false;
-    for (bool first = true; part.v - lane < job.end || part.w - lane < part.end_word;
-         first = false) {
-      if (Link::kMapped && !first) part.load();
-      if (!rows.take(s, t, part)) return false;
-      for (uint32_t rest = firsts; rest != 0;) {
-        const int32_t to = __shfl_sync(kFullWarp, slots.row, take_lowest(rest));
-        part.batch.store(place.recv_x + int64_t{to} * place.rows.row_bytes, part.v, job.end);
-#pragma unroll
-        for (int u = 0; u < part.kWords; ++u)
-          if (const int w = part.w + u * kWarpSize; w < part.end_word)
-            place_scale_word(place, to, w, part.word[u]);
-      }
-      part.v += part.batch.kStep;
-      part.w += part.kWordStep;
-    }
+    const uint32_t firsts = fits ? distinct_rows(slots.row) : 0;
+    // What does not come with the row is written while it is on its way.
     if (job.leads && fits) {
       if (args.records)
         write_record(meta, meta.row(place.plan.recv_meta, n), slots, args.topk_weights != nullptr);
       place_outputs(place, n, slots, local, (firsts >> lane & 1) != 0);
+    }
+    if (!Link::kMapped && !rows.arrived(s, t, part_of_row(place.rows, job))) return false;
+#pragma unroll 1
+    for (bool first = true; part.v - lane < job.end || part.w - lane < part.end_word;
+         first = false) {
+      if (Link::kMapped && !first) part.load();
+      if (!rows.take(s, t, part)) return false;
+#pragma unroll 1
+      for (uint32_t rest = firsts; rest != 0;) {
+        const int32_t to = __shfl_sync(kFullWarp, slots.row, take_lowest(rest));
+        part.batch.store(place.recv_x + int64_t{to} * place.rows.row_bytes, part.v, job.end);
+        if (part.end_word == 0) continue;
+        char* scale_row = scales.of_row(to);
+#pragma unroll
+        for (int u = 0; u < part.kWords; ++u)
+          if (const int w = part.w + u * kWarpSize; w < part.end_word)
+            scales.store(scale_row, w, part.word[u]);
+      }
+      part.v += part.batch.kStep;
+      part.w += part.kWordStep;
     }
   }
   rows.clean_up(team, route.num_ranks, [&](int s, int t) -> size_t {
@@ -237,12 +248,12 @@ struct ReceivingTeams {
   __device__ __forceinline__ bool leads() const { return recorders.block == 0; }
 };
 
-// agreed: all ranks want the same and are there. Else what they have sent stays unread. clean: of
-// LinkStart. Where the link maps, mark_group has been called, unless the link was lost before.
-// False: the warp has given up a wait.
+// agreed: all ranks want the same and are there. Else what they have sent stays unread. Where
+// the link maps, mark_group has been called, unless the link was lost before. False: the warp has
+// given up a wait.
 template <class Link>
 __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const ReceivingTeams& teams,
-                                        const LinkCall& call, bool agreed, bool clean) {
+                                        const LinkCall& call, bool agreed) {
   EPCOMM_SHARED(SourceRanges, ranges);
   EPCOMM_SHARED(RouteTotals, totals);
   const GroupRoute route(args);
@@ -255,10 +266,11 @@ __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const Rec
   const auto jobs = SmallJobs::of_team(takers, ranges.end[route.num_ranks - 1],
                                        args.place.rows.row_bytes, kSmallUnroll);
   if (!Link::kMapped)
-    mark_group<Link>(args, route, teams.columns(), call.epoch,
-                     [&](int s, bool) { return ranges.end[s] + ranges.to_source[s]; });
+    mark_group<Link>(
+        args, route, teams.columns(), call.epoch,
+        [&](int s, bool) { return ranges.end[s] + ranges.to_source[s]; }, [] {});
   else if (!agreed)
-    prepare_route(args, route);
+    prepare_route_again(args);
   if (!Link::kMapped || !agreed) __syncthreads();
   // On its way while the block works out where tokens go.
   SentToken first;
@@ -266,17 +278,19 @@ __device__ __forceinline__ bool receive(const SmallDispatchArgs& args, const Rec
     first = SentToken::of_row<Link>(args, route, ranges, call.epoch, jobs.at(jobs.first).row);
   place_group(args, route, teams.columns(), args.fresh && teams.leads(), totals);
   if (agreed && args.totals != nullptr && teams.leads()) tell_totals(args, route, totals);
-  if (recorders.here()) {
-    if (args.fresh) {
-      write_counts(args, recorders, route, totals);
-      write_places<Link>(args, recorders, route, call.epoch, agreed);
-    }
-    if (args.link.statistics.received_tokens != nullptr) count_received(args, recorders, route);
-    clear_rest(args, recorders, route, totals);
+  bool completed = true;
+  if (agreed && takers.here()) {
+    const StagedRows<Link> rows{args.link, args.small, call.epoch, call.clean, call.entry};
+    completed = receive_rows<Link>(args, takers, route, rows, ranges, jobs, first);
   }
-  if (!agreed || !takers.here()) return true;
-  const StagedRows<Link> rows{args.link, args.small, call.epoch, clean, call.entry};
-  return receive_rows<Link>(args, takers, route, rows, ranges, jobs, first);
+  if (!recorders.here()) return completed;
+  if (args.fresh) {
+    write_counts(args, recorders, route, totals);
+    write_places<Link>(args, recorders, route, call.epoch, agreed);
+  }
+  if (args.link.statistics.received_tokens != nullptr) count_received(args, recorders, route);
+  clear_rest(args, recorders, route, totals);
+  return completed;
 }
 
 template <class Link>
@@ -295,17 +309,21 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   if (receives && !blocks.sends()) prepare_route(args, GroupRoute(args));
   // A block that sends rows begins when they are on their way.
   const bool begins_late = blocks.sends() && !announces;
-  bool going = begins_late || link_begin(link, call, start);
+  auto begin = [&] {
+    return link_begin_briefly<Link>(link, call, start, args.phase != Phase::kSend);
+  };
+  bool going = begins_late || begin();
   if (going && blocks.sends()) {
     if (announces) {
-      if (thread_index() == 0 && args.phase == Phase::kAll) link_mark_begun(link, call);
+      if (thread_index() == 0 && args.phase == Phase::kAll)
+        link_mark_begun(link, call, Link::kMapped);
       announce<Link>(args, call.epoch, first_bad);
     }
     const BlockRows own(args.num_tokens, blocks.senders);
     send_rows<Link, kQuant, kDtype>(args, own, start, [&] {
       if constexpr (!kPuts<Link>) send_ids<Link>(args, blocks, start);
     });
-    if (begins_late) going = link_begin(link, call, start);
+    if (begins_late) going = begin();
     if (going) signal_rows<Link>(args, own, call.epoch);
   }
   if (args.phase == Phase::kSend) return;
@@ -313,26 +331,32 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   if (receives) {
     const ReceivingTeams teams(blocks.receivers, args.fresh);
     if (going && args.phase == Phase::kReceive && blocks.receivers.thread() == 0)
-      link_mark_begun(link, call);
+      link_mark_begun(link, call, Link::kMapped);
     if (blocks.sends()) {
-      prepare_route(args, GroupRoute(args));
+      prepare_route_again(args);
       __syncthreads();
     }
     if (going) {
       // Ids are not waited for behind the entries, which come later: those of all tokens that there
       // could be, until an entry says how many there are.
       bool lost = false;
+      BriefAhead ahead;
       if constexpr (Link::kMapped)
         lost = !mark_group<Link>(
-            args, GroupRoute(args), teams.columns(), call.epoch, [&](int s, bool later) {
+            args, GroupRoute(args), teams.columns(), call.epoch,
+            [&](int s, bool later) {
               const int most = args.small.max_tokens;
               return later ? announced_tokens(link, call.epoch, s, most) : most;
-            });
-      agreed = link_agree_briefly<Link>(link, call, teams.leads(), lost);
+            },
+            [&] { ahead.ask(link, call.epoch); });
+      agreed = link_agree_briefly<Link>(link, call, teams.leads(), lost, ahead);
     }
-    completed = receive<Link>(args, teams, call, agreed, start.clean());
+    completed = receive<Link>(args, teams, call, agreed);
   }
-  link_leave<Link>(link, call, agreed, completed, blocks.sends());
+  if constexpr (Link::kMapped)
+    link_leave_silently(link, call, receives, blocks.receivers.block == 0, agreed, completed);
+  else
+    link_leave<Link>(link, call, agreed, completed, blocks.sends());
 }
 
 using SmallDispatchKernel = void (*)(SmallDispatchArgs);
@@ -366,7 +390,7 @@ void launch_small_dispatch(const SmallDispatchArgs& args, int num_sms, cudaStrea
   check_aligned(args.x, "x");
   check_aligned(args.place.recv_x, "recv_x");
   const size_t staged = args.quant == Quant::kNone ? 0 : size_t{kSmallWarps} * kStagedScaleBytes;
-  const int blocks = small_blocks(num_sms, Link::kMapped);
+  const int blocks = small_blocks(num_sms);
   SmallDispatchArgs call = args;
   const Dims& dims = args.place.dims;
   if constexpr (!Link::kMapped)

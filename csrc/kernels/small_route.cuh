@@ -70,11 +70,19 @@ __device__ __forceinline__ void prepare_route(const SmallDispatchArgs& args,
   const PlaceArgs& place = args.place;
   route.experts.load_owners(place.experts);
   if (place.layout == Layout::kPadded)
+#pragma unroll 1
     for (int e = thread_index(); e < place.dims.num_experts; e += kSmallThreads)
       route.experts.start(e) = place.experts.local[e] * route.num_ranks * args.small.max_tokens;
+#pragma unroll 1
   for (int s = 0; s < route.num_ranks; ++s)
+#pragma unroll 1
     for (int i = thread_index(); i < route.words * route.shape.columns; i += kSmallThreads)
       route.tile(s).mask(0, i) = 0;
+}
+
+// Where it comes in between: a block that has sent, or masks of a call that was refused.
+EPCOMM_SELDOM inline __device__ void prepare_route_again(const SmallDispatchArgs& args) {
+  prepare_route(args, GroupRoute(args));
 }
 
 // Whose columns a block needs: to take rows, those of this rank and its experts, to write the plan
@@ -83,11 +91,11 @@ enum class RouteColumns { kOwn, kAll };
 
 // Sets the bits of 32 of source's tokens, those of a word of its tile, by a warp. ids: [tokens, K],
 // as they have been sent. Some are left out where source does not send them all, since it refuses
-// the call or is in another. lost: set if a wait was given up.
-template <class Link>
+// the call or is in another. lost: set if a wait was given up. come() is called when ids have come.
+template <class Link, class Come>
 __device__ __forceinline__ void mark_ids(const SmallDispatchArgs& args, const GroupRoute& route,
                                          RouteColumns needed, uint64_t epoch, int source, int word,
-                                         const uint64_t* ids, int tokens, bool& lost) {
+                                         const uint64_t* ids, int tokens, bool& lost, Come come) {
   // Lanes take two ids at a time, side by side: of a token's ids one by one, every lane would load
   // what it has of 32 bytes four times.
   constexpr int kPairs = 4;
@@ -95,6 +103,7 @@ __device__ __forceinline__ void mark_ids(const SmallDispatchArgs& args, const Gr
   const int topk = route.topk, count = max(min(tokens, kWarpSize), 0) * topk;
   // i / topk of i < 1024: topk is at most 32.
   const uint32_t one_topk = 65536u / static_cast<uint32_t>(topk) + 1;
+#pragma unroll 1
   for (int first = 0; first < count && !lost; first += 2 * kPairs * kWarpSize) {
     auto at = [&](int i) { return first + 2 * (i / 2 * kWarpSize + lane_index()) + i % 2; };
     ulonglong2 pair[kPairs] = {};
@@ -115,8 +124,9 @@ __device__ __forceinline__ void mark_ids(const SmallDispatchArgs& args, const Gr
       if (begin == 0) begin = global_time_ns();
       if (spin % kSpinsPerLook != 0) continue;
       if (Link::kMapped && link_is_doubtful(args.link, epoch, source)) return;
-      lost = __any_sync(kFullWarp, gives_up(args.link, begin));
+      lost = __any_sync(kFullWarp, gives_up(args.link, epoch, begin));
     }
+    come();
     if (begin != 0 && lane_index() == 0 && args.link.statistics.max_wait_ns != nullptr)
       note_wait(args.link.statistics, source, global_time_ns() - begin);
     int owner[2 * kPairs];
@@ -131,6 +141,7 @@ __device__ __forceinline__ void mark_ids(const SmallDispatchArgs& args, const Gr
         atomicOr(&tile.mask(word, route.num_ranks + expert), bit[i]);
     }
     const bool all = needed == RouteColumns::kAll;
+#pragma unroll 1
     for (int r = all ? 0 : route.rank; r < (all ? route.num_ranks : route.rank + 1); ++r) {
       uint32_t mask = 0;
 #pragma unroll
@@ -143,43 +154,31 @@ __device__ __forceinline__ void mark_ids(const SmallDispatchArgs& args, const Gr
 }
 
 // Masks, by the whole block: of tokens(s, later) tokens of each source s, first of the lowest
-// tokens of all; later: not the first word of the warp. A barrier must follow before place_group.
-// False: the warp has given up a wait for ids.
-template <class Link, class Tokens>
+// tokens of all; later: not the first word of the warp. come() is called when ids have come, before
+// there are masks. A barrier must follow before place_group. False: the warp has given up a wait
+// for ids.
+template <class Link, class Tokens, class Come>
 __device__ __forceinline__ bool mark_group(const SmallDispatchArgs& args, const GroupRoute& route,
-                                           RouteColumns needed, uint64_t epoch, Tokens tokens) {
+                                           RouteColumns needed, uint64_t epoch, Tokens tokens,
+                                           Come come) {
   bool lost = false;
+#pragma unroll 1
   for (int i = warp_index(); i < route.num_ranks * route.words && !lost; i += kSmallWarps) {
     const int word = i / route.num_ranks, s = i - word * route.num_ranks, t = word * kWarpSize;
     mark_ids<Link>(args, route, needed, epoch, s, word,
                    ids_of<Link>(args, epoch, s) + int64_t{t} * route.topk,
-                   tokens(s, i >= kSmallWarps) - t, lost);
+                   tokens(s, i >= kSmallWarps) - t, lost, come);
   }
   return !lost;
 }
 
-// From the masks: bases and starts, by the whole block. writes: this block writes the plan's
-// offsets. Ends with a barrier.
-__device__ __forceinline__ void place_group(const SmallDispatchArgs& args, const GroupRoute& route,
-                                            RouteColumns needed, bool writes, RouteTotals& totals) {
-  const int num_ranks = route.num_ranks, columns = route.shape.columns;
-  for (int column = thread_index(); column < columns; column += kSmallThreads) {
-    const int owner = column < num_ranks ? column : route.experts.owner(column - num_ranks);
-    if (needed == RouteColumns::kOwn && owner != route.rank) continue;
-    int32_t total = 0;
-    for (int s = 0; s < num_ranks; ++s) {
-      const RouteTile tile = route.tile(s);
-      tile.base(column) = total;
-      total += tile.fill_prefixes(column);
-    }
-    if (column < num_ranks) {
-      totals.rank[column] = total;
-      continue;
-    }
-    route.experts.total(column - num_ranks) = total;
-  }
-  __syncthreads();
-  if (args.place.layout == Layout::kPadded) return;
+// Starts of the experts' groups, where each begins behind the one before, by the whole block.
+// route: a copy, that what calls this keeps its own in registers. Ends with a barrier.
+EPCOMM_SELDOM inline __device__ void line_up_experts(const SmallDispatchArgs& args,
+                                                     GroupRoute route, RouteColumns needed,
+                                                     bool writes, RouteTotals& totals) {
+  const int num_ranks = route.num_ranks;
+#pragma unroll 1
   for (int r = warp_index(); r < num_ranks; r += kSmallWarps) {
     const bool reports = writes && r == route.rank;
     if (route.by_token && !reports) continue;
@@ -196,13 +195,41 @@ __device__ __forceinline__ void place_group(const SmallDispatchArgs& args, const
   __syncthreads();
 }
 
-// What this rank receives, for a host that waits for it; by a block.
-__device__ __forceinline__ void tell_totals(const SmallDispatchArgs& args, const GroupRoute& route,
-                                            const RouteTotals& totals) {
+// From the masks: bases and starts, by the whole block. writes: this block writes the plan's
+// offsets. Ends with a barrier.
+__device__ __forceinline__ void place_group(const SmallDispatchArgs& args, const GroupRoute& route,
+                                            RouteColumns needed, bool writes, RouteTotals& totals) {
+  const int num_ranks = route.num_ranks, columns = route.shape.columns;
+#pragma unroll 1
+  for (int column = thread_index(); column < columns; column += kSmallThreads) {
+    const int owner = column < num_ranks ? column : route.experts.owner(column - num_ranks);
+    if (needed == RouteColumns::kOwn && owner != route.rank) continue;
+    int32_t total = 0;
+#pragma unroll 1
+    for (int s = 0; s < num_ranks; ++s) {
+      const RouteTile tile = route.tile(s);
+      tile.base(column) = total;
+      total += tile.fill_prefixes(column);
+    }
+    if (column < num_ranks) {
+      totals.rank[column] = total;
+      continue;
+    }
+    route.experts.total(column - num_ranks) = total;
+  }
+  __syncthreads();
+  if (args.place.layout == Layout::kPadded) return;
+  line_up_experts(args, route, needed, writes, totals);
+}
+
+// What this rank receives, for a host that waits for it; by a block. route: as of line_up_experts.
+EPCOMM_SELDOM inline __device__ void tell_totals(const SmallDispatchArgs& args, GroupRoute route,
+                                                 const RouteTotals& totals) {
   auto tell = [&](int i, int32_t total) {
     args.totals[i] = args.link.token << 32 | static_cast<uint32_t>(total);
   };
   if (thread_index() == 0) tell(0, totals.rank[route.rank]);
+#pragma unroll 1
   for (int e = thread_index(); e < args.place.dims.num_experts; e += kSmallThreads)
     if (route.experts.owner(e) == route.rank)
       tell(1 + args.place.experts.local[e], route.experts.total(e));
@@ -213,15 +240,18 @@ __device__ __forceinline__ void write_counts(const SmallDispatchArgs& args, cons
                                              const GroupRoute& route, const RouteTotals& totals) {
   const PlanView& plan = args.place.plan;
   const int num_ranks = route.num_ranks, num_experts = args.place.dims.num_experts;
+#pragma unroll 1
   for (int i = team.spread_thread(13); i < num_ranks * num_ranks; i += team.threads()) {
     const int s = i / num_ranks, r = i - s * num_ranks;
     plan.rank_count[i] = route.count(s, r, totals.rank[r]);
   }
+#pragma unroll 1
   for (int i = team.spread_thread(14); i < num_ranks * num_experts; i += team.threads()) {
     const int s = i / num_experts, e = i - s * num_experts;
     plan.expert_count[i] = route.count(s, num_ranks + e, route.experts.total(e));
   }
   const bool padded = args.place.layout == Layout::kPadded;
+#pragma unroll 1
   for (int e = team.spread_thread(12); e < num_experts; e += team.threads()) {
     if (route.experts.owner(e) != route.rank) continue;
     const int local = args.place.experts.local[e];
@@ -243,6 +273,7 @@ __device__ __forceinline__ void write_places(const SmallDispatchArgs& args, cons
   const uint64_t* ids = ids_of<Link>(args, epoch, route.rank);
   const RouteTile own = route.tile(route.rank);
   const int lane = lane_index(), topk = route.topk, num_ranks = route.num_ranks;
+#pragma unroll 1
   for (int t = team.spread_warp(8); t < args.num_tokens; t += team.warps()) {
     // What routing has read; another block may still be writing plan.topk_idx.
     const int32_t expert =
@@ -253,6 +284,7 @@ __device__ __forceinline__ void write_places(const SmallDispatchArgs& args, cons
         expert >= 0 ? route.place(own, route.by_token ? owner : num_ranks + expert, t) : -1;
     if (lane < topk) plan.row[t * topk + lane] = row;
     int32_t first_row = -1;  // at rank `lane`: of the token's first slot there
+#pragma unroll 1
     for (int k = topk - 1; k >= 0; --k) {
       const int32_t at = __shfl_sync(kFullWarp, row, k);
       if (__shfl_sync(kFullWarp, owner, k) == lane) first_row = at;

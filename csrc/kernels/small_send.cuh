@@ -33,8 +33,10 @@ __device__ __forceinline__ void store_slot(const SmallDispatchArgs& args, uint64
   const LinkArgs& link = args.link;
   const size_t ids = args.small.source_ids(link.rank, epoch);
   const size_t weights = args.small.source_weights(link.rank, epoch);
-  for (int r = 0; r < (Link::kMapped ? link.num_ranks : 1); ++r) {
-    char* window = link.window[(link.rank + r) % link.num_ranks];
+#pragma unroll 1
+  for (int n = 0, r = link.rank; n < (Link::kMapped ? link.num_ranks : 1); ++n) {
+    char* window = link.window[r];
+    r = r + 1 < link.num_ranks ? r + 1 : 0;
     store_tagged(window + ids, i, epoch, static_cast<uint32_t>(expert));
     if (args.topk_weights != nullptr)
       store_tagged(window + weights, i, epoch, __float_as_uint(weight));
@@ -50,6 +52,7 @@ __device__ __forceinline__ void send_ids(const SmallDispatchArgs& args, const Sm
   const int topk = args.place.dims.topk, max_tokens = args.small.max_tokens;
   const BlockRows own(max_tokens, blocks.senders);
   const int count = Link::kMapped ? own.count : blockIdx.x == 0 ? max_tokens : 0;
+#pragma unroll 1
   for (int n = warp_index(); n < count; n += kSmallWarps) {
     const int t = Link::kMapped ? own.at(n) : n, i = t * topk + lane_index();
     if (lane_index() >= topk) continue;
@@ -74,6 +77,7 @@ __device__ __forceinline__ void stage_slots(const SmallDispatchArgs& args, uint6
   auto* words = reinterpret_cast<uint64_t*>(args.link.window[args.link.rank] +
                                             args.link.control.slots(args.link.rank, epoch));
   int32_t bad = kNoBadId;
+#pragma unroll 1
   for (int begin = thread_index(); begin < slots; begin += kAtOnce * kSmallThreads) {
     // All are on their way before the first is needed.
     int64_t id[kAtOnce];
@@ -106,6 +110,7 @@ __device__ __forceinline__ void stage_slots(const SmallDispatchArgs& args, uint6
 __device__ __forceinline__ void find_bad_id(const SmallDispatchArgs& args, int32_t& first_bad) {
   if (thread_index() == 0) first_bad = kNoBadId;
   __syncthreads();
+#pragma unroll 1
   for (int i = thread_index(); i < args.num_tokens * args.place.dims.topk; i += kSmallThreads)
     if (!good_id(args, given_id(args, i))) atomicMin(&first_bad, i);
   __syncthreads();
@@ -160,9 +165,12 @@ __device__ __forceinline__ uint32_t destinations(const SmallDispatchArgs& args, 
 // senders at once.
 template <class To>
 __device__ __forceinline__ void for_ranks(const LinkArgs& link, uint32_t ranks, To to) {
-  const uint32_t lower = lanes_below(link.rank);
-  for (uint32_t rest = ranks & ~lower; rest != 0;) to(link.window[take_lowest(rest)]);
-  for (uint32_t rest = ranks & lower; rest != 0;) to(link.window[take_lowest(rest)]);
+  // Bit i is rank (i + this one) % 32.
+  static_assert(kMaxLinkRanks == 32);
+  const auto rank = static_cast<uint32_t>(link.rank);
+#pragma unroll 1
+  for (auto rest = static_cast<uint32_t>((uint64_t{ranks} << 32 | ranks) >> rank); rest != 0;)
+    to(link.window[(static_cast<uint32_t>(take_lowest(rest)) + rank) % kMaxLinkRanks]);
 }
 
 // Scales that were passed in: whole words, whatever their address.
@@ -171,11 +179,13 @@ __device__ __forceinline__ void send_scales(const SmallDispatchArgs& args, int t
   const int row_bytes = args.place.rows.row_bytes, scale_bytes = args.place.rows.scale_bytes;
   if (scale_bytes == 0) return;
   const char* from = args.scales + int64_t{t} * scale_bytes;
+#pragma unroll 1
   for (int begin = lane_index() * 4; begin < scale_bytes; begin += kWarpSize * 4) {
     uint32_t word = 0;
     if (reinterpret_cast<uintptr_t>(from) % 4 == 0 && begin + 4 <= scale_bytes) {
       word = *reinterpret_cast<const uint32_t*>(from + begin);
     } else {
+#pragma unroll 1
       for (int b = 0; b < 4 && begin + b < scale_bytes; ++b)
         word |= static_cast<uint32_t>(static_cast<uint8_t>(from[begin + b])) << 8 * b;
     }
@@ -218,6 +228,7 @@ __device__ __forceinline__ void send_rows(const SmallDispatchArgs& args, const B
   };
   if (jobs.first < jobs.count) load(jobs.at(jobs.first), jobs.at(jobs.first).begin);
   before();
+#pragma unroll 1
   for (int j = jobs.first; j < jobs.count; j += jobs.step) {
     const RowJob job = jobs.at(j);
     const int t = own.at(job.row);
@@ -229,6 +240,7 @@ __device__ __forceinline__ void send_rows(const SmallDispatchArgs& args, const B
       layout = make_quant_layout(kQuant, args.hidden);
       range = ScaleRange::of<kQuant, kDtype>(job, jobs.vectors, layout);
     }
+#pragma unroll 1
     for (int at = job.begin; at < job.end; at += Rows::kStep) {
       const int v = at + lane_index();
       if (j != jobs.first || at != job.begin) load(job, at);

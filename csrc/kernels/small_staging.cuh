@@ -55,6 +55,7 @@ __device__ __forceinline__ void put_rows(const LinkArgs& link, const SmallLayout
   const int most_pieces = link.entry.cut_for != 0 ? link.entry.pieces : 1;
   const int of_row = link.num_ranks * most_pieces;
   int most_rows = 0;
+#pragma unroll 1
   for (int r = 0; r < link.num_ranks; ++r) most_rows = max(most_rows, rows(r));
   const int all = own.count_of(most_rows) * of_row;
   for (;;) {
@@ -88,6 +89,7 @@ __device__ __forceinline__ void signal_shares(const LinkArgs& link, const SmallL
     put_rows<Link>(link, small, epoch, own, rows, piece);
   } else {
     __syncthreads();
+#pragma unroll 1
     for (int i = thread_index(); i < own.shares * link.num_ranks; i += kSmallThreads) {
       const int share = own.first + i / link.num_ranks * own.step;
       const int peer = (link.rank + i) % link.num_ranks;
@@ -108,6 +110,7 @@ __device__ __forceinline__ uint4 unwritten_vector() {
 /// Makes words [begin, end) of a staged row unwritten, by a warp.
 __device__ __forceinline__ void unwrite(char* row, size_t begin, size_t end) {
   auto* words = reinterpret_cast<uint32_t*>(row);
+#pragma unroll 1
   for (size_t i = begin + static_cast<size_t>(lane_index()); i < end; i += kWarpSize)
     words[i] = SmallLayout::kUnwritten;
 }
@@ -177,7 +180,7 @@ struct StagedRows {
       // What one lane has acquired others load.
       __syncwarp();
       all_told = __all_sync(kFullWarp, told);
-      if (spin % kSpinsPerLook == 0 && __any_sync(kFullWarp, gives_up(link, begin))) {
+      if (spin % kSpinsPerLook == 0 && __any_sync(kFullWarp, gives_up(link, epoch, begin))) {
         if (lane_index() == 0) atomicExch(&link.state->lost, 1u);
         return false;
       }
@@ -252,6 +255,7 @@ struct StagedRows {
   __device__ __forceinline__ void clean_up(const SmallTeam& team, int num_ranks,
                                            Taken taken) const {
     const int rows = Link::kMapped && !clean ? num_ranks * small.max_tokens : 0;
+#pragma unroll 1
     for (int j = team.spread_warp(); j < rows; j += team.warps()) {
       const int s = j / small.max_tokens, t = j - s * small.max_tokens;
       unwrite(row(s, t), taken(s, t) / sizeof(uint32_t), small.row_bytes / sizeof(uint32_t));

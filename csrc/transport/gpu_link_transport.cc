@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <mutex>
 #include <thread>
 #include <utility>
@@ -130,7 +131,33 @@ GpuLinkTransport::GpuLinkTransport(const TransportContext& context, const LinkKe
 
 void GpuLinkTransport::drain() {
   order_.drain(timeout_s_);
+  drain_blocks();
   watchdog_.drain();
+}
+
+// Of a replay of a graph no event tells that it is over, nor does a kernel that ends silently:
+// until all of its blocks that have begun have left.
+void GpuLinkTransport::drain_blocks() const {
+  // Nothing here harms a capture of another thread.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  try {
+    const Stream stream;
+    const PinnedMemory copy(sizeof(LinkState));
+    const auto& state = *copy.as<LinkState>();
+    const Deadline deadline(timeout_s_);
+    // A copy may meet a block that writes: twice.
+    for (int over = 0; over < 2 && !deadline.passed();) {
+      EPCOMM_CUDA_TRY(cudaMemcpyAsync(copy.as<LinkState>(), state_.as<LinkState>(),
+                                      sizeof(LinkState), cudaMemcpyDeviceToHost, stream.get()));
+      while (cudaStreamQuery(stream.get()) == cudaErrorNotReady && !deadline.passed())
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
+      over = state.arrived == 0 && state.left == state.blocks ? over + 1 : 0;
+    }
+  } catch (const Error&) {
+    // The device is in error: nothing runs any more.
+  }
+  cudaThreadExchangeStreamCaptureMode(&mode);
 }
 
 Dims GpuLinkTransport::dims(int topk) const {
@@ -203,7 +230,7 @@ bool GpuLinkTransport::raise_refusal(bool settles) {
 
 // Until the call under way has written something to the host.
 template <class Reached>
-void GpuLinkTransport::await(Reached reached) const {
+void GpuLinkTransport::await(Reached reached) {
   for (int spin = 1; !reached(); ++spin) {
     if (spin % 256 != 0) continue;
     watchdog_.check();
@@ -214,7 +241,7 @@ void GpuLinkTransport::await(Reached reached) const {
 
 // Until all ranks have entered the call: it is refused on all of them, or on none. What they refuse
 // is not looked at before: of a call ahead of its counts, routing and rows may both be refused.
-void GpuLinkTransport::await_entered(uint64_t token) const {
+void GpuLinkTransport::await_entered(uint64_t token) {
   auto& report = *report_.as<LinkReport>();
   await([&] { return std::atomic_ref(report.entered).load(std::memory_order_acquire) == token; });
 }

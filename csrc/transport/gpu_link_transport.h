@@ -154,8 +154,9 @@ class GpuLinkTransport : public Transport {
   /// What else helps where a row does not fit into staging, beginning with " or"; "" = nothing.
   virtual std::string too_wide_advice() const { return ""; }
   template <class Reached>
-  void await(Reached reached) const;
-  void await_entered(uint64_t token) const;
+  void await(Reached reached);
+  void await_entered(uint64_t token);
+  void drain_blocks() const;
   bool raise_refusal(bool settles = false);
   void expect_settle(bool expected) {
     std::lock_guard lock(refusals_);

@@ -21,10 +21,10 @@
 
 namespace epcomm {
 
-/// Each call marks its begin and its end on the stream. If a call has begun and does not end within
-/// the timeout, failed() says that the connection broke, or the process of a peer is gone, the
-/// watchdog calls abort once (it must make the waiting kernels leave) and from then on check()
-/// throws PeerLost.
+/// Each call marks its begin on the stream, and its end, or, now and then, that it waits
+/// (kEndsSilently). If a call has begun and does not end within the timeout, failed() says that the
+/// connection broke, or the process of a peer is gone, the watchdog calls abort once (it must make
+/// the waiting kernels leave) and from then on check() throws PeerLost.
 ///
 /// On one machine ranks tell each other their progress through a small shared window, so that the
 /// rank that holds the others up can be named; across machines PeerLost::rank is -1.
@@ -35,15 +35,23 @@ class GpuWatchdog {
               std::function<bool()> failed);
   ~GpuWatchdog();
 
-  /// The words that count calls begun and ended (kernels/mark.h).
-  uint64_t* progress() const { return words_.as<uint64_t>(); }
+  ProgressWords* progress() const { return words_.as<ProgressWords>(); }
   /// The marks of a call: before it first waits for a peer, and when nothing of it does any more.
-  Mark begin_mark(Operation operation) const { return mark(0, operation); }
-  Mark end_mark(Operation operation) const { return mark(1, operation); }
+  Mark begin_mark(Operation operation) const {
+    return {&progress()->begun, counts_.as<uint64_t>(), operation};
+  }
+  Mark end_mark(Operation operation) const {
+    return {&progress()->ended, counts_.as<uint64_t>() + 1, operation};
+  }
   /// This rank cannot go on: its peers raise PeerLost that names it. Aborts.
   void abandon(const std::string& why);
-  /// Throws PeerLost if a peer was lost, Evicted if the peers gave this rank up.
-  void check() const;
+  /// The connection to a peer broke, says what this rank was told as it put a call on its stream:
+  /// as if the watchdog had found that (failed()), which may not look again in time. Aborts, and
+  /// throws what check() does, of the last call that the stream has begun.
+  void lose_connection(const std::string& said);
+  /// Throws PeerLost if a peer was lost, Evicted if the peers gave this rank up, Error that says
+  /// why if it has abandoned a call.
+  void check();
   /// The same of calls that have ended on the stream: were they complete? A peer that gave somebody
   /// up left its part unfinished, and NCCL, aborted there, can have told this rank otherwise.
   /// Across machines nobody says so.
@@ -51,7 +59,8 @@ class GpuWatchdog {
   /// Blocks the host until the event is complete. Throws as check() when a peer is lost meanwhile.
   void wait(cudaEvent_t event);
   /// Blocks until this rank's calls, and those of the peers that this rank took part in, have
-  /// ended; at most one timeout for the own calls and one second for the others.
+  /// ended, or wait no more if they end silently; at most one timeout for the own calls and one
+  /// second for the others.
   void drain() const;
 
  private:
@@ -70,22 +79,19 @@ class GpuWatchdog {
   void raise_fault(int rank, const std::string& why, int by_rank = -1);
   int latecomer(uint64_t begun) const;
   int dead_peer() const;
-  uint64_t begun() const {
-    return std::atomic_ref(words_.as<uint64_t>()[0]).load(std::memory_order_acquire);
+  static uint64_t load(uint64_t& word) {
+    return std::atomic_ref(word).load(std::memory_order_acquire);
   }
-  uint64_t ended() const {
-    return std::atomic_ref(words_.as<uint64_t>()[1]).load(std::memory_order_acquire);
-  }
+  uint64_t begun() const { return load(progress()->begun); }
+  uint64_t ended_count() const;
 
   int rank_, num_ranks_;
   double timeout_s_;
   std::function<void()> abort_;
   std::function<bool()> failed_;
-  Mark mark(int which, Operation operation) const {
-    return {progress() + which, counts_.as<uint64_t>() + which, operation};
-  }
-  PinnedMemory words_;   // [0] begun, [1] ended; written by the GPU
-  DeviceMemory counts_;  // what begin_mark and end_mark have counted
+  PinnedMemory words_;               // ProgressWords
+  DeviceMemory counts_;              // what begin_mark and end_mark have counted
+  std::atomic<uint64_t> silent_{0};  // calls that have begun and were not seen to wait since
   std::unique_ptr<Window>
       window_;  // one Progress per rank, in that rank's piece; null across machines
   mutable std::mutex mutex_;

@@ -159,15 +159,15 @@ RouteResult NcclTransport::route(const RouteArgs& args) {
     return route_small(args);
   }
   const auto stream = static_cast<cudaStream_t>(args.stream);
-  Call call(*this, Operation::kRoute, stream);
-  RouteKernelArgs k = route_.args(args, chunks_);
-  k.mark = call.begin_mark();
-  launch_count(k, stream);
-  comm_.all_gather(route_.announce(), args.plan.announced, route_.announce_bytes(), stream);
-  if (args.host_sync) route_.fetch(args.plan.announced, stream);
-  k.mark = call.end_mark();
-  launch_assign(k, stream);
-  call.end();
+  make_call(Operation::kRoute, stream, [&](const Call& call) {
+    RouteKernelArgs k = route_.args(args, chunks_);
+    k.mark = call.begin_mark();
+    launch_count(k, stream);
+    comm_.all_gather(route_.announce(), args.plan.announced, route_.announce_bytes(), stream);
+    if (args.host_sync) route_.fetch(args.plan.announced, stream);
+    k.mark = call.end_mark();
+    launch_assign(k, stream);
+  });
   if (!args.host_sync) return {};
   watchdog_.wait(route_.fetched());
   return route_.result(args, chunks_);

@@ -63,18 +63,18 @@ SumArgs NcclTransport::sum_args(const Plan& plan, const CombineArgs& args) const
 void NcclTransport::combine(const Plan& plan, const CombineArgs& args) {
   // A row of floats per slot is shorter than a record, for which a staged row has room too.
   if (!args.by_token) check_fits("x", int64_t{args.hidden} * dtype_bytes(args.dtype), 0);
-  Call call(*this, Operation::kCombine, static_cast<cudaStream_t>(args.stream));
-  switch (algorithm(plan)) {
-    case NcclAlgorithm::kExact:
-      combine_exact(plan, args, call);
-      break;
-    case NcclAlgorithm::kAllGather:
-      combine_gathered(plan, args, call);
-      break;
-    default:
-      combine_static(plan, args, call);
-  }
-  call.end();
+  make_call(Operation::kCombine, static_cast<cudaStream_t>(args.stream), [&](const Call& call) {
+    switch (algorithm(plan)) {
+      case NcclAlgorithm::kExact:
+        combine_exact(plan, args, call);
+        break;
+      case NcclAlgorithm::kAllGather:
+        combine_gathered(plan, args, call);
+        break;
+      default:
+        combine_static(plan, args, call);
+    }
+  });
 }
 
 std::vector<Message> NcclTransport::ExactPartials::messages(int chunk) const {

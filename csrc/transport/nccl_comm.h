@@ -51,7 +51,7 @@ class NcclComm {
   void all_gather(const void* send, void* recv, size_t bytes, cudaStream_t stream);
   /// recv = sum over ranks of their block for this rank, fp32. The order of the sum is NCCL's.
   void reduce_scatter(const float* send, float* recv, size_t count, cudaStream_t stream);
-  /// True once NCCL has met an error that no call has reported.
+  /// True once NCCL has met an error, until abort().
   bool failed() const;
   /// Makes all kernels of the communicator leave, on any thread, once. Nothing can be sent
   /// afterwards.

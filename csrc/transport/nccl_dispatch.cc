@@ -37,27 +37,27 @@ PackArgs NcclTransport::pack_args(const Plan& plan, const DispatchArgs& args) co
 
 void NcclTransport::dispatch(const Plan& plan, const DispatchArgs& args) {
   check_fits("x", args.row_bytes, args.scale_bytes);
-  Call call(*this, Operation::kDispatch, static_cast<cudaStream_t>(args.stream));
-  switch (algorithm(plan)) {
-    case NcclAlgorithm::kExact:
-      dispatch_exact(plan, args, call);
-      break;
-    case NcclAlgorithm::kAllGather:
-      dispatch_gathered(plan, args, call);
-      break;
-    case NcclAlgorithm::kSmall:
-      if (plan.result.deferred && !args.replay) {
-        dispatch_small(plan, args, call);
+  make_call(Operation::kDispatch, static_cast<cudaStream_t>(args.stream), [&](const Call& call) {
+    switch (algorithm(plan)) {
+      case NcclAlgorithm::kExact:
+        dispatch_exact(plan, args, call);
         break;
-      }
-      [[fallthrough]];
-    default:
-      dispatch_static(plan, args, call);
-  }
-  if (statistics_.received_tokens != nullptr)
-    launch_count_received(statistics_, plan.view.tokens_per_expert, dims_.local_experts,
-                          call.stream());
-  call.end();
+      case NcclAlgorithm::kAllGather:
+        dispatch_gathered(plan, args, call);
+        break;
+      case NcclAlgorithm::kSmall:
+        if (plan.result.deferred && !args.replay) {
+          dispatch_small(plan, args, call);
+          break;
+        }
+        [[fallthrough]];
+      default:
+        dispatch_static(plan, args, call);
+    }
+    if (statistics_.received_tokens != nullptr)
+      launch_count_received(statistics_, plan.view.tokens_per_expert, dims_.local_experts,
+                            call.stream());
+  });
 }
 
 PackTarget NcclTransport::ExactRows::at(const PackTarget& region, int64_t n) const {

@@ -98,35 +98,38 @@ class NcclTransport final : public Transport {
   size_t free_bytes() const override { return 0; }
 
  private:
-  // One call on the stream, from its construction to end(). In between both marks are made: that
-  // of the begin before NCCL is first called, that of the end after the last exchange. A call that
-  // throws in between is half-way: it tells the peers, and nothing more can be sent.
+  // A call on the stream, and its marks: both are made, that of the begin before NCCL is first
+  // called, that of the end after the last exchange.
   class Call {
    public:
-    Call(NcclTransport& transport, Operation operation, cudaStream_t stream)
-        : transport_(transport), operation_(operation), stream_(stream) {
-      transport_.watchdog_.check();
-      transport_.order_.begin(stream);
-    }
-    ~Call() {
-      if (!ended_) transport_.watchdog_.abandon("it failed half-way through a call");
-    }
-    Call(const Call&) = delete;
-    Call& operator=(const Call&) = delete;
+    Call(const GpuWatchdog& watchdog, Operation operation, cudaStream_t stream)
+        : watchdog_(watchdog), operation_(operation), stream_(stream) {}
     cudaStream_t stream() const { return stream_; }
-    Mark begin_mark() const { return transport_.watchdog_.begin_mark(operation_); }
-    Mark end_mark() const { return transport_.watchdog_.end_mark(operation_); }
-    void end() {
-      transport_.order_.end(stream_);
-      ended_ = true;
-    }
+    Mark begin_mark() const { return watchdog_.begin_mark(operation_); }
+    Mark end_mark() const { return watchdog_.end_mark(operation_); }
 
    private:
-    NcclTransport& transport_;
+    const GpuWatchdog& watchdog_;
     Operation operation_;
     cudaStream_t stream_;
-    bool ended_ = false;
   };
+  // put(call) puts the call on the stream. Where it throws the call is half-way: the peers are
+  // told, and nothing more can be sent. What NCCL refuses because the connection to a peer broke,
+  // or because a fault that is known has ended its communicator, is raised as that fault.
+  template <class Put>
+  void make_call(Operation operation, cudaStream_t stream, Put put) {
+    watchdog_.check();
+    order_.begin(stream);
+    try {
+      put(Call(watchdog_, operation, stream));
+      order_.end(stream);
+    } catch (const std::exception& error) {
+      if (comm_.failed()) watchdog_.lose_connection(error.what());
+      watchdog_.check();
+      watchdog_.abandon("it failed half-way through a call");
+      throw;
+    }
+  }
 
   // Where the rows of one region (payload, scales, records) of a send or receive buffer start.
   struct Region {

@@ -72,7 +72,7 @@ class PlayedLink {
     link_.num_ranks = 2;
     link_.state = device_array<LinkState>(1);
     link_.report = device_array<LinkReport>(1);
-    link_.progress = device_array<uint64_t>(2);
+    link_.progress = device_array<ProgressWords>(1);
     link_.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
   }
   ~PlayedLink() {
@@ -89,7 +89,7 @@ class PlayedLink {
   }
   void leave() { signal(&inbox(0, 1)->done, 1); }
   void wait() { EPCOMM_CUDA_TRY(cudaStreamSynchronize(stream_)); }
-  bool ended() const { return link_.progress[1] != 0; }
+  bool ended() const { return link_.progress->ended != 0; }
   bool lost() const { return link_.state->lost != 0; }
   void check_ended() const {
     EXPECT_TRUE(ended());

@@ -29,7 +29,9 @@
 namespace epcomm {
 namespace {
 
-constexpr ncclResult_t kSystemError{2}, kInvalidUsage{5};
+constexpr ncclResult_t kSystemError{2}, kInvalidUsage{5}, kRemoteError{6};
+std::atomic<uint32_t> broken_devices{0};  // one bit each
+std::atomic<int> refused_late_ms{0};
 constexpr int kMaxRanks = 8;
 constexpr double kJoinS = 20;
 
@@ -86,6 +88,14 @@ struct ncclComm {
   int rank, num_ranks, device;
   std::atomic<bool> aborted{false};
   ~ncclComm() { ::munmap(shared, sizeof(Shared)); }
+  ncclResult_t state() const {
+    return (broken_devices >> device & 1) != 0 ? kRemoteError : ncclSuccess;
+  }
+  bool refuses() const {
+    if (state() == ncclSuccess) return false;
+    std::this_thread::sleep_for(std::chrono::milliseconds(refused_late_ms));
+    return true;
+  }
 
   // Moves what there is and room for. Returns the bytes moved.
   size_t progress(Transfer& t) {
@@ -174,6 +184,7 @@ ncclResult_t launch() {
 }
 
 ncclResult_t add(const Transfer& transfer, ncclComm* comm, cudaStream_t stream) {
+  if (comm->refuses()) return kRemoteError;
   if (comm->aborted || transfer.peer == comm->rank ||
       (group.comm != nullptr && (group.comm != comm || group.stream != stream)))
     return kInvalidUsage;
@@ -239,13 +250,15 @@ ncclResult_t comm_abort(ncclComm* comm) {
   return ncclSuccess;
 }
 
-ncclResult_t comm_get_async_error(ncclComm*, ncclResult_t* error) {
-  *error = ncclSuccess;
+ncclResult_t comm_get_async_error(ncclComm* comm, ncclResult_t* error) {
+  *error = comm->state();
   return ncclSuccess;
 }
 
 const char* get_error_string(ncclResult_t code) {
-  return code == kInvalidUsage ? "invalid usage" : "unhandled system error";
+  return code == kInvalidUsage  ? "invalid usage"
+         : code == kRemoteError ? "remote process exited or there was a network error"
+                                : "unhandled system error";
 }
 const char* get_last_error(ncclComm*) { return "simulated NCCL"; }
 
@@ -267,6 +280,7 @@ ncclResult_t recv(void* data, size_t count, ncclDataType_t, int peer, ncclComm* 
 
 ncclResult_t all_gather(const void* from, void* to, size_t bytes, ncclDataType_t, ncclComm* comm,
                         cudaStream_t stream) {
+  if (comm->refuses()) return kRemoteError;
   if (comm->aborted) return kInvalidUsage;
   std::vector<Transfer> transfers;
   auto piece = [&](int r) { return static_cast<char*>(to) + static_cast<size_t>(r) * bytes; };
@@ -285,6 +299,7 @@ ncclResult_t all_gather(const void* from, void* to, size_t bytes, ncclDataType_t
 
 ncclResult_t reduce_scatter(const void* from, void* to, size_t count, ncclDataType_t, ncclRedOp_t,
                             ncclComm* comm, cudaStream_t stream) {
+  if (comm->refuses()) return kRemoteError;
   if (comm->aborted) return kInvalidUsage;
   sim::resolve(stream).enqueue([=](sim::FiberPool&) {
     if (sim::failed(comm->device)) return;
@@ -312,6 +327,12 @@ ncclResult_t reduce_scatter(const void* from, void* to, size_t count, ncclDataTy
 }
 
 }  // namespace
+
+sim::BrokenNccl::BrokenNccl(int device, int late_ms) : device_(device) {
+  refused_late_ms = late_ms;
+  broken_devices |= 1u << device;
+}
+sim::BrokenNccl::~BrokenNccl() { broken_devices &= ~(1u << device_); }
 
 const NcclApi& NcclApi::get() {
   static const NcclApi api = {get_version,

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <list>
 #include <map>
+#include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -13,6 +15,7 @@
 #include "epcomm/error.h"
 #include "tests/cpp/rank_calls.h"
 #include "tests/cpp/ranks.h"
+#include "tests/sim/runtime.h"
 
 namespace epcomm {
 namespace {
@@ -279,6 +282,41 @@ TEST(Nccl, ALostPeerIsNamed) {
       }
       bootstrap->barrier();
     });
+}
+
+// NCCL of a rank finds the connection broken and refuses its call, before (0 ms) or after the
+// rank's watchdog has looked: it is the peer that never comes that is lost, not the rank that NCCL
+// told.
+TEST(Nccl, ABrokenConnectionIsNotItsFindersFault) {
+  constexpr int kGone = 0, kFinds = 1;
+  for (const bool combines : {false, true})
+    for (const int late_ms : {0, 600})
+      run_threads(kRanks, kTimeout, [&](std::shared_ptr<Bootstrap> bootstrap) {
+        const int rank = bootstrap->rank();
+        Buffer buffer(bootstrap, testing::options_for(kExperts, kHidden, 3, 8, kTimeout));
+        Received recv;
+        testing::route(buffer, batch_to_all(), Layout::kToken, 1, recv);
+        if (combines) testing::dispatch(buffer, batch_to_all(), recv);
+        bootstrap->barrier();
+        std::optional<sim::BrokenNccl> broken;
+        if (rank == kFinds) broken.emplace(rank, late_ms);
+        if (rank != kGone) {
+          try {
+            if (combines)
+              testing::combine(buffer, batch_to_all(), recv);
+            else
+              testing::dispatch(buffer, batch_to_all(), recv);
+            ADD_FAILURE() << "returned without rank " << kGone;
+          } catch (const PeerLost& lost) {
+            EXPECT_EQ(lost.rank, kGone) << "rank " << rank << ": " << lost.what();
+            EXPECT_EQ(lost.operation, combines ? Operation::kCombine : Operation::kDispatch);
+          } catch (const Error& error) {
+            ADD_FAILURE() << "rank " << rank << ": " << error.what();
+          }
+        }
+        broken.reset();
+        bootstrap->barrier();
+      });
 }
 
 }  // namespace

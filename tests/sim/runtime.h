@@ -48,6 +48,19 @@ Options& options();
 /// cudaErrorLaunchFailure.
 std::vector<std::string> take_faults();
 
+/// While it lives the connections of NCCL's communicators on a device are broken: they say so, and
+/// refuse calls, late_ms after they were made.
+class BrokenNccl {
+ public:
+  BrokenNccl(int device, int late_ms);
+  ~BrokenNccl();
+  BrokenNccl(const BrokenNccl&) = delete;
+  BrokenNccl& operator=(const BrokenNccl&) = delete;
+
+ private:
+  int device_;
+};
+
 /// What the host has issued on all devices of this process, captured work included.
 struct Issued {
   uint64_t kernels, copies;  ///< copies: fills, too

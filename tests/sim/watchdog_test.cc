@@ -1,11 +1,15 @@
 // What a rank asks before it believes a call that has ended on its stream (GpuWatchdog::confirm):
 // has a peer given somebody up meanwhile? The watchdog's thread looks only while a call is under
-// way, so that a rank whose calls have all ended hears of it there and nowhere else.
+// way, so that a rank whose calls have all ended hears of it there and nowhere else. And what it
+// makes of calls that end silently.
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
+#include <csignal>
 #include <memory>
 #include <string>
 #include <thread>
@@ -29,8 +33,8 @@ constexpr double kTimeout = 60;  // nothing here waits for it
 // A rank's watchdog over its default stream.
 class Watched {
  public:
-  explicit Watched(Bootstrap& bootstrap)
-      : watchdog_(bootstrap, kTimeout, [this] { ++aborts_; }, [this] { return broken_.load(); }) {}
+  explicit Watched(Bootstrap& bootstrap, double timeout_s = kTimeout)
+      : watchdog_(bootstrap, timeout_s, [this] { ++aborts_; }, [this] { return broken_.load(); }) {}
 
   GpuWatchdog& watchdog() { return watchdog_; }
   int aborts() const { return aborts_; }
@@ -161,9 +165,21 @@ TEST(Watchdog, ARankThatAbandonsACallIsNamed) {
     bootstrap->barrier();
     if (bootstrap->rank() == kAbandons) watched.watchdog().abandon("it failed half-way");
     bootstrap->barrier();
-    if (bootstrap->rank() != kAbandons)
+    if (bootstrap->rank() != kAbandons) {
       expect_lost({kAbandons, Operation::kDispatch, 1, kReported},
                   [&] { watched.watchdog().confirm(); });
+    } else {
+      // Not Evicted: nobody else gave it up.
+      try {
+        watched.watchdog().check();
+        ADD_FAILURE() << "the rank that abandoned a call goes on";
+      } catch (const Evicted& evicted) {
+        ADD_FAILURE() << evicted.what();
+      } catch (const Error& error) {
+        EXPECT_NE(std::string(error.what()).find("it failed half-way"), std::string::npos)
+            << error.what();
+      }
+    }
     bootstrap->barrier();
   });
 }
@@ -201,6 +217,111 @@ TEST(Watchdog, AcrossMachinesNobodyIsToldAndNobodyIsNamed) {
       EXPECT_NO_THROW(watched.watchdog().confirm());
       EXPECT_EQ(watched.aborts(), 0);
     }
+    bootstrap->barrier();
+  });
+}
+
+// What kernels say whose calls end silently, played by the test.
+class SilentCalls {
+ public:
+  explicit SilentCalls(GpuWatchdog& watchdog) : words_(*watchdog.progress()) {}
+  void begin(Operation operation) {
+    store(words_.begun, ++epoch_ << 8 | kEndsSilently | static_cast<uint64_t>(operation));
+  }
+  /// The newest call, or the one of another epoch, waits this long, and says so.
+  void wait(double seconds, uint64_t epoch = 0) {
+    const Deadline end(seconds);
+    for (uint64_t ns = 1'000'000; !end.passed(); ns += 2'000'000) {
+      store(words_.waits, wait_word(epoch == 0 ? epoch_ : epoch, ns));
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+  }
+  void give_up() { store(words_.gave_up, 1); }
+
+ private:
+  static void store(uint64_t& word, uint64_t value) {
+    std::atomic_ref(word).store(value, std::memory_order_release);
+  }
+  ProgressWords& words_;
+  uint64_t epoch_ = 0;
+};
+
+constexpr char kTimedOut[] = "it did not answer within the timeout";
+
+TEST(Watchdog, OnlyCallsThatStillWaitAreLost) {
+  constexpr double kShort = 0.4;
+  run_threads(1, kTimeout, [&](std::shared_ptr<Bootstrap> bootstrap) {
+    Watched watched(*bootstrap, kShort);
+    SilentCalls calls(watched.watchdog());
+    const auto pass = [&] {
+      std::this_thread::sleep_for(std::chrono::duration<double>(2 * kShort));
+      EXPECT_NO_THROW(watched.watchdog().check());
+    };
+    calls.begin(Operation::kDispatch);
+    pass();
+    calls.begin(Operation::kCombine);
+    calls.wait(kShort / 2);
+    pass();
+    // What an earlier call has said last says nothing of this one.
+    calls.begin(Operation::kDispatch);
+    calls.wait(2 * kShort, 2);
+    pass();
+    EXPECT_EQ(watched.aborts(), 0);
+    calls.begin(Operation::kDispatch);
+    const Deadline deadline(kTimeout);
+    while (watched.aborts() == 0 && !deadline.passed()) calls.wait(0.01);
+    expect_lost({-1, Operation::kDispatch, 4, kTimedOut}, [&] { watched.watchdog().check(); });
+  });
+}
+
+// What a call has said before the process stood still is no sign that it waits when it goes on.
+TEST(Watchdog, CallsThatEndedWhileTheProcessStoodStillAreNotLost) {
+  constexpr double kShort = 0.4;
+  run_threads(1, kTimeout, [&](std::shared_ptr<Bootstrap> bootstrap) {
+    for (int i = 0; i < 3; ++i) {
+      Watched watched(*bootstrap, kShort);
+      SilentCalls calls(watched.watchdog());
+      calls.begin(Operation::kDispatch);
+      std::this_thread::sleep_for(std::chrono::milliseconds(30));
+      if (::fork() == 0) {
+        ::usleep(2 * static_cast<useconds_t>(kShort * 1e6));
+        ::kill(::getppid(), SIGCONT);
+        ::_exit(0);
+      }
+      calls.wait(0.0005);
+      ::raise(SIGSTOP);
+      ::wait(nullptr);
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+      EXPECT_NO_THROW(watched.watchdog().check());
+    }
+  });
+}
+
+// The watchdog's thread may have been held up all the time.
+TEST(Watchdog, AWaitThatAKernelGaveUpIsNotForgotten) {
+  run_threads(1, kTimeout, [&](std::shared_ptr<Bootstrap> bootstrap) {
+    Watched watched(*bootstrap);
+    SilentCalls calls(watched.watchdog());
+    calls.begin(Operation::kCombine);
+    EXPECT_NO_THROW(watched.watchdog().check());
+    calls.give_up();
+    expect_lost({-1, Operation::kCombine, 1, "it did not answer within twice the timeout"},
+                [&] { watched.watchdog().check(); });
+  });
+}
+
+// Nobody will say that they have ended.
+TEST(Watchdog, DrainDoesNotWaitForCallsThatEndSilently) {
+  constexpr int kRanks = 2;
+  run_threads(kRanks, kTimeout, [&](std::shared_ptr<Bootstrap> bootstrap) {
+    Watched watched(*bootstrap);
+    SilentCalls calls(watched.watchdog());
+    const Deadline late(kTimeout / 2);
+    calls.begin(Operation::kDispatch);
+    calls.wait(0.05);
+    watched.watchdog().drain();
+    EXPECT_FALSE(late.passed());
+    EXPECT_NO_THROW(watched.watchdog().check());
     bootstrap->barrier();
   });
 }

@@ -13,6 +13,7 @@
 #include "kernels/token_layout.h"
 #include "tests/sim/bulk_copies.h"
 
+#define EPCOMM_SELDOM __attribute__((noinline))
 #define EPCOMM_SHARED(T, name)     \
   static const char name##_id = 0; \
   std::type_identity_t<T>& name = ::epcomm::sim::block_variable<std::type_identity_t<T>>(&name##_id)
