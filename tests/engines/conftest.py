@@ -14,7 +14,9 @@ import launcher
 RANKS = 4
 
 
-@pytest.fixture(scope="session")
+# Not for the session: Megatron-Core makes dozens of process groups in each rank, and a thread of
+# gloo wakes up a hundred times a second for each of them, also when nobody calls.
+@pytest.fixture(scope="module")
 def ranks_of() -> Iterator[Callable[[str, str], launcher.Pool]]:
     """ranks_of(engine, device): RANKS ranks, or one per GPU, which import no other engine."""
     pools: dict[tuple[str, str], launcher.Pool] = {}
