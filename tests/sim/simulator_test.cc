@@ -177,7 +177,9 @@ bool send_to_peer(const std::function<void(const uint32_t*, uint32_t*, uint64_t*
   cudaSetDevice(1);
   launch("take", take_kernel, {1, 64}, nullptr, waits.get(), signal.get(), window.get(), out.get(),
          static_cast<int>(words));
-  while (std::atomic_ref(*waits.get()) == 0) std::this_thread::yield();
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+  while (std::atomic_ref(*waits.get()) == 0 && std::chrono::steady_clock::now() < deadline)
+    std::this_thread::yield();
   cudaSetDevice(0);
   launch_send(from.get(), window.get(), signal.get());
   cudaDeviceSynchronize();
