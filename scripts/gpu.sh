@@ -5,7 +5,9 @@
 #   scripts/gpu.sh soak         tests of many calls, with their full numbers
 #   scripts/gpu.sh rdma         builds softnic, then the tests of rdma over NVSHMEM's peer path and over softnic; RDMA_K selects as TEST_K
 #   scripts/gpu.sh together     tests of small batches, rdma and hierarchical with up to 4 ranks, two on a GPU, all at the same time under MPS: minutes
-#                               instead of an hour. Not those that count kernels or memory, lose a rank of large batches, or are of nccl alone
+#                               instead of an hour. Not those of the next two steps, nor what is of nccl alone
+#   scripts/gpu.sh alone        tests that count kernels, or need a GPU's memory or a GPU to each rank
+#   scripts/gpu.sh lost         tests that kill and stop ranks
 #   scripts/gpu.sh engines      tests/engines over nvlink, with build/engines.tar.xz of `make engines-bundle`, or with EPCOMM_TEST_ENGINES naming
 #                               the folder that `make engines` filled; TEST_K selects
 # TEST_K selects among the tests, as pytest -k does; EPCOMM_TEST_RANKS=5,6,7,8 the conformance tests of so many ranks.
@@ -38,15 +40,22 @@ failed=()
 
 # Ranks of one GPU run side by side under MPS, each on at most its share of the SMs: kernels of ranks that wait for each other must all be
 # on the GPU at once. Without MPS they take turns of milliseconds.
+mps="" # folder of the daemon that this script has started
 start_mps() {
-  export CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=$1
-  [ -z "${CUDA_MPS_PIPE_DIRECTORY:-}" ] || return 0
-  CUDA_MPS_PIPE_DIRECTORY=$(mktemp -d) && export CUDA_MPS_PIPE_DIRECTORY
-  export CUDA_MPS_LOG_DIRECTORY=$CUDA_MPS_PIPE_DIRECTORY
+  mps=$(mktemp -d)
+  export CUDA_MPS_PIPE_DIRECTORY=$mps CUDA_MPS_LOG_DIRECTORY=$mps
   nvidia-cuda-mps-control -d
-  trap 'nvidia-cuda-mps-control <<<quit' EXIT
 }
-if [ "$RANKS_PER_GPU" -gt 1 ] && command -v nvidia-cuda-mps-control >/dev/null; then start_mps $((97 / RANKS_PER_GPU)); fi
+stop_mps() {
+  [ -n "$mps" ] || return 0
+  CUDA_MPS_PIPE_DIRECTORY=$mps nvidia-cuda-mps-control <<<quit
+  mps=""
+}
+trap stop_mps EXIT
+if [ "$RANKS_PER_GPU" -gt 1 ] && command -v nvidia-cuda-mps-control >/dev/null; then
+  export CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=$((97 / RANKS_PER_GPU))
+  start_mps
+fi
 
 # step NAME SECONDS COMMAND...: runs under a timeout, keeps the log, remembers a failure.
 step() {
@@ -139,9 +148,13 @@ all_beside() {
 
 # Eleven runs with two ranks on each GPU: 22 processes share its SMs, 4 % each, so that all kernels are on the GPU at once.
 together() {
-  local ranks=$((GPUS * 2 < 4 ? GPUS * 2 : 4)) small="tests/test_conformance.py" seed
-  export EPCOMM_TEST_RANKS_PER_GPU=2
-  start_mps 4
+  local ranks=$((GPUS * 2 < 4 ? GPUS * 2 : 4)) small="tests/test_conformance.py" seed own=""
+  local -x EPCOMM_TEST_RANKS_PER_GPU=2 CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=4
+  local -x CUDA_MPS_PIPE_DIRECTORY=${CUDA_MPS_PIPE_DIRECTORY:-} CUDA_MPS_LOG_DIRECTORY=${CUDA_MPS_LOG_DIRECTORY:-}
+  if [ -z "$mps" ]; then
+    own=1
+    start_mps
+  fi
   beside nvlink-most $small -k "nvlink-$ranks or nvlink-3"
   beside nvlink-few $small tests/test_statistics.py tests/test_gpu_calls.py -k "nvlink-1 or nvlink-2 or (not lost and not nccl and not conformance)"
   EPCOMM_TEST_NVSHMEM=peer beside rdma-peer $small tests/test_rdma.py -k "rdma-$ranks or (test_rdma and not lost)"
@@ -151,9 +164,10 @@ together() {
   for seed in 21 22 23 24; do
     EPCOMM_TEST_SEED=$seed EPCOMM_TEST_CALLS=12500 beside "small-soak-$seed" tests/test_gpu_soak.py -k calls_of_small
   done
-  CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=8 beside others tests/test_nccl_window.py tests/test_gpu_soak.py tests/test_gpu_window.py tests/test_compat_gpu.py \
+  CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=8 beside others tests/test_nccl_window.py tests/test_gpu_soak.py tests/test_compat_gpu.py \
     -k "not nccl-1 and not calls_of and not agree and not logged and not one_kernel"
   all_beside
+  [ -z "$own" ] || stop_mps
 }
 
 for wanted in $STEPS; do
@@ -193,6 +207,15 @@ for wanted in $STEPS; do
       fi
       step rdma-softnic 120 make -C tests/softnic PYTHON="$PYTHON"
       together
+      ;;
+    alone)
+      tests window 90 tests/test_gpu_window.py
+      tests counts 90 tests/test_compat_gpu.py tests/test_nccl_window.py -k "one_kernel or (cuda and (agree or logged))"
+      EPCOMM_TEST_CALLS=${EPCOMM_TEST_CALLS:-full} tests leave-nothing 240 tests/test_gpu_lifetime.py -k "leave_nothing and (${TEST_K:-test})"
+      ;;
+    lost)
+      tests lost 300 tests/test_gpu_calls.py tests/test_gpu_lifetime.py -k "(lost or killed) and (${TEST_K:-test})"
+      EPCOMM_TEST_NVSHMEM=peer tests lost-rdma 300 tests/test_rdma.py tests/test_hierarchical_gpu.py -k "lost and (${TEST_K:-test})"
       ;;
     engines)
       if [ -z "${EPCOMM_TEST_ENGINES:-}" ] && [ -e build/engines.tar.xz ]; then
