@@ -6,7 +6,7 @@
 #   scripts/gpu.sh rdma         builds softnic, then the tests of rdma over NVSHMEM's peer path and over softnic; RDMA_K selects as TEST_K
 #   scripts/gpu.sh together     tests of small batches, rdma and hierarchical with up to 4 ranks, two on a GPU, all at the same time under MPS: minutes
 #                               instead of an hour. Not those of the next two steps, nor what is of nccl alone
-#   scripts/gpu.sh alone        tests that count kernels, or need a GPU's memory or a GPU to each rank
+#   scripts/gpu.sh alone        tests that start processes of their own, count kernels, or need a GPU's memory or a GPU to each rank
 #   scripts/gpu.sh lost         tests that kill and stop ranks
 #   scripts/gpu.sh engines      tests/engines over nvlink, with build/engines.tar.xz of `make engines-bundle`, or with EPCOMM_TEST_ENGINES naming
 #                               the folder that `make engines` filled; TEST_K selects
@@ -146,9 +146,11 @@ all_beside() {
   running=()
 }
 
-# Eleven runs with two ranks on each GPU: 22 processes share its SMs, 4 % each, so that all kernels are on the GPU at once.
+# Eleven runs with two ranks on each GPU: 22 processes share its SMs, 4 % each, so that all kernels are on the GPU at once. No test that starts
+# processes: once, as one came, nothing else began on its GPU until the kernels that were running there had given up.
 together() {
   local ranks=$((GPUS * 2 < 4 ? GPUS * 2 : 4)) small="tests/test_conformance.py" seed own=""
+  local starts="(lost or first_buffer or processes_end)"
   local -x EPCOMM_TEST_RANKS_PER_GPU=2 CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=4
   local -x CUDA_MPS_PIPE_DIRECTORY=${CUDA_MPS_PIPE_DIRECTORY:-} CUDA_MPS_LOG_DIRECTORY=${CUDA_MPS_LOG_DIRECTORY:-}
   if [ -z "$mps" ]; then
@@ -157,15 +159,15 @@ together() {
   fi
   beside nvlink-most $small -k "nvlink-$ranks or nvlink-3"
   beside nvlink-few $small tests/test_statistics.py tests/test_gpu_calls.py -k "nvlink-1 or nvlink-2 or (not lost and not nccl and not conformance)"
-  EPCOMM_TEST_NVSHMEM=peer beside rdma-peer $small tests/test_rdma.py -k "rdma-$ranks or (test_rdma and not lost)"
+  EPCOMM_TEST_NVSHMEM=peer beside rdma-peer $small tests/test_rdma.py -k "rdma-$ranks or (test_rdma and not $starts)"
   EPCOMM_TEST_NVSHMEM=peer beside rdma-few $small -k "(rdma-1 or rdma-2 or rdma-3) and not rdma-$ranks"
-  EPCOMM_TEST_NVSHMEM=card beside rdma-card $small tests/test_rdma.py -k "(rdma-$ranks or test_rdma) and not lost"
+  EPCOMM_TEST_NVSHMEM=card beside rdma-card $small tests/test_rdma.py -k "rdma-$ranks or (test_rdma and not $starts)"
   EPCOMM_TEST_NVSHMEM=peer EPCOMM_TEST_CALLS=10000 beside hierarchical-soak tests/test_hierarchical_gpu.py -k "random_calls and 2"
   for seed in 21 22 23 24; do
     EPCOMM_TEST_SEED=$seed EPCOMM_TEST_CALLS=12500 beside "small-soak-$seed" tests/test_gpu_soak.py -k calls_of_small
   done
   CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=8 beside others tests/test_nccl_window.py tests/test_gpu_soak.py tests/test_compat_gpu.py \
-    -k "not nccl-1 and not calls_of and not agree and not logged and not one_kernel"
+    -k "not nccl-1 and not calls_of and not agree and not logged and not one_gpu and not one_kernel"
   all_beside
   [ -z "$own" ] || stop_mps
 }
@@ -210,7 +212,8 @@ for wanted in $STEPS; do
       ;;
     alone)
       tests window 90 tests/test_gpu_window.py
-      tests counts 90 tests/test_compat_gpu.py tests/test_nccl_window.py -k "one_kernel or (cuda and (agree or logged))"
+      tests counts 90 tests/test_compat_gpu.py tests/test_nccl_window.py -k "one_kernel or (cuda and (agree or logged or one_gpu))"
+      EPCOMM_TEST_NVSHMEM=peer tests processes 90 tests/test_rdma.py -k "first_buffer or processes_end"
       EPCOMM_TEST_CALLS=${EPCOMM_TEST_CALLS:-full} tests leave-nothing 240 tests/test_gpu_lifetime.py -k "leave_nothing and (${TEST_K:-test})"
       ;;
     lost)
