@@ -66,6 +66,43 @@ std::vector<Membership> gather_memberships(Bootstrap& group) {
   return all;
 }
 
+std::string ranks_text(const std::vector<int>& ranks) {
+  std::string text = ranks.size() == 1 ? "rank" : "ranks";
+  for (size_t i = 0; i < ranks.size(); ++i)
+    text += (i == 0 ? " " : ", ") + std::to_string(ranks[i]);
+  return text;
+}
+
+// Throws on all ranks unless each GPU has as many ranks: NVSHMEM makes teams of the ranks of a GPU,
+// all alike, and with others its initialisation does not return.
+void check_ranks_per_gpu(Bootstrap& group, int device) {
+  cudaDeviceProp properties{};
+  std::vector<cudaUUID_t> all(static_cast<size_t>(group.size()));
+  throw_failures(
+      "looking for this rank's GPU",
+      failures_of(group, [&] { EPCOMM_CUDA_TRY(cudaGetDeviceProperties(&properties, device)); }),
+      "");
+  group.all_gather(&properties.uuid, all.data(), sizeof properties.uuid);
+  std::vector<std::vector<int>> of_gpu;  // ranks, by the first of them
+  for (int r = 0; r < group.size(); ++r) {
+    const auto shares = [&](const std::vector<int>& ranks) {
+      return std::memcmp(&all[static_cast<size_t>(ranks[0])], &all[static_cast<size_t>(r)],
+                         sizeof(cudaUUID_t)) == 0;
+    };
+    const auto ranks = std::find_if(of_gpu.begin(), of_gpu.end(), shares);
+    if (ranks == of_gpu.end())
+      of_gpu.push_back({r});
+    else
+      ranks->push_back(r);
+  }
+  for (const auto& ranks : of_gpu)
+    EPCOMM_CHECK(ranks.size() == of_gpu[0].size(),
+                 "NVSHMEM needs as many ranks on each GPU as on every other, but one has " +
+                     ranks_text(of_gpu[0]) + " and another " + ranks_text(ranks) +
+                     "; give each rank a GPU of its own, by torch.cuda.set_device, or each GPU as "
+                     "many ranks");
+}
+
 // The first group of all its processes: makes the job.
 void initialise(Bootstrap& group) {
   nvshmemx_uniqueid_t id = NVSHMEMX_UNIQUEID_INITIALIZER;
@@ -80,6 +117,7 @@ void initialise(Bootstrap& group) {
     if (const int code = nvshmemx_get_uniqueid(&id); code != 0)
       throw Error("nvshmemx_get_uniqueid gave " + std::to_string(code));
   });
+  check_ranks_per_gpu(group, device);
   std::vector<nvshmemx_uniqueid_t> ids(static_cast<size_t>(group.size()), id);
   group.all_gather(&id, ids.data(), sizeof id);
   step("initialising NVSHMEM", [&] {

@@ -8,7 +8,9 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <string>
@@ -87,7 +89,7 @@ bool holds(bool condition, const char* text, const Bootstrap& group) {
 std::string error_of(Bootstrap& group, size_t bytes = kBytes) {
   try {
     make_nvshmem_window(group, bytes, 0);
-  } catch (const Error& e) {
+  } catch (const std::exception& e) {
     return e.what();
   }
   return "";
@@ -154,6 +156,23 @@ TEST(NvshmemJob, DoesNotGrow) {
     HOLDS(has(text, "make the first Buffer of transport rdma over all ranks"));
     HOLDS(fake.initialised == (group.rank() > 0 ? 1 : 0));
     if (group.rank() > 0) make_nvshmem_window(pair, kBytes, 0);  // goes on
+    return true;
+  });
+}
+
+// NVSHMEM would not return from its initialisation.
+TEST(NvshmemJob, GpusHaveAsManyRanks) {
+  run(5, [](ForkedBootstrap& group) {
+    ::setenv("EPCOMM_SIM_GPU", group.rank() % 2 == 0 ? "0" : "1", 1);
+    const std::string text = error_of(group);
+    HOLDS(has(text, "one has ranks 0, 2, 4 and another ranks 1, 3;"));
+    HOLDS(has(text, "give each rank a GPU of its own"));
+    HOLDS(fake.initialised == 0);
+    return true;
+  });
+  run(4, [](ForkedBootstrap& group) {
+    ::setenv("EPCOMM_SIM_GPU", group.rank() % 2 == 0 ? "0" : "1", 1);
+    HOLDS(error_of(group).empty());
     return true;
   });
 }
