@@ -7,6 +7,7 @@ so a fresh set costs milliseconds.
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import shutil
@@ -109,6 +110,7 @@ def _join(rank: int, num_ranks: int, store: str, device: str) -> None:
     )
     if device == "rdma":
         rdma_modes.take_memory()
+    gc.freeze()  # what torch has brought along need not be looked at in every collection
 
 
 class _Processes:
