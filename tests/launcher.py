@@ -184,6 +184,12 @@ def gpu_ranks(most: int | None = None) -> int:
     return ranks if most is None else min(ranks, most)
 
 
+def nvshmem_ranks(most: int) -> int:
+    """The same of ranks of which each GPU has as many, as NVSHMEM wants it."""
+    ranks, gpus = gpu_ranks(most), torch.cuda.device_count()
+    return ranks if ranks <= gpus else ranks - ranks % gpus
+
+
 class Pool:
     """Ranks that are started once. A failure that leaves ranks blocked restarts all of them.
 

@@ -81,7 +81,7 @@ def test_large(ranks_per_node: int) -> None:
 @pytest.mark.parametrize("ranks_per_node", [1, 2])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_lost_peer(how: signal.Signals, ranks_per_node: int) -> None:
-    size = launcher.gpu_ranks(4)
+    size = launcher.nvshmem_ranks(4)
     if size < 2:
         pytest.skip("needs two ranks")
     with launcher.spawn(

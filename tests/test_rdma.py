@@ -140,7 +140,7 @@ def test_processes_end() -> None:
 )
 @pytest.mark.parametrize("host_sync", [True, False])
 def test_lost_peer(host_sync: bool, how: signal.Signals) -> None:
-    size = launcher.gpu_ranks(4)  # NVSHMEM wants as many on each GPU
+    size = launcher.nvshmem_ranks(4)
     if size < 2:
         pytest.skip("needs two ranks")
     with launcher.spawn(size, run_lost_peer, "rdma", 256, host_sync, device="rdma") as ranks:

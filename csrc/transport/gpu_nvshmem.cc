@@ -81,7 +81,7 @@ void check_ranks_per_gpu(Bootstrap& group, int device) {
   throw_failures(
       "looking for this rank's GPU",
       failures_of(group, [&] { EPCOMM_CUDA_TRY(cudaGetDeviceProperties(&properties, device)); }),
-      "");
+      "see what nvidia-smi says of it");
   group.all_gather(&properties.uuid, all.data(), sizeof properties.uuid);
   std::vector<std::vector<int>> of_gpu;  // ranks, by the first of them
   for (int r = 0; r < group.size(); ++r) {
@@ -111,13 +111,13 @@ void initialise(Bootstrap& group) {
   auto step = [&](const std::string& name, auto&& body) {
     throw_failures(name, failures_of(group, body), advice);
   };
+  check_ranks_per_gpu(group, device);
   step("preparing NVSHMEM", [&] {
     EPCOMM_CUDA_TRY(cudaFree(nullptr));  // NVSHMEM takes the context that is current
     if (group.rank() != 0) return;
     if (const int code = nvshmemx_get_uniqueid(&id); code != 0)
       throw Error("nvshmemx_get_uniqueid gave " + std::to_string(code));
   });
-  check_ranks_per_gpu(group, device);
   std::vector<nvshmemx_uniqueid_t> ids(static_cast<size_t>(group.size()), id);
   group.all_gather(&id, ids.data(), sizeof id);
   step("initialising NVSHMEM", [&] {

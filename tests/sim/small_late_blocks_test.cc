@@ -51,6 +51,7 @@ class PlayedPartials : public sim::PlayedLink {
     ++epoch_;
     std::fill_n(out_, kTokens * kHidden, kNaN);
     args_.link = link_;
+    left_before_ = link_.state->left;
     peer_link_kernels().combine(args_, kBlocks, stream_);
     // Of rank 0, too: the block that announces may be one of those that wait for room.
     for (int source : {0, 1}) {
@@ -76,7 +77,7 @@ class PlayedPartials : public sim::PlayedLink {
   bool blocks_ended(uint32_t count) const {
     const double begin = testing::now_s();
     std::atomic_ref<uint32_t> left(link_.state->left);
-    while (left.load() - link_.state->blocks < count) {
+    while (left.load() - left_before_ < count) {
       if (testing::now_s() > begin + 30) return false;
       std::this_thread::yield();
     }
@@ -104,6 +105,7 @@ class PlayedPartials : public sim::PlayedLink {
   SmallLayout small_;
   SmallCombineArgs args_{};
   uint64_t epoch_ = 0;
+  uint32_t left_before_ = 0;
   float* out_;
 };
 
