@@ -160,7 +160,7 @@ TEST(NvshmemJob, DoesNotGrow) {
   });
 }
 
-// NVSHMEM would not return from its initialisation.
+// Else nothing is asked of NVSHMEM, which wants as many on each.
 TEST(NvshmemJob, GpusHaveAsManyRanks) {
   run(5, [](ForkedBootstrap& group) {
     ::setenv("EPCOMM_SIM_GPU", group.rank() % 2 == 0 ? "0" : "1", 1);
